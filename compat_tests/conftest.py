@@ -1,0 +1,31 @@
+"""Fixtures that tests of several rooms share, and how long tests search.  Kept light: nothing here imports torch."""
+
+import os
+
+import pytest
+from hypothesis import settings
+
+from helix_gateway.runtime.model_source import resolve
+
+DEEP = bool(os.environ.get("HELIX_TEST_DEEP"))
+"""Whether ``scripts/check.py --deep`` runs the tests."""
+
+# No deadlines: a first example may compile kernels, and machines that run tests are busy.
+settings.register_profile("usual", deadline=None)
+settings.register_profile("deep", deadline=None, max_examples=2000)
+settings.load_profile("deep" if DEEP else "usual")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is marked ``deep``, unless asked for."""
+    if DEEP:
+        return
+    left_out = [item for item in items if item.get_closest_marker("deep")]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> str:
+    """Path of the default model's GGUF, fetched into the user's cache folder where it is not there yet."""
+    return resolve(None)

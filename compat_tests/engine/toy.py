@@ -1,0 +1,168 @@
+"""A model of a few lines for the engine's tests: its "KV" is the tokens themselves, kept in pages.
+
+Logits are a hash of the tokens that each row reads through its block tables, so a wrong table, a block shared
+that should not be, a missed copy or a window given back too early changes the output.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from helix_gateway.core.kv import KVGroup
+from helix_gateway.core.request import Request, SamplingParams
+from helix_gateway.core.step import LogprobRows, SamplingRows, StepBatch
+from helix_gateway.engine.drafters.base import DraftTokens
+from helix_gateway.engine.engine import Engine, EngineLimits
+from helix_gateway.engine.sequence import Sequence as EngineSequence
+
+VOCAB = 50
+EOS = 0
+
+
+@dataclass
+class ToyRunner:
+    """core.protocols.ModelRunner over pages that hold token ids."""
+
+    kv_groups: Sequence[KVGroup]
+    num_pages: int
+    vocab_size: int = VOCAB
+    batches: list[StepBatch] = field(default_factory=list)
+
+    def __post_init__(self):
+        size = max(group.tokens_per_block for group in self.kv_groups)
+        self.pages = np.full((self.num_pages, size), -1, np.int64)
+
+    def copy_pages(self, copies):
+        for source, destination in copies:
+            self.pages[destination] = self.pages[source]
+
+    def forward(self, batch):
+        self.batches.append(batch)
+        rows = []
+        for s in range(len(batch.context_lens)):
+            for row in range(batch.cu_seqlens[s], batch.cu_seqlens[s + 1]):
+                self._write(batch, s, row)
+        for s in range(len(batch.context_lens)):
+            for row in range(batch.cu_seqlens[s], batch.cu_seqlens[s + 1]):
+                rows.append(self._logits(batch, s, row))
+        return np.array(rows, np.float32)[batch.logits_rows]
+
+    def _write(self, batch, s, row):
+        position = batch.positions[row]
+        for group, table in zip(self.kv_groups, batch.block_tables, strict=True):
+            entry, offset = divmod(position, group.tokens_per_block)
+            self.pages[table[s, entry], offset] = batch.token_ids[row]
+
+    def _logits(self, batch, s, row):
+        seen = []
+        position = batch.positions[row]
+        for group, table in zip(self.kv_groups, batch.block_tables, strict=True):
+            first = 0 if group.window is None else max(0, position - group.window + 1)
+            places = [divmod(p, group.tokens_per_block) for p in range(first, position + 1)]
+            seen.append(tuple(int(self.pages[table[s, entry], offset]) for entry, offset in places))
+        return np.random.default_rng(abs(hash(tuple(seen)))).normal(0, 2, self.vocab_size)
+
+    def sample(self, logits, rows: SamplingRows):
+        edited = logits[rows.logits_index].astype(np.float64)
+        edits = rows.edits
+        for row, token, scale, shift in zip(edits.rows, edits.token_ids, edits.scale, edits.shift, strict=True):
+            x = edited[row, token]
+            edited[row, token] = (x / scale if x > 0 else x * scale) + shift
+        for i, row in enumerate(edited):
+            if rows.temperature[i] > 0:
+                key = [int(rows.seed[i]), int(rows.choice[i]), int(rows.position[i])]
+                row += rows.temperature[i] * np.random.default_rng(key).gumbel(size=len(row))
+        return edited.argmax(1).astype(np.int32)
+
+    def logprobs(self, logits, logits_index, token_ids, top):
+        x = logits[logits_index].astype(np.float64)
+        x -= np.log(np.exp(x).sum(1, keepdims=True))
+        order = np.argsort(-x, axis=1, kind="stable")
+        own = x[np.arange(len(x)), token_ids]
+        return LogprobRows(
+            logprobs=own.astype(np.float32),
+            ranks=(1 + (x > own[:, None]).sum(1)).astype(np.int32),
+            top_ids=order[:, :top].astype(np.int32),
+            top_logprobs=np.take_along_axis(x, order[:, :top], 1).astype(np.float32),
+        )
+
+
+ONE_GROUP = (KVGroup("full", 4, None),)
+TWO_GROUPS = (KVGroup("full", 4, None), KVGroup("window", 6, 5))
+
+
+def make_engine(num_pages=200, groups=ONE_GROUP, *, budget=16, max_num_seqs=8, max_model_len=200, runner=None, **options):
+    limits = EngineLimits(
+        max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, max_queue_len=1000
+    )
+    runner = runner or ToyRunner(groups, num_pages)
+    return Engine(runner, limits, eos_token_ids=frozenset({EOS}), **options)
+
+
+def request(request_id, prompt, *, priority=0, cache_salt="", max_depth=None, **sampling):
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=list(prompt),
+        sampling=SamplingParams(**{"max_tokens": 8, **sampling}),
+        priority=priority,
+        cache_salt=cache_salt,
+        max_depth=max_depth,
+    )
+
+
+@dataclass
+class Answer:
+    """All events of one choice, put together."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list = field(default_factory=list)
+    prompt_logprobs: list | None = None
+    last: object = None
+
+
+class Answers(dict):
+    """(request id, index) to Answer."""
+
+    def take(self, events):
+        for event in events:
+            answer = self.setdefault((event.request_id, event.index), Answer())
+            assert answer.last is None, "an event after the last one"
+            answer.token_ids += event.token_ids
+            answer.logprobs += event.logprobs or []
+            answer.prompt_logprobs = event.prompt_logprobs or answer.prompt_logprobs
+            answer.last = event if event.finish_reason else None
+
+
+def drain(engine, answers=None, *, max_steps=5000):
+    """Step until idle, checking the cache after every step."""
+    answers = Answers() if answers is None else answers
+    for _ in range(max_steps):
+        if not engine.has_work():
+            return answers
+        answers.take(engine.step())
+        engine.cache.check()
+    raise AssertionError("the engine does not come to an end")
+
+
+def alone(request_, groups=ONE_GROUP):
+    """What a request gets by itself: a large pool, no caching, whole prompts at once."""
+    engine = make_engine(2000, groups, budget=500, enable_prefix_caching=False)
+    engine.submit(request_)
+    return drain(engine)
+
+
+@dataclass
+class ScriptedDrafter:
+    """Proposes from a function of a sequence's tokens."""
+
+    next_token: object
+
+    def propose(self, sequences: Sequence[EngineSequence], depths):
+        proposals = []
+        for sequence, depth in zip(sequences, depths, strict=True):
+            tokens = list(sequence.token_ids)
+            for _ in range(depth):
+                tokens.append(self.next_token(sequence, tokens))
+            proposals.append(tokens[len(sequence.token_ids) :])
+        return DraftTokens(proposals)

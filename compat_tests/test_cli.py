@@ -1,0 +1,161 @@
+"""The `helix` command: what it takes, what it says where something is wrong, and that it is quick to answer."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from helix_gateway.cli import serve as serve_module
+from helix_gateway.cli.main import app, main
+from helix_gateway.cli.sizes import parse_size
+from helix_gateway.core.errors import EngineUnavailableError
+
+
+def helix(*arguments):
+    command = [sys.executable, "-m", "helix_gateway", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path):
+    """What ``helix serve`` would start, for the arguments given."""
+    runs = []
+    monkeypatch.setattr(serve_module, "_run", lambda engine, gateway: runs.append((engine, gateway)))
+    monkeypatch.delenv("HELIX_API_KEY", raising=False)
+    model = tmp_path / "tiny.gguf"
+    model.touch()
+
+    def start(flags=""):
+        result = CliRunner().invoke(app, ["serve", str(model), *flags.split()])
+        assert result.exit_code == 0, result.output
+        return runs[-1]
+
+    return start
+
+
+def test_help_loads_neither_torch_nor_transformers():
+    code = (
+        "import sys\nfrom helix_gateway.cli.main import app\n"
+        "try:\n    app(['serve', '--help'])\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'numba', 'aiohttp', 'numpy', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_answers_before_anyone_waits():
+    def seconds():
+        start = time.monotonic()
+        assert helix("--help").returncode == 0
+        return time.monotonic() - start
+
+    assert min(seconds() for _ in range(5)) < 0.3
+
+
+def test_no_command_at_all_shows_the_help():
+    assert "serve" in CliRunner().invoke(app, []).output
+
+
+def test_serve_hands_every_flag_on(started):
+    engine, gateway = started(
+        "--host 0.0.0.0 --port 9 --api-key k --served-model-name a --served-model-name b "
+        "--dtype bfloat16 --device cpu --max-model-len 512 --max-num-seqs 3 --max-num-batched-tokens 77 "
+        "--block-size 8 --kv-cache-memory 2GiB --no-enable-prefix-caching --seed 18446744073709551615 "
+        "--batch-window-ms 2.5 --default-max-tokens 9 --allowed-origins https://a.example"
+    )
+    assert (engine.dtype, engine.device, engine.max_model_len, engine.max_num_seqs) == ("bfloat16", "cpu", 512, 3)
+    assert (engine.max_num_batched_tokens, engine.block_size, engine.kv_cache_memory_bytes) == (77, 8, 2**31)
+    assert (engine.enable_prefix_caching, engine.seed, engine.batch_window_ms) == (False, 2**64 - 1, 2.5)
+    assert (gateway.host, gateway.port, gateway.api_key, gateway.default_max_tokens) == ("0.0.0.0", 9, "k", 9)
+    assert (gateway.served_model_names, gateway.allowed_origins) == (("a", "b"), ("https://a.example",))
+
+
+def test_serve_without_flags_uses_the_settings_own_defaults(started):
+    engine, gateway = started()
+    assert engine == type(engine)(model_path=engine.model_path)
+    assert gateway == type(gateway)(served_model_names=("tiny",))
+
+
+def test_an_empty_api_key_in_the_environment_is_no_key(started, monkeypatch):
+    monkeypatch.setenv("HELIX_API_KEY", "")
+    assert started()[1].api_key is None
+
+
+@pytest.mark.parametrize(
+    "flag,value,said",
+    [
+        ("--port", "70000", "65535"),
+        ("--port", "x", "--port"),
+        ("--dtype", "float8", "bfloat16"),
+        ("--device", "toaster", "directml"),
+        ("--max-model-len", "1", "2"),
+        ("--max-num-seqs", "0", "1"),
+        ("--max-num-batched-tokens", "-3", "1"),
+        ("--block-size", "0", "1"),
+        ("--kv-cache-memory", "lots", "2GiB"),
+        ("--kv-cache-memory", "0", "above zero"),
+        ("--seed", "-1", "0"),
+        ("--seed", "18446744073709551616", "18446744073709551615"),
+        ("--batch-window-ms", "-1", "0"),
+        ("--batch-window-ms", "nan", "batch-window-ms"),
+        ("--default-max-tokens", "0", "1"),
+        ("--colour", "red", "--colour"),
+    ],
+)
+def test_a_wrong_flag_names_itself_and_its_bound(flag, value, said):
+    result = CliRunner().invoke(app, ["serve", flag, value])
+    assert result.exit_code == 2
+    assert flag in result.output
+    assert said in result.output
+
+
+def test_a_model_that_is_not_there_is_one_line_and_exit_code_1(tmp_path):
+    done = helix("serve", str(tmp_path / "missing.gguf"))
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "missing.gguf" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "trouble", [OSError(28, "No space left on device"), EngineUnavailableError("The engine did not start.")]
+)
+def test_trouble_at_the_start_is_one_line_and_exit_code_1(trouble, monkeypatch, tmp_path):
+    def fail(engine, gateway):
+        raise trouble
+
+    model = tmp_path / "tiny.gguf"
+    model.touch()
+    monkeypatch.setattr(serve_module, "_run", fail)
+    monkeypatch.setattr("sys.argv", ["helix", "serve", str(model)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == f"helix: {trouble}"
+
+
+def test_version_names_what_decides_what_helix_can_do():
+    output = CliRunner().invoke(app, ["version"]).output
+    assert [line.split()[0] for line in output.splitlines()] == ["helix", "python", "torch", "transformers", "numba"]
+
+
+@pytest.mark.parametrize(
+    "text,size_bytes",
+    [
+        ("1048576", 2**20),
+        ("1B", 1),
+        ("512MB", 512 * 10**6),
+        ("2GiB", 2**31),
+        ("1.5 gib", 3 * 2**29),
+        ("2g", 2**31),
+        (" 3kb ", 3000),
+    ],
+)
+def test_sizes_are_read_as_people_write_them(text, size_bytes):
+    assert parse_size(text) == size_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1e9", "2 gigs", "nan", "inf", "0", "0.1", "1,5GB", "1..5GB"])
+def test_what_is_no_size_is_refused_with_an_example(text):
+    with pytest.raises(ValueError, match="2GiB"):
+        parse_size(text)

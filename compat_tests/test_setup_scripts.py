@@ -1,0 +1,236 @@
+"""What a bare machine is given: which torch, when it is installed again, and what is said where it cannot be."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import environment  # noqa: E402
+from environment import Machine, SetupError, torch_plan  # noqa: E402
+
+
+def machine(system="Linux", arch="x86_64", python=(3, 11), gpu=None):
+    return Machine(system, arch, python, gpu)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A made-up repository whose environment and pip are only written about."""
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setattr(environment, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(environment, "STAMP", tmp_path / ".venv" / "stamp.json")
+    monkeypatch.setattr(environment, "LOG", tmp_path / ".venv" / "log")
+    (tmp_path / "pyproject.toml").write_text("[project]")
+    environment.venv_python().parent.mkdir(parents=True)
+    environment.venv_python().touch()
+    return tmp_path
+
+
+@pytest.fixture
+def pip_calls(checkout, monkeypatch):
+    """Every ``pip install``, which always succeeds here."""
+    calls = []
+    monkeypatch.setattr(environment, "make_venv", lambda: None)
+    monkeypatch.setattr(environment, "pip_version", lambda: (25, 0))
+    monkeypatch.setattr(environment, "inspect_machine", machine)
+    monkeypatch.setattr(environment, "torch_version", lambda: None)
+    monkeypatch.setattr(environment, "reachable", lambda url: True)
+    monkeypatch.setattr(environment, "pip_install", lambda title, arguments: calls.append(arguments) or True)
+    return calls
+
+
+def test_torch_is_never_asked_for_without_its_version():
+    everything = itertools.product(
+        ["Linux", "Windows", "Darwin"], ["x86_64", "AMD64", "arm64"], [(3, 10), (3, 14)], ["nvidia", "amd", None]
+    )
+    for system, arch, python, gpu in everything:
+        if system == "Darwin" and arch != "arm64":
+            continue
+        plan = torch_plan(Machine(system, arch, python, gpu))
+        assert plan.requirement in {"torch==2.13.0", "torch==2.4.1"}
+
+
+@pytest.mark.parametrize("system", ["Linux", "Windows"])
+def test_a_laptop_without_a_gpu_is_sent_to_the_cpu_index_first(system):
+    plan = torch_plan(machine(system))
+    assert plan.first_index.endswith("/whl/cpu")
+    assert plan.requirement == "torch==2.13.0"
+
+
+def test_an_nvidia_gpu_gets_a_cuda_build():
+    assert torch_plan(machine(gpu="nvidia")).first_index is None
+    assert "/whl/cu" in torch_plan(machine("Windows", gpu="nvidia")).first_index
+
+
+def test_an_amd_gpu_on_windows_gets_directml_with_its_own_torch():
+    plan = torch_plan(machine("Windows", "AMD64", gpu="amd"))
+    assert (plan.requirement, plan.extra) == ("torch==2.4.1", "directml")
+
+
+def test_an_amd_gpu_gets_no_directml_where_there_is_none():
+    assert torch_plan(machine("Windows", "AMD64", (3, 13), "amd")).extra is None
+    assert torch_plan(machine(gpu="amd")).extra is None
+
+
+def test_an_intel_mac_is_told_why_it_cannot_be_served():
+    with pytest.raises(SetupError, match="Intel Macs"):
+        torch_plan(machine("Darwin", "x86_64"))
+    assert torch_plan(machine("Darwin", "arm64")).first_index is None
+
+
+@pytest.mark.parametrize(
+    "version,stays",
+    [(None, False), ("2.3.1", False), ("2.4.1", True), ("2.10.0+rocm6.4", True), ("2.9.1+cpu", True), ("3.0", True)],
+)
+def test_a_torch_that_is_new_enough_stays(version, stays):
+    assert environment.installed_torch_suits(version, torch_plan(machine())) is stays
+
+
+def test_directml_takes_no_other_torch_than_its_own():
+    plan = torch_plan(machine("Windows", "AMD64", gpu="amd"))
+    assert environment.installed_torch_suits("2.4.1+cpu", plan)
+    assert not environment.installed_torch_suits("2.13.0", plan)
+
+
+def test_a_silent_cpu_index_leads_to_the_ordinary_one_with_the_version_pinned(pip_calls, monkeypatch):
+    monkeypatch.setattr(environment, "reachable", lambda url: False)
+    environment.ensure()
+    assert pip_calls == [["torch==2.13.0"], ["torch==2.13.0", "--editable", "."]]
+
+
+def test_a_cpu_index_that_fails_midway_leads_to_the_ordinary_one(pip_calls, monkeypatch):
+    def install(title, arguments):
+        pip_calls.append(arguments)
+        return "--index-url" not in arguments
+
+    monkeypatch.setattr(environment, "pip_install", install)
+    environment.ensure()
+    assert pip_calls[0][:2] == ["--index-url", environment.CPU_INDEX]
+    assert pip_calls[1] == ["torch==2.13.0"]
+
+
+def test_an_index_whose_name_is_never_found_costs_no_more_than_the_timeout(monkeypatch):
+    monkeypatch.setattr(environment.urllib.request, "urlopen", lambda *_, **__: __import__("time").sleep(30))
+    assert environment.reachable("https://index.invalid", timeout_s=0.05) is False
+
+
+def test_a_second_run_installs_nothing(pip_calls):
+    environment.ensure(["dev"])
+    pip_calls.clear()
+    environment.ensure(["dev"])
+    environment.ensure()
+    assert pip_calls == []
+
+
+def test_more_extras_or_other_requirements_install_again(pip_calls, checkout):
+    environment.ensure()
+    environment.ensure(["dev"])
+    assert pip_calls[-1][-1] == ".[dev]"
+    (checkout / "pyproject.toml").write_text("[project]\nname = 'changed'")
+    pip_calls.clear()
+    environment.ensure()
+    assert pip_calls
+
+
+def test_an_interrupted_installation_is_not_taken_for_a_finished_one(pip_calls, monkeypatch, capsys):
+    environment.ensure()
+
+    def install(title, arguments):
+        environment.LOG.write_text("ERROR: No space left on device\n")
+        return False
+
+    monkeypatch.setattr(environment, "pip_install", install)
+    with pytest.raises(SetupError, match="pip could not install"):
+        environment.install("key", [])
+    assert not environment.STAMP.exists()
+    assert "No space left" in capsys.readouterr().err
+
+
+def test_a_broken_stamp_means_installing_again(pip_calls):
+    environment.STAMP.write_text(json.dumps(["nonsense"]))
+    environment.ensure()
+    assert pip_calls
+
+
+def test_a_python_without_ensurepip_is_told_what_to_install(checkout, monkeypatch):
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SetupError, match="python3-venv"):
+        environment.make_venv()
+
+
+def test_an_old_python_is_told_so(monkeypatch):
+    monkeypatch.setattr(environment.sys, "version_info", (3, 9, 18))
+    with pytest.raises(SetupError, match=r"3\.10 or newer"):
+        environment.ensure()
+
+
+def test_pip_output_becomes_progress_and_loses_what_is_harmless(capsys):
+    activity = environment.Activity("Installing")
+    assert environment.read_line(activity, "WARNING: Location 'file:///x/' is ignored: it is neither\n") == ""
+    assert environment.read_line(activity, "Progress 50 of 200\n") == ""
+    assert activity.fraction == 0.25
+    assert environment.read_line(activity, "Collecting numba\n") == "Collecting numba\n"
+    assert (activity.detail, activity.fraction) == ("Collecting numba", None)
+    environment.read_line(activity, f"Installing collected packages: {'wheel, ' * 99}torch\n")
+    assert activity.detail == "Installing packages: 100"
+
+
+def test_a_long_part_says_when_it_starts_and_ends_without_a_terminal(capsys):
+    with environment.Activity("Making .venv"):
+        pass
+    with pytest.raises(KeyError), environment.Activity("Installing"):
+        raise KeyError
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Making .venv ..."
+    assert lines[1].startswith("Making .venv: done (")
+    assert lines[3].startswith("Installing: failed (")
+
+
+def test_trouble_is_one_line_and_a_failing_exit_code(capsys):
+    def main():
+        raise SetupError("the disk is full")
+
+    with pytest.raises(SystemExit) as stopped:
+        environment.run_script(main)
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == "error: the disk is full\n"
+
+
+def test_the_checks_go_on_after_one_that_fails(tmp_path, monkeypatch, capfd):
+    import check
+
+    commands = {"first": [sys.executable, "-c", "exit(3)"], "second": [sys.executable, "-c", "print('ran')"]}
+    monkeypatch.setattr(check, "checks", lambda python: commands)
+    monkeypatch.setattr(check.environment, "ensure", lambda extras: Path(sys.executable))
+    monkeypatch.setattr(sys, "argv", ["check.py"])
+    assert check.main() == 1
+    out = capfd.readouterr().out
+    assert "ran" in out
+    assert "FAILED (exit code 3)" in out
+
+
+@pytest.mark.parametrize("arguments,told", [([], None), (["--deep"], "1")])
+def test_deep_checks_are_the_same_checks_at_a_higher_setting(arguments, told, monkeypatch, capfd):
+    import check
+
+    monkeypatch.delenv("HELIX_TEST_DEEP", raising=False)
+    show = [sys.executable, "-c", "import os; print('deep:', os.environ.get('HELIX_TEST_DEEP'))"]
+    monkeypatch.setattr(check, "checks", lambda python: {"only": show})
+    monkeypatch.setattr(check.environment, "ensure", lambda extras: Path(sys.executable))
+    monkeypatch.setattr(sys, "argv", ["check.py", *arguments])
+    assert check.main() == 0
+    assert f"deep: {told}" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["quickstart", "check"])
+def test_the_scripts_need_nothing_but_the_standard_library(script):
+    code = "import sys; sys.path.insert(0, sys.argv[1]); __import__(sys.argv[2])"
+    command = [sys.executable, "-I", "-S", "-c", code, str(SCRIPTS), script]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

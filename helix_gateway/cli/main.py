@@ -1,0 +1,36 @@
+"""The `helix` command and how it ends: exit codes, and one line on stderr where something is wrong.
+
+Knows nothing about what the subcommands do.  Nothing heavy is imported here, so that ``helix --help`` answers at
+once: each subcommand imports what it runs when it runs.
+"""
+
+import sys
+
+import typer
+
+from helix_gateway.cli.serve import serve
+from helix_gateway.cli.version import version
+from helix_gateway.core.errors import HelixError
+
+app = typer.Typer(
+    name="helix",
+    help="Serve language models through OpenAI's API.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command(name="serve")(serve)
+app.command(name="version")(version)
+
+
+def main() -> None:
+    """Run the command line of this process; the console script ``helix``.
+
+    What Helix raises on purpose, and what the system refuses (a port in use, a full disk), is one line on stderr
+    and exit code 1; a traceback is our own fault.
+    """
+    try:
+        app(prog_name="helix")
+    except (HelixError, OSError) as error:
+        sys.exit(f"helix: {error}")

@@ -1,0 +1,1 @@
+"""The loop: sequences, scheduler, paged KV cache, drafters, verification; tokens only, no text, no devices."""

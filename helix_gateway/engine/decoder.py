@@ -1,0 +1,108 @@
+"""One speculative step over a whole batch: draft, one ragged forward, sample every row, keep what agrees.
+
+Drafts are verified by sampling each row of each window exactly as plain decoding would have (the same noise at
+the same position), so speculation cannot be seen in the text; at depth 0 the very same calls are the plain step.
+Knows nothing about queues and blocks: it computes what the plan says.
+"""
+
+from collections.abc import Sequence as Ordered
+from time import perf_counter
+from typing import Generic
+
+import numpy as np
+
+from helix_gateway.core.event import TokenLogprobs
+from helix_gateway.core.protocols import Logits, ModelRunner
+from helix_gateway.core.step import Int32s, LogprobRows
+from helix_gateway.engine.batch import Window, build_sampling_rows, build_step_batch, lay_out
+from helix_gateway.engine.drafters.base import Drafter
+from helix_gateway.engine.kv_cache import PagedKVCache
+from helix_gateway.engine.plan import ScheduledSequence, SequenceOutput, SpeculativeOutput, StepOutput, StepPlan, StepTiming
+from helix_gateway.engine.verification import verify
+
+
+class AdaptiveSpeculativeDecoder(Generic[Logits]):
+    """Runs planned steps of one target model with one drafter."""
+
+    def __init__(self, runner: ModelRunner[Logits], drafter: Drafter, cache: PagedKVCache) -> None:
+        self._runner = runner
+        self._drafter = drafter
+        self._cache = cache
+
+    def speculative_decode_step(self, plan: StepPlan) -> SpeculativeOutput:
+        """Compute one plan.
+
+        Raises:
+            OutOfMemoryError: the device has no room for the step; it may be planned again, smaller.
+        """
+        began = perf_counter()
+        windows = lay_out(plan.scheduled, self._draft(plan.scheduled))
+        drafted = perf_counter()
+        batch = build_step_batch(windows, self._cache)
+        self._runner.copy_pages(plan.copies)
+        logits = self._runner.forward(batch)
+        computed = perf_counter()
+        outputs = self._choose(windows, logits, batch.logits_rows)
+        sampled = perf_counter()
+        timing = StepTiming(draft_s=drafted - began, forward_s=computed - drafted, sample_s=sampled - computed)
+        return SpeculativeOutput(StepOutput(outputs), timing)
+
+    def _draft(self, scheduled: Ordered[ScheduledSequence]) -> list[list[int]]:
+        drafts = self._drafter.propose([entry.sequence for entry in scheduled], [entry.depth for entry in scheduled])
+        return [list(tokens[: entry.depth]) for entry, tokens in zip(scheduled, drafts.token_ids, strict=True)]
+
+    def _choose(self, windows: list[Window], logits: Logits, rows: Int32s) -> list[SequenceOutput]:
+        sampled = self._sample(windows, logits, rows)
+        accepted = verify(sampled, [window.draft_tokens for window in windows])
+        outputs = [
+            SequenceOutput(window.scheduled, tokens, len(window.draft_tokens))
+            for window, tokens in zip(windows, accepted, strict=True)
+        ]
+        scorer = _Scorer(self._runner, logits, rows)
+        for window, output in zip(windows, outputs, strict=True):
+            _score(scorer, window, output)
+        return outputs
+
+    def _sample(self, windows: list[Window], logits: Logits, rows: Int32s) -> list[list[int]]:
+        counts = [len(window.sampled_rows) for window in windows]
+        if not sum(counts):
+            return [[] for _ in windows]
+        flat = self._runner.sample(logits, build_sampling_rows(windows, rows, self._runner.vocab_size))
+        return [part.tolist() for part in np.split(flat, np.cumsum(counts)[:-1])]
+
+
+def _score(scorer: "_Scorer[Logits]", window: Window, output: SequenceOutput) -> None:
+    """Add the log-probabilities that the sequence's request asked for."""
+    params = window.sequence.request.sampling
+    if params.logprobs is not None and output.token_ids:
+        rows = list(window.sampled_rows[: len(output.token_ids)])
+        output.logprobs = scorer.score(rows, output.token_ids, params.logprobs)
+    prompt_rows = list(window.scored_prompt_rows)
+    if prompt_rows and params.prompt_logprobs is not None:
+        targets = [window.sequence.token_ids[window.position(row) + 1] for row in prompt_rows]
+        output.prompt_logprobs = [*scorer.score(prompt_rows, targets, params.prompt_logprobs)]
+
+
+class _Scorer(Generic[Logits]):
+    """Raw log-probabilities out of one step's logits."""
+
+    def __init__(self, runner: ModelRunner[Logits], logits: Logits, rows: Int32s) -> None:
+        self._runner = runner
+        self._logits = logits
+        self._rows = rows
+
+    def score(self, flat_rows: list[int], token_ids: list[int], top: int) -> list[TokenLogprobs]:
+        """One entry for each of ``flat_rows``, about ``token_ids`` and the ``top`` likeliest tokens."""
+        index = np.searchsorted(self._rows, flat_rows).astype(np.int32)
+        scored = self._runner.logprobs(self._logits, index, np.array(token_ids, np.int32), top)
+        return [_entry(scored, i, token) for i, token in enumerate(token_ids)]
+
+
+def _entry(scored: LogprobRows, i: int, token_id: int) -> TokenLogprobs:
+    return TokenLogprobs(
+        token_id=token_id,
+        logprob=float(scored.logprobs[i]),
+        rank=int(scored.ranks[i]),
+        top_ids=scored.top_ids[i].tolist(),
+        top_logprobs=scored.top_logprobs[i].tolist(),
+    )

@@ -1,0 +1,1 @@
+"""Who proposes draft tokens: one Protocol, `Drafter`, and its kinds."""

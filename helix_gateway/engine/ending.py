@@ -1,0 +1,44 @@
+"""Where verified tokens end a sequence: stop tokens, lengths, and what its stop condition says.
+
+Stop tokens are looked for before anything is appended.  Knows nothing about text or blocks.
+"""
+
+from dataclasses import dataclass
+
+from helix_gateway.core.event import FinishReason
+from helix_gateway.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Which of the tokens just verified belong to the sequence, and whether it ends with them."""
+
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+def find_ending(sequence: Sequence, token_ids: list[int], max_model_len: int) -> Ending:
+    """Hold a step's tokens against everything that could end the sequence; feeds its stop condition."""
+    ending = _by_length(sequence, _by_stop_token(sequence, token_ids), max_model_len)
+    if sequence.stop is None or not ending.token_ids:
+        return ending
+    match = sequence.stop.feed(ending.token_ids)
+    return ending if match is None else Ending(ending.token_ids[: match.num_tokens], "stop", match.reason)
+
+
+def _by_stop_token(sequence: Sequence, token_ids: list[int]) -> Ending:
+    for count, token in enumerate(token_ids):
+        if token in sequence.stop_ids:
+            asked_for = token in sequence.request.sampling.stop_token_ids
+            return Ending(token_ids[:count], "stop", token if asked_for else None)
+    return Ending(token_ids)
+
+
+def _by_length(sequence: Sequence, ending: Ending, max_model_len: int) -> Ending:
+    left = max_model_len - len(sequence.token_ids)
+    if sequence.request.sampling.max_tokens is not None:
+        left = min(left, sequence.request.sampling.max_tokens - sequence.num_output_tokens)
+    if len(ending.token_ids) < left or (len(ending.token_ids) == left and ending.finish_reason):
+        return ending
+    return Ending(ending.token_ids[:left], "length")

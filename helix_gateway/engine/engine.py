@@ -1,0 +1,264 @@
+"""The engine: requests in, token events out, one step at a time.
+
+    plan   = scheduler.schedule()
+    output = decoder.speculative_decode_step(plan)
+    events = self._commit(output)
+
+A sequence joins at the next step after it arrives and leaves at the step in which it stops; whatever ends it,
+its blocks go back.  Not thread-safe: whoever owns an engine calls it from one thread.  Knows nothing about text,
+HTTP, processes or devices.
+"""
+
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+from itertools import count
+from time import monotonic
+from typing import Generic
+
+import structlog
+
+from helix_gateway.core.errors import ContextLengthError, OutOfMemoryError, QueueFullError
+from helix_gateway.core.event import FinishReason, TokenEvent
+from helix_gateway.core.protocols import Logits, ModelRunner, StopCondition, TokenConstraint
+from helix_gateway.core.request import Request
+from helix_gateway.engine.decoder import AdaptiveSpeculativeDecoder
+from helix_gateway.engine.depth import DepthPolicy, FixedDepth
+from helix_gateway.engine.drafters.base import Drafter
+from helix_gateway.engine.drafters.none import NoDrafter
+from helix_gateway.engine.ending import Ending, find_ending
+from helix_gateway.engine.kv_cache import PagedKVCache
+from helix_gateway.engine.plan import SequenceOutput, SpeculativeOutput, StepPlan
+from helix_gateway.engine.scheduler import Scheduler, SchedulerLimits
+from helix_gateway.engine.sequence import Sequence, Timeline
+
+log = structlog.get_logger(__name__)
+
+_RETRY_AFTER_FULL_QUEUE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """Bounds of the engine's work."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_queue_len: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChoiceHooks:
+    """What only other rooms understand of one choice of a request."""
+
+    stop: StopCondition | None = None
+    constraint: TokenConstraint | None = None
+
+
+class Engine(Generic[Logits]):
+    """One model's continuous batch.
+
+    Args:
+        runner: the model on its device.
+        limits: bounds; a ``max_model_len`` beyond what the pool can hold is lowered to that.
+        eos_token_ids: tokens that end any sequence which does not ignore them.
+        drafter, depth_policy: who drafts, and how much; by default nobody, nothing.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner[Logits],
+        limits: EngineLimits,
+        *,
+        eos_token_ids: frozenset[int] = frozenset(),
+        enable_prefix_caching: bool = True,
+        drafter: Drafter | None = None,
+        depth_policy: DepthPolicy | None = None,
+    ) -> None:
+        self.cache = PagedKVCache(runner.kv_groups, runner.num_pages, enable_prefix_caching=enable_prefix_caching)
+        self.max_model_len = min(limits.max_model_len, self.cache.capacity_tokens())
+        self._limits = limits
+        self._eos_token_ids = eos_token_ids
+        self._scheduler = Scheduler(
+            self.cache,
+            SchedulerLimits(limits.max_num_seqs, limits.max_num_batched_tokens),
+            depth_policy or FixedDepth(0, max_model_len=self.max_model_len),
+        )
+        self._decoder = AdaptiveSpeculativeDecoder(runner, drafter or NoDrafter(), self.cache)
+        self._sequences: dict[str, list[Sequence]] = {}
+        self._forks: dict[str, list[Sequence]] = {}
+        self._arrivals = count()
+        self._events: list[TokenEvent] = []
+        self.last_output: SpeculativeOutput | None = None
+
+    @property
+    def num_running(self) -> int:
+        """Sequences of the batch."""
+        return len(self._scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences whose turn has not come."""
+        return len(self._scheduler.waiting) + sum(map(len, self._forks.values()))
+
+    @property
+    def num_preemptions(self) -> int:
+        """How often a sequence had to give its blocks back before its end."""
+        return self._scheduler.num_preemptions
+
+    def has_work(self) -> bool:
+        """Whether `step` would do anything."""
+        return bool(self._events) or self._scheduler.has_work()
+
+    def submit(self, request: Request, hooks: Ordered[ChoiceHooks] = ()) -> None:
+        """Take a request; its sequences join at the next step.
+
+        Args:
+            request: token ids and options, bounds already checked.
+            hooks: one for each choice, or none at all.
+
+        Raises:
+            ContextLengthError: the prompt leaves no room for a token.
+            QueueFullError: too many sequences wait already.
+        """
+        if len(request.prompt_token_ids) >= self.max_model_len:
+            raise ContextLengthError(len(request.prompt_token_ids), self.max_model_len)
+        if self.num_waiting >= self._limits.max_queue_len:
+            message = f"The queue is full: {self.num_waiting} sequences are waiting. Try again in a moment."
+            raise QueueFullError(message, retry_after_s=_RETRY_AFTER_FULL_QUEUE_S)
+        hooks = hooks or [ChoiceHooks()] * request.sampling.n
+        first, *others = (self._new_sequence(request, index, hook) for index, hook in enumerate(hooks))
+        self._sequences[request.request_id] = [first, *others]
+        if others:
+            self._forks[request.request_id] = others
+        self._scheduler.add(first)
+
+    def _new_sequence(self, request: Request, index: int, hooks: ChoiceHooks) -> Sequence:
+        eos = frozenset() if request.sampling.ignore_eos else self._eos_token_ids
+        return Sequence(
+            request=request,
+            index=index,
+            arrival_order=next(self._arrivals),
+            stop_ids=eos | frozenset(request.sampling.stop_token_ids),
+            stop=hooks.stop,
+            constraint=hooks.constraint,
+            timeline=Timeline(arrival=monotonic()),
+        )
+
+    def cancel(self, request_id: str) -> None:
+        """End a request, wherever it is; nothing happens if it has ended already."""
+        self._end_request(request_id, "abort")
+
+    def step(self) -> list[TokenEvent]:
+        """Compute one step; what it, and cancels since the last one, have to tell."""
+        plan = self._scheduler.schedule()
+        if plan.scheduled:
+            self._run(plan)
+        events, self._events = self._events, []
+        return events
+
+    def _run(self, plan: StepPlan) -> None:
+        now = monotonic()
+        for scheduled in plan.scheduled:
+            timeline = scheduled.sequence.timeline
+            timeline.first_scheduled = now if timeline.first_scheduled is None else timeline.first_scheduled
+        try:
+            self.last_output = self._decoder.speculative_decode_step(plan)
+        except OutOfMemoryError as error:
+            self._fit_smaller(plan, error)
+        except Exception as error:
+            # Whatever it was, it concerns the sequences of this step and nobody else.
+            log.exception("step_failed", sequences=len(plan.scheduled))
+            self._fail(plan, f"The engine failed while computing this request: {type(error).__name__}.")
+        else:
+            self._commit(self.last_output)
+
+    def _fit_smaller(self, plan: StepPlan, error: OutOfMemoryError) -> None:
+        """Halve the step's budget and let the same tokens be planned again; fail what does not fit even alone."""
+        budget = sum(scheduled.num_tokens + scheduled.depth for scheduled in plan.scheduled) // 2
+        if budget == 0:
+            self._fail(plan, f"Out of memory: {error}")
+            return
+        log.warning("out_of_memory", next_budget_tokens=budget)
+        # Some page copies may not have been made: what was reserved for the step is given up with it.
+        self._scheduler.requeue(plan)
+        self._scheduler.limits = SchedulerLimits(self._limits.max_num_seqs, budget)
+
+    def _fail(self, plan: StepPlan, message: str) -> None:
+        for request_id in {scheduled.sequence.request.request_id for scheduled in plan.scheduled}:
+            self._end_request(request_id, "error", message)
+
+    def _commit(self, output: SpeculativeOutput) -> None:
+        now = monotonic()
+        for sequence_output in output.step.outputs:
+            self._commit_one(sequence_output, now)
+
+    def _commit_one(self, output: SequenceOutput, now: float) -> None:
+        scheduled = output.scheduled
+        sequence = scheduled.sequence
+        accepted = max(0, len(output.token_ids) - 1)
+        sequence.num_computed_tokens = scheduled.start + scheduled.num_tokens + accepted
+        sequence.num_draft_tokens += output.num_draft_tokens
+        sequence.num_accepted_tokens += accepted
+        sequence.prompt_logprobs += output.prompt_logprobs
+        ending = find_ending(sequence, output.token_ids, self.max_model_len)
+        self._append(sequence, ending.token_ids, now)
+        self._settle(sequence, ending)
+        self._tell(sequence, output, ending)
+
+    def _append(self, sequence: Sequence, token_ids: list[int], now: float) -> None:
+        sequence.token_ids += token_ids
+        for token in token_ids:
+            sequence.edits.advance(token)
+            sequence.timeline.tokens.append(now)
+
+    def _settle(self, sequence: Sequence, ending: Ending) -> None:
+        """Bring the cache's accounts up to date, and let forks or the end of the sequence have their way."""
+        # A stop inside a window leaves computed tokens that are not the sequence's.
+        sequence.num_computed_tokens = min(sequence.num_computed_tokens, len(sequence.token_ids))
+        if sequence.index == 0 and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
+            # Before the commit, which gives back what the parent's window leaves but a child may still read.
+            self._scheduler.fork(sequence, self._forks.pop(sequence.request.request_id, ()))
+        self.cache.commit(sequence.key, sequence.token_ids, sequence.num_computed_tokens)
+        if ending.finish_reason is not None:
+            self._retire(sequence, ending.finish_reason)
+
+    def _retire(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._scheduler.drop(sequence)
+        sequence.finish_reason = reason
+        siblings = self._sequences[sequence.request.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._sequences[sequence.request.request_id]
+
+    def _tell(self, sequence: Sequence, output: SequenceOutput, ending: Ending) -> None:
+        if not (ending.token_ids or ending.finish_reason):
+            return
+        first_event = len(ending.token_ids) == sequence.num_output_tokens
+        self._events.append(
+            TokenEvent(
+                request_id=sequence.request.request_id,
+                index=sequence.index,
+                token_ids=ending.token_ids,
+                logprobs=None if output.logprobs is None else output.logprobs[: len(ending.token_ids)],
+                prompt_logprobs=sequence.prompt_logprobs if first_event and sequence.wants_prompt_logprobs else None,
+                finish_reason=ending.finish_reason,
+                stop_reason=ending.stop_reason,
+                metrics=sequence.metrics() if ending.finish_reason else None,
+            )
+        )
+
+    def _end_request(self, request_id: str, reason: FinishReason, message: str | None = None) -> None:
+        self._forks.pop(request_id, None)
+        for sequence in self._sequences.pop(request_id, ()):
+            self._scheduler.drop(sequence)
+            sequence.finish_reason = reason
+            self._events.append(
+                TokenEvent(
+                    request_id=request_id,
+                    index=sequence.index,
+                    token_ids=[],
+                    finish_reason=reason,
+                    error=message,
+                    metrics=sequence.metrics(),
+                )
+            )

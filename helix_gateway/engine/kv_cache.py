@@ -1,0 +1,245 @@
+"""Which tokens' KV is where: the block pool, every sequence's tables, and the prefix index, as one thing.
+
+Allocation is all or nothing.  A block is written only while one table holds it and nobody could find it; who
+must write to another kind of block gets a copy of it (`PageCopy`), which the runner makes before the forward.
+Knows nothing about scheduling, nor what a page looks like.  Sequences are named by any hashable key.
+"""
+
+from collections.abc import Hashable, Iterable, Sequence
+from math import gcd
+
+from helix_gateway.core.kv import KVGroup
+from helix_gateway.core.step import Int32s
+from helix_gateway.engine.block_pool import BlockPool, NoFreeBlocksError
+from helix_gateway.engine.block_table import SequenceBlockTable
+from helix_gateway.engine.prefix_index import PrefixIndex, child_key, root_key
+
+PageCopy = tuple[int, int]
+"""(source, destination)"""
+
+
+class PagedKVCache:
+    """All KV there is, for all groups, in one pool of ``num_blocks`` blocks.
+
+    Args:
+        groups: the KV groups of every model that shares the pool.
+        num_blocks: pages in the arena.
+        enable_prefix_caching: whether full blocks can be found again by later sequences.
+    """
+
+    def __init__(self, groups: Sequence[KVGroup], num_blocks: int, *, enable_prefix_caching: bool = True) -> None:
+        self.groups = tuple(groups)
+        self._index = PrefixIndex()
+        self.pool = BlockPool(num_blocks, self._index)
+        self._enable_prefix_caching = enable_prefix_caching
+        self._tables: dict[Hashable, tuple[SequenceBlockTable, ...]] = {}
+        # A prefix can end only where a block of every group ends.
+        self._grain = 1
+        for group in self.groups:
+            self._grain = self._grain * group.tokens_per_block // gcd(self._grain, group.tokens_per_block)
+
+    def __contains__(self, sequence: Hashable) -> bool:
+        return sequence in self._tables
+
+    def tables(self, sequence: Hashable) -> tuple[SequenceBlockTable, ...]:
+        """The sequence's tables, one for each group."""
+        return self._tables[sequence]
+
+    def capacity_tokens(self) -> int:
+        """Tokens that one sequence could hold if it had the whole pool (windows not counted in its favour).
+
+        One block of each group is set aside for the copy that writing to a shared block takes.
+        """
+        usable = self.pool.num_blocks - len(self.groups)
+        low, high = 0, max(0, usable) * max(group.tokens_per_block for group in self.groups)
+        while low < high:
+            middle = (low + high + 1) // 2
+            needed = sum(-(-middle // group.tokens_per_block) for group in self.groups)
+            low, high = (middle, high) if needed <= usable else (low, middle - 1)
+        return low
+
+    # --- life of a sequence
+
+    def add(self, sequence: Hashable, token_ids: Sequence[int], *, cache_salt: str = "", reuse: bool = True) -> int:
+        """Open the tables of a new sequence and share what is cached of its tokens.
+
+        Args:
+            token_ids: all tokens known of it; the last one is always left to compute, for its logits.
+            reuse: whether to look for cached blocks at all.
+
+        Returns:
+            How many leading tokens have their KV already.
+        """
+        tables = tuple(SequenceBlockTable(group, root_key(group.name, cache_salt=cache_salt)) for group in self.groups)
+        self._tables[sequence] = tables
+        if not (reuse and self._enable_prefix_caching):
+            return 0
+        return self._share_prefix(tables, token_ids)
+
+    def _share_prefix(self, tables: tuple[SequenceBlockTable, ...], token_ids: Sequence[int]) -> int:
+        found = [_FoundPrefix(table, self._index, token_ids) for table in tables]
+        hit, last = min(prefix.longest() for prefix in found) // self._grain * self._grain, len(token_ids) - 1
+        while hit and not all(prefix.covers(hit, min(hit, last)) for prefix in found):
+            hit -= self._grain
+        computed = min(hit, last)
+        for prefix in found:
+            blocks = prefix.take(hit, computed)
+            for block in blocks:
+                self.pool.share(block)
+        return max(computed, 0)
+
+    def fork(self, parent: Hashable, child: Hashable, num_tokens: int) -> None:
+        """Open a child's tables over the parent's blocks for the first ``num_tokens`` tokens; no copy is made yet."""
+        forks = []
+        for table in self._tables[parent]:
+            count = table.entries_for(num_tokens) - table.num_released
+            blocks = table.blocks[: max(0, count)]
+            for block in blocks:
+                self.pool.share(block)
+            keys = table.keys[: num_tokens // table.group.tokens_per_block]
+            forks.append(SequenceBlockTable(table.group, table.root, list(blocks), table.num_released, list(keys)))
+        self._tables[child] = tuple(forks)
+
+    def reserve(self, sequence: Hashable, num_computed_tokens: int, num_tokens: int) -> list[PageCopy]:
+        """Make positions ``num_computed_tokens`` to ``num_tokens - 1`` writable by this sequence alone.
+
+        Returns:
+            Pages to copy before anything is written, in this order.
+
+        Raises:
+            NoFreeBlocksError: the pool has too few blocks; nothing was changed.
+        """
+        tables = self._tables[sequence]
+        if self.blocks_needed(sequence, num_computed_tokens, num_tokens) > self.pool.num_available:
+            raise NoFreeBlocksError
+        copies = [copy for table in tables for copy in self._unshare(table, num_computed_tokens)]
+        for table in tables:
+            missing = table.entries_for(num_tokens) - table.num_entries
+            if missing > 0:
+                table.blocks += self.pool.allocate(missing, after=table.blocks[-1] if table.blocks else None)
+        return copies
+
+    def blocks_needed(self, sequence: Hashable, num_computed_tokens: int, num_tokens: int) -> int:
+        """How many blocks `reserve` would take from the pool."""
+        needed = 0
+        for table in self._tables[sequence]:
+            needed += max(0, table.entries_for(num_tokens) - table.num_entries)
+            needed += len(self._shared_entries(table, num_computed_tokens))
+        return needed
+
+    def _shared_entries(self, table: SequenceBlockTable, num_computed_tokens: int) -> list[int]:
+        """Offsets into ``table.blocks`` that are about to be written but are not this sequence's alone."""
+        first = table.entry(num_computed_tokens) - table.num_released
+        return [
+            offset
+            for offset in range(first, len(table.blocks))
+            if self.pool.ref_count(table.blocks[offset]) > 1 or self._index.holds(table.blocks[offset])
+        ]
+
+    def _unshare(self, table: SequenceBlockTable, num_computed_tokens: int) -> Iterable[PageCopy]:
+        for offset in self._shared_entries(table, num_computed_tokens):
+            source = table.blocks[offset]
+            (own,) = self.pool.allocate(1)
+            # Released only now: the source must not be the very block just allocated.
+            self.pool.release([source])
+            table.blocks[offset] = own
+            yield source, own
+        del table.keys[table.entry(num_computed_tokens) :]
+
+    def commit(self, sequence: Hashable, token_ids: Sequence[int], num_computed_tokens: int) -> None:
+        """Take note that the first ``num_computed_tokens`` tokens are verified and have their KV.
+
+        Full blocks can be found from now on; blocks past the last token, and those that a window has left
+        behind, are given back.
+
+        Args:
+            token_ids: the sequence's tokens, at least ``num_computed_tokens`` of them.
+        """
+        for table in self._tables[sequence]:
+            self._trim(table, num_computed_tokens)
+            if self._enable_prefix_caching:
+                self._publish(table, token_ids, num_computed_tokens)
+            self._leave_window(table, num_computed_tokens)
+
+    def _trim(self, table: SequenceBlockTable, num_computed_tokens: int) -> None:
+        """Roll back: give up entries that hold only rejected tokens."""
+        keep = table.entries_for(num_computed_tokens) - table.num_released
+        if keep < len(table.blocks):
+            self.pool.release(table.blocks[keep:])
+            del table.blocks[keep:]
+
+    def _publish(self, table: SequenceBlockTable, token_ids: Sequence[int], num_computed_tokens: int) -> None:
+        size = table.group.tokens_per_block
+        for entry in range(len(table.keys), num_computed_tokens // size):
+            table.keys.append(child_key(table.last_key, token_ids[entry * size : (entry + 1) * size]))
+            self._index.publish(table.blocks[entry - table.num_released], table.keys[-1])
+
+    def _leave_window(self, table: SequenceBlockTable, num_computed_tokens: int) -> None:
+        count = table.first_needed(num_computed_tokens) - table.num_released
+        if count > 0:
+            self.pool.release(table.blocks[:count])
+            del table.blocks[:count]
+            table.num_released += count
+
+    def remove(self, sequence: Hashable) -> None:
+        """Give back all that the sequence holds; nothing happens if it holds nothing."""
+        for table in self._tables.pop(sequence, ()):
+            # Last first: a prefix whose beginning was evicted is worthless, so its end should go before it.
+            self.pool.release(reversed(table.blocks))
+
+    def fill_tables(self, sequences: Sequence[Hashable], out: tuple[Int32s, ...]) -> None:
+        """Write the sequences' block tables into zeroed arrays [num_seqs, max_blocks], one for each group."""
+        for row, sequence in enumerate(sequences):
+            for table, array in zip(self._tables[sequence], out, strict=True):
+                table.fill_row(array[row])
+
+    def check(self) -> None:
+        """Recount every invariant from scratch.
+
+        Raises:
+            AssertionError: naming the one that is broken.
+        """
+        everything = [table for tables in self._tables.values() for table in tables]
+        self.pool.check(block for table in everything for block in table.blocks)
+        for table in everything:
+            assert len(set(table.blocks)) == len(table.blocks), "a table holds a block twice"
+
+
+class _FoundPrefix:
+    """What the index knows of one table's leading full blocks."""
+
+    def __init__(self, table: SequenceBlockTable, index: PrefixIndex, token_ids: Sequence[int]) -> None:
+        self._table = table
+        size = table.group.tokens_per_block
+        self._keys = []
+        self._blocks: list[int | None] = []
+        key = table.root
+        for start in range(0, len(token_ids) - size + 1, size):
+            key = child_key(key, token_ids[start : start + size])
+            self._keys.append(key)
+            self._blocks.append(index.find(key))
+
+    def longest(self) -> int:
+        """No prefix longer than this many tokens is covered."""
+        found = [block is not None for block in self._blocks]
+        if self._table.group.window is None:
+            count = found.index(False) if False in found else len(found)
+        else:
+            count = len(found) - found[::-1].index(True) if True in found else 0
+        return count * self._table.group.tokens_per_block
+
+    def _needed(self, num_tokens: int, num_computed_tokens: int) -> list[int | None]:
+        return self._blocks[self._table.first_needed(num_computed_tokens) : self._table.entries_for(num_tokens)]
+
+    def covers(self, num_tokens: int, num_computed_tokens: int) -> bool:
+        """Whether all that the token at ``num_computed_tokens`` reads of the first ``num_tokens`` is there."""
+        return all(block is not None for block in self._needed(num_tokens, num_computed_tokens))
+
+    def take(self, num_tokens: int, num_computed_tokens: int) -> list[int]:
+        """Put those blocks into the table, and return them."""
+        table = self._table
+        blocks = [block for block in self._needed(num_tokens, num_computed_tokens) if block is not None]
+        table.num_released = table.first_needed(num_computed_tokens) if num_tokens else 0
+        table.blocks = list(blocks)
+        table.keys = self._keys[: table.entries_for(num_tokens)]
+        return blocks

@@ -1,0 +1,73 @@
+"""What a step will compute and what it got: the types between scheduler and decoder.
+
+A plan never holds the value of a token, only how many of each sequence and where, so that a step can be planned
+before the last one's tokens are known.
+"""
+
+from dataclasses import dataclass, field
+
+from helix_gateway.core.event import TokenLogprobs
+from helix_gateway.engine.kv_cache import PageCopy
+from helix_gateway.engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class ScheduledSequence:
+    """One sequence's part of a step: verified tokens to compute, then draft tokens to verify."""
+
+    sequence: Sequence
+    start: int
+    """Position of the first token computed."""
+    num_tokens: int
+    """Verified tokens computed."""
+    depth: int
+    """Most draft tokens that may follow them; blocks are reserved for as many."""
+
+    @property
+    def samples(self) -> bool:
+        """Whether the chunk reaches the sequence's last token, whose logits give a new one."""
+        return self.start + self.num_tokens == len(self.sequence.token_ids)
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """What each sequence will compute."""
+
+    scheduled: list[ScheduledSequence] = field(default_factory=list)
+    copies: list[PageCopy] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class SequenceOutput:
+    """What one scheduled sequence got."""
+
+    scheduled: ScheduledSequence
+    token_ids: list[int]
+    """Accepted drafts, then the recovered or the bonus token; empty where the chunk did not reach the end."""
+    num_draft_tokens: int = 0
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """What each sequence got, in the plan's order."""
+
+    outputs: list[SequenceOutput]
+
+
+@dataclass(frozen=True, slots=True)
+class StepTiming:
+    """Seconds that the parts of a step took."""
+
+    draft_s: float
+    forward_s: float
+    sample_s: float
+
+
+@dataclass(slots=True)
+class SpeculativeOutput:
+    """Accepted tokens of one speculative step, and its timing."""
+
+    step: StepOutput
+    timing: StepTiming

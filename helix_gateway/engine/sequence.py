@@ -1,0 +1,104 @@
+"""One stream of tokens being generated, and how far its computation has come.
+
+State and what can be read off it; who changes it is the scheduler.  Knows nothing about blocks (the cache has
+them under the sequence's key) or text (its stop condition does).
+"""
+
+from dataclasses import dataclass, field
+
+from helix_gateway.core.event import FinishReason, SequenceMetrics, TokenLogprobs
+from helix_gateway.core.protocols import StopCondition, TokenConstraint
+from helix_gateway.core.request import Request
+from helix_gateway.engine.token_edits import TokenEdits
+
+SequenceKey = tuple[str, int]
+
+
+@dataclass(slots=True)
+class Timeline:
+    """When things happened to a sequence, in seconds of the monotonic clock."""
+
+    arrival: float
+    first_scheduled: float | None = None
+    tokens: list[float] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Choice ``index`` of a Request.
+
+    ``num_computed_tokens`` tries to catch up with ``token_ids`` plus draft tokens: that covers chunked prefill,
+    prefix hits, preemption and speculation alike.
+    """
+
+    request: Request
+    index: int
+    arrival_order: int
+    stop_ids: frozenset[int]
+    """Tokens that end it: EOS unless ignored, and the request's own."""
+    stop: StopCondition | None
+    constraint: TokenConstraint | None
+    timeline: Timeline
+    token_ids: list[int] = field(init=False)
+    """Prompt and output, verified tokens only."""
+    edits: TokenEdits = field(init=False)
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_token_ids)
+        self.edits = TokenEdits(self.request.sampling, self.token_ids, self.stop_ids)
+        if self.wants_prompt_logprobs:
+            self.prompt_logprobs.append(None)
+
+    @property
+    def key(self) -> SequenceKey:
+        """Names it in the cache."""
+        return (self.request.request_id, self.index)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Smaller is served first and preempted last."""
+        return (self.request.priority, self.arrival_order)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Verified tokens after the prompt."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Verified tokens that have no KV yet; at least one, whose logits give the next token."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether the prompt's positions are to be scored, by this sequence."""
+        return self.request.sampling.prompt_logprobs is not None and self.index == 0
+
+    def metrics(self) -> SequenceMetrics:
+        """Its figures so far."""
+        arrival = self.timeline.arrival
+        started = self.timeline.first_scheduled
+        times = [moment - arrival for moment in self.timeline.tokens]
+        return SequenceMetrics(
+            queue_time_s=0.0 if started is None else started - arrival,
+            time_to_first_token_s=times[0] if times else None,
+            token_times_s=times,
+            prompt_tokens=self.num_prompt_tokens,
+            output_tokens=self.num_output_tokens,
+            cached_tokens=self.num_cached_tokens,
+            num_preemptions=self.num_preemptions,
+            draft_tokens=self.num_draft_tokens,
+            accepted_tokens=self.num_accepted_tokens,
+        )

@@ -1,0 +1,1 @@
+"""The HTTP side: an aiohttp application over model services."""

@@ -1,0 +1,115 @@
+"""From a request's bytes to its checked fields.
+
+JSON is read in two strokes: the object's fields first, unread, then those that the schema knows.  So a field
+that nobody knows costs nothing however large it is, and no field but the prompt may be large.  Knows nothing
+about what the fields mean.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from helix_gateway.gateway.errors import ApiError, json_path
+from helix_gateway.gateway.schemas.common import WireModel
+from helix_gateway.gateway.state import in_worker, settings_of
+
+INLINE_BYTES = 64 * 1024
+"""Longer bodies are parsed in a worker thread: up to here it takes a fraction of a millisecond."""
+MAX_FIELD_BYTES = 1024 * 1024
+"""Any field but the prompt; 64 stop strings of 1,024 escaped characters fit."""
+
+Schema = TypeVar("Schema", bound=WireModel)
+
+_read_envelope = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_read_value = msgspec.json.Decoder().decode
+_msgspec_path = re.compile(r" - at `\$(?P<path>.*)`$")
+_lone_surrogate = re.compile(
+    rb"(?<!\\)(?:\\\\)*\\u[dD](?:[89aAbB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|[c-fC-F][0-9a-fA-F]{2})"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Body(Generic[Schema]):
+    """A checked request and what it held beyond the schema."""
+
+    fields: Schema
+    ignored: list[str]
+    """Fields that nobody knows, by path, in the order in which they came."""
+
+
+async def read_body(request: web.Request, schema: type[Schema]) -> Body[Schema]:
+    """Read, parse and check the body.
+
+    Raises:
+        ApiError: 400 with the JSON path of what is wrong, 413.
+    """
+    limit = settings_of(request).max_body_bytes
+    if (request.content_length or 0) > limit:
+        raise ApiError(413, f"The request's body has {request.content_length} bytes; the limit is {limit}.")
+    data = await request.read()
+    if len(data) <= INLINE_BYTES:
+        return parse_body(data, schema)
+    return await in_worker(request, parse_body, data, schema)
+
+
+def parse_body(data: bytes, schema: type[Schema]) -> Body[Schema]:
+    """Parse and check a body.
+
+    Raises:
+        ApiError: 400.
+        pydantic.ValidationError: a field is of the wrong type or out of its bounds.
+    """
+    values: dict[str, Any] = {}
+    unknown: list[str] = []
+    for name, raw in read_json(data, _read_envelope, "").items():
+        size = len(memoryview(raw))
+        if size == len(b"null") and bytes(raw) == b"null":
+            continue
+        if name in schema.raw_fields:
+            values[name] = raw
+        elif name in schema.model_fields:
+            values[name] = _read_field(name, raw, size, schema)
+        elif name not in schema.inert_fields:
+            unknown.append(name)
+    fields = schema.model_validate(values)
+    return Body(fields, unknown + fields.unknown_below())
+
+
+def _read_field(name: str, raw: msgspec.Raw, size: int, schema: type[WireModel]) -> Any:
+    if size > MAX_FIELD_BYTES and name not in schema.large_fields:
+        raise ApiError.bad_request(f"`{name}` has {size} bytes; the limit is {MAX_FIELD_BYTES}.", param=name)
+    return read_json(raw, _read_value, name)
+
+
+def read_json(data: Any, read: Any, path: str) -> Any:
+    """Decode ``data`` with ``read``; what is wrong with it becomes a 400 that names the place below ``path``.
+
+    Raises:
+        ApiError: 400.
+    """
+    try:
+        return read(data)
+    except RecursionError:
+        problem = "is nested too deeply"
+    except UnicodeDecodeError:
+        problem = "is not valid UTF-8"
+    except msgspec.DecodeError as error:
+        found = _msgspec_path.search(str(error))
+        if found:
+            path = json_path((path, found["path"].lstrip("."))) if path else found["path"].lstrip(".")
+        problem = _json_problem(error, data)
+    raise ApiError.bad_request(f"`{path}` {problem}." if path else f"The body {problem}.", param=path or None)
+
+
+def _json_problem(error: msgspec.DecodeError, data: Any) -> str:
+    if _lone_surrogate.search(data):
+        return "holds half of a surrogate pair (a \\u escape between d800 and dfff that stands alone)"
+    if isinstance(error, msgspec.ValidationError):
+        message = _msgspec_path.sub("", str(error))
+        return "cannot be read: " + message[:1].lower() + message[1:].replace("`", "")
+    if "truncated" in str(error):
+        return "is not valid JSON: it ends too early" if len(data) else "is empty; a JSON object is expected"
+    return "is not valid JSON: " + str(error).removeprefix("JSON is malformed: ")

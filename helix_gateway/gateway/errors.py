@@ -1,0 +1,195 @@
+"""The one place where what went wrong becomes an HTTP status and OpenAI's error body.
+
+Every other module raises; the middleware and the streams call `to_api_error`.  Knows nothing about routes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import pydantic
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from helix_gateway.core.errors import (
+    EngineUnavailableError,
+    InvalidRequestError,
+    OutOfMemoryError,
+    QueueFullError,
+)
+
+INVALID_REQUEST = "invalid_request_error"
+SERVER_ERROR = "server_error"
+NO_RETRY = {"x-should-retry": "false"}
+
+
+class GenerationFailedError(Exception):
+    """The engine gave up on one sequence; its message is one clear line."""
+
+
+@dataclass(slots=True)
+class ApiError(Exception):
+    """A status and the fields of OpenAI's error object."""
+
+    status: int
+    message: str
+    type: str = INVALID_REQUEST
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.message
+
+    def body(self) -> bytes:
+        """``{"error": {...}}`` as JSON."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return msgspec.json.encode({"error": error})
+
+    def response(self) -> web.Response:
+        """The error as an HTTP response of its own."""
+        return web.Response(status=self.status, body=self.body(), headers=self.headers, content_type="application/json")
+
+    @classmethod
+    def bad_request(cls, message: str, *, param: str | None = None, code: str | None = None) -> "ApiError":
+        """400: the request has to change before it can be served."""
+        return cls(400, message, param=param, code=code, headers=NO_RETRY)
+
+    @classmethod
+    def model_not_found(cls, message: str) -> "ApiError":
+        """404 for a name that no served model has."""
+        return cls(404, message, param="model", code="model_not_found", headers=NO_RETRY)
+
+    @classmethod
+    def forbidden(cls, message: str, *, code: str) -> "ApiError":
+        """403 for an origin or a host that may not use this server."""
+        return cls(403, message, code=code, headers=NO_RETRY)
+
+    @classmethod
+    def unauthorized(cls, message: str) -> "ApiError":
+        """401 for a missing or a wrong key."""
+        return cls(401, message, code="invalid_api_key", headers={**NO_RETRY, "WWW-Authenticate": "Bearer"})
+
+
+def to_api_error(error: BaseException, *, request_id: str, retry_after_s: float) -> ApiError:
+    """The status and body for any exception that a handler let out."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, InvalidRequestError):
+        return ApiError.bad_request(str(error), param=error.param, code=error.code)
+    if isinstance(error, pydantic.ValidationError):
+        return from_validation(error)
+    if isinstance(error, web.HTTPException):
+        return _from_aiohttp(error)
+    if isinstance(error, HttpProcessingError | web.RequestPayloadError):
+        return ApiError.bad_request("The request's body could not be read: it is not well-formed HTTP.")
+    return _from_engine(error, request_id, retry_after_s)
+
+
+def _from_engine(error: BaseException, request_id: str, retry_after_s: float) -> ApiError:
+    if isinstance(error, QueueFullError):
+        return ApiError(429, str(error), "rate_limit_error", None, "rate_limit_exceeded", wait(error.retry_after_s))
+    if isinstance(error, EngineUnavailableError):
+        return ApiError(503, str(error), SERVER_ERROR, None, "engine_unavailable", wait(retry_after_s))
+    if isinstance(error, OutOfMemoryError):
+        return ApiError(500, str(error), SERVER_ERROR, None, "out_of_memory", NO_RETRY)
+    if isinstance(error, GenerationFailedError):
+        return ApiError(500, f"{error} (request {request_id})", SERVER_ERROR)
+    return ApiError(500, f"The server failed to handle this request (request {request_id}).", SERVER_ERROR)
+
+
+def wait(seconds: float) -> dict[str, str]:
+    """Headers that tell clients when to come again: whole seconds for most, milliseconds for OpenAI's SDKs."""
+    return {"Retry-After": str(max(1, round(seconds))), "retry-after-ms": str(max(1, round(seconds * 1000)))}
+
+
+def _from_aiohttp(error: web.HTTPException) -> ApiError:
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(error.allowed_methods))
+        message = f"Method {error.method} is not allowed on this route; allowed: {allowed}."
+        return ApiError(405, message, code="method_not_allowed", headers={**NO_RETRY, "Allow": allowed})
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        return ApiError(413, f"The request's body is too large. {error.text or ''}".strip(), headers=NO_RETRY)
+    if isinstance(error, web.HTTPNotFound):
+        return ApiError(404, "There is no such route; GET / tells which there are.", code="not_found", headers=NO_RETRY)
+    return ApiError(error.status, error.reason, INVALID_REQUEST if error.status < 500 else SERVER_ERROR)
+
+
+# ---- pydantic's findings in OpenAI's words -----------------------------------------------------------------
+
+_EXPECTED = {
+    "float_type": "a number",
+    "int_type": "an integer",
+    "string_type": "a string",
+    "bool_type": "a boolean",
+    "list_type": "an array",
+    "dict_type": "an object",
+    "model_type": "an object",
+}
+_KINDS = {
+    str: "a string",
+    bool: "a boolean",
+    int: "an integer",
+    float: "a number",
+    list: "an array",
+    dict: "an object",
+    type(None): "null",
+}
+_BOUNDS = {
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("greater than", "gt"),
+    "less_than_equal": ("at most", "le"),
+    "less_than": ("less than", "lt"),
+}
+_LENGTHS = {
+    "too_long": ("at most {max_length} items", "it has {actual_length}"),
+    "too_short": ("at least {min_length} item", "it has {actual_length}"),
+    "string_too_long": ("at most {max_length} characters", "it is longer"),
+    "string_too_short": ("at least {min_length} character", "it is empty"),
+}
+
+
+def kind_of(value: object) -> str:
+    """What JSON calls a value: "a string", "an array", …"""
+    return _KINDS.get(type(value), "something else")
+
+
+def json_path(location: tuple[int | str, ...]) -> str:
+    """``("messages", 0, "content")`` → ``messages[0].content``; names of union branches (``<…>``) are left out."""
+    path = ""
+    for step in location:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif not step.startswith("<"):
+            path += f".{step}" if path else step
+    return path
+
+
+def from_validation(error: pydantic.ValidationError) -> ApiError:
+    """The first finding, as a 400 that names the JSON path and the bound."""
+    finding = error.errors(include_url=False)[0]
+    context = finding.get("ctx", {})
+    path = json_path((*finding["loc"], *([context["field"]] if "field" in context else [])))
+    problem = _problem(finding["type"], finding["input"], context, finding["msg"])
+    return ApiError.bad_request(f"`{path}` {problem}." if path else f"The body {problem}.", param=path or None)
+
+
+def _number(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)[:40]
+
+
+def _problem(kind: str, value: object, context: Mapping[str, Any], message: str) -> str:
+    if kind in _EXPECTED:
+        return f"must be {_EXPECTED[kind]}, not {kind_of(value)}"
+    if kind in _BOUNDS:
+        words, key = _BOUNDS[kind]
+        return f"must be {words} {_number(context[key])}, not {_number(value)}"
+    if kind in _LENGTHS:
+        wanted, found = _LENGTHS[kind]
+        return f"must have {wanted.format(**context)}; {found.format(**context)}"
+    if kind == "missing":
+        return "is required"
+    if kind == "literal_error":
+        return f"must be {context['expected']}, not {str(value)[:40]!r}"
+    return message

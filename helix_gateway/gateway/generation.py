@@ -1,0 +1,184 @@
+"""One HTTP request's answers, as one stream: all prompts and choices interleaved, closed whatever happens.
+
+Closing (or cancelling) the stream closes every generator of the service behind it, which frees the engine's
+blocks.  Knows nothing about how answers are written.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import msgspec
+
+from helix_gateway.core.errors import EngineUnavailableError
+from helix_gateway.core.event import TokenLogprobs
+from helix_gateway.gateway.errors import GenerationFailedError
+from helix_gateway.gateway.params import Plan
+from helix_gateway.service.api import ModelService, TextDelta
+
+T = TypeVar("T")
+
+Deltas = AsyncGenerator[tuple[int, TextDelta], None]
+"""(choice, delta); choice = prompt index * choices a prompt + index."""
+
+INTERLEAVE_BUFFER = 64
+"""Deltas of several prompts that wait for a client that reads slowly; then their generators wait too."""
+
+
+@asynccontextmanager
+async def closing(stream: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
+    """Close ``stream`` on the way out, if it is of a kind that can be."""
+    try:
+        yield stream
+    finally:
+        aclose = getattr(stream, "aclose", None)
+        if aclose is not None:
+            await aclose()
+
+
+async def generate(service: ModelService, plan: Plan) -> Deltas:
+    """All deltas of all choices, in the order in which they come.
+
+    Raises:
+        QueueFullError, EngineUnavailableError: as the service does.
+        GenerationFailedError: the engine gave up on a sequence.
+    """
+    unfinished = len(plan.calls) * plan.num_choices
+    async with closing(_merged(service, plan)) as deltas:
+        async for choice, delta in deltas:
+            if delta.finish_reason is not None:
+                _raise_if_failed(delta)
+                unfinished -= 1
+            yield choice, delta
+    if unfinished:
+        raise EngineUnavailableError("The engine stopped before the answer was complete.")
+
+
+def _merged(service: ModelService, plan: Plan) -> Deltas:
+    streams = [service.generate(call) for call in plan.calls]
+    if len(streams) == 1:
+        return _numbered(streams[0])
+    return _interleaved(streams, plan.num_choices)
+
+
+async def _numbered(stream: AsyncIterator[TextDelta]) -> Deltas:
+    async with closing(stream) as deltas:
+        async for delta in deltas:
+            yield delta.index, delta
+
+
+async def _interleaved(streams: Sequence[AsyncIterator[TextDelta]], num_choices: int) -> Deltas:
+    queue: asyncio.Queue[tuple[int, TextDelta] | BaseException | None] = asyncio.Queue(INTERLEAVE_BUFFER)
+
+    async def pump(prompt_index: int, stream: AsyncIterator[TextDelta]) -> None:
+        try:
+            async with closing(stream) as deltas:
+                async for delta in deltas:
+                    await queue.put((prompt_index * num_choices + delta.index, delta))
+        except Exception as error:  # noqa: BLE001 - raised again where the queue is read
+            await queue.put(error)
+        else:
+            await queue.put(None)
+
+    pumps = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    running = len(pumps)
+    try:
+        while running:
+            item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                running -= 1
+            else:
+                yield item
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+def _raise_if_failed(delta: TextDelta) -> None:
+    if delta.finish_reason == "error":
+        raise GenerationFailedError(delta.error or "The engine gave up on this answer.")
+    if delta.finish_reason == "abort":
+        raise EngineUnavailableError(delta.error or "The server is stopping; the answer was cut off.")
+
+
+async def without_output(deltas: Deltas) -> Deltas:
+    """Only what is known of the prompt: for ``echo`` with ``max_tokens: 0``, for which one token was generated."""
+    async with closing(deltas) as source:
+        async for choice, delta in source:
+            finished = "length" if delta.finish_reason else None
+            yield choice, msgspec.structs.replace(
+                delta, text="", token_ids=[], logprobs=None, finish_reason=finished, stop_reason=None
+            )
+
+
+async def prompt_logprobs_first(deltas: Deltas, num_choices: int) -> Deltas:
+    """The same deltas, but of each prompt the one that brings the prompt's logprobs comes before all others."""
+    known: set[int] = set()
+    held: dict[int, list[tuple[int, TextDelta]]] = {}
+    async with closing(deltas) as source:
+        async for choice, delta in source:
+            prompt_index = choice // num_choices
+            if prompt_index not in known and delta.prompt_logprobs is None:
+                held.setdefault(prompt_index, []).append((choice, delta))
+                continue
+            yield choice, delta
+            known.add(prompt_index)
+            for item in held.pop(prompt_index, ()):
+                yield item
+    for items in held.values():
+        for item in items:
+            yield item
+
+
+@dataclass(slots=True)
+class Answer:
+    """One choice, whole."""
+
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def add(self, delta: TextDelta) -> None:
+        """Take what is new."""
+        self.texts.append(delta.text)
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs or ()
+        self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
+        self.finish_reason = delta.finish_reason or self.finish_reason
+        self.stop_reason = delta.stop_reason if delta.stop_reason is not None else self.stop_reason
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return "".join(self.texts)
+
+    @property
+    def mean_logprob(self) -> float:
+        """What `best_of` ranks by: log-probability a token."""
+        return sum(token.logprob for token in self.logprobs) / max(1, len(self.logprobs))
+
+
+async def gather_answers(deltas: Deltas, count: int) -> list[Answer]:
+    """Wait for all choices."""
+    answers = [Answer() for _ in range(count)]
+    async with closing(deltas) as source:
+        async for choice, delta in source:
+            answers[choice].add(delta)
+    return answers
+
+
+def best_answers(answers: list[Answer], candidates: int, wanted: int) -> list[Answer]:
+    """Of each prompt's ``candidates`` the ``wanted`` most likely ones, best first; all as they are if none are over."""
+    if candidates == wanted:
+        return answers
+    groups = (answers[start : start + candidates] for start in range(0, len(answers), candidates))
+    ranked = (sorted(group, key=lambda answer: answer.mean_logprob, reverse=True) for group in groups)
+    return [answer for group in ranked for answer in group[:wanted]]

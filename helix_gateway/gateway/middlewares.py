@@ -1,0 +1,148 @@
+"""What happens around every request: its id and log line, errors into OpenAI's shape, browsers, keys.
+
+Plain functions, outermost first in `MIDDLEWARES`; headers that every response carries are added as it is
+prepared, so that streams have them too.  Knows nothing about what routes do.
+"""
+
+import hashlib
+import hmac
+import re
+import uuid
+
+import structlog
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from helix_gateway.gateway.errors import ApiError, to_api_error
+from helix_gateway.gateway.origins import host_allowed, origin_allowed
+from helix_gateway.gateway.state import RequestContext, attach_context, context_of, settings_of
+
+EXPOSED_HEADERS = (
+    "x-request-id, retry-after, retry-after-ms, x-should-retry, openai-processing-ms, "
+    "x-helix-ignored-fields, x-helix-clamped, x-helix-seed"
+)
+OPEN_ROUTES = frozenset({"/", "/v1", "/health", "/ready"})
+"""What needs no key: it tells nothing of anybody's work, and probes have no keys."""
+PREFLIGHT_AGE_S = 600
+
+_sane_id = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+_header_names = re.compile(r"[A-Za-z0-9_, -]{0,2000}")
+_log = structlog.get_logger("helix.access")
+
+
+@web.middleware
+async def identify_and_log(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give the request its id, and one log line when it is done, however it ends."""
+    context = RequestContext(_request_id(request.headers.get("x-request-id")))
+    attach_context(request, context)
+    status = 499
+    """What the log says where the client left before it had an answer."""
+    try:
+        response = await handler(request)
+        status = response.status
+        return response
+    finally:
+        _log_request(request, context, status)
+
+
+def _request_id(sent: str | None) -> str:
+    return sent if sent is not None and _sane_id.fullmatch(sent) else f"req_{uuid.uuid4().hex}"
+
+
+def _log_request(request: web.Request, context: RequestContext, status: int) -> None:
+    quiet = request.path.rstrip("/") in ("/health", "/ready") and status < 400
+    log = _log.debug if quiet else _log.error if status >= 500 else _log.info
+    log(
+        "request",
+        request_id=context.request_id,
+        method=request.method,
+        path=request.path[:200],
+        status=status,
+        duration_ms=round(context.elapsed_ms, 1),
+        **context.log,
+    )
+
+
+@web.middleware
+async def shape_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn whatever a handler raises into OpenAI's error body."""
+    context, settings = context_of(request), settings_of(request)
+    try:
+        return await handler(request)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer and the log the rest
+        api_error = to_api_error(error, request_id=context.request_id, retry_after_s=settings.retry_after_s)
+        context.note_error(error, api_error)
+        return api_error.response()
+
+
+@web.middleware
+async def guard_browsers(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Check Host and Origin, and answer preflights on every route, existing or not."""
+    settings = settings_of(request)
+    host, origin = request.headers.get("Host"), request.headers.get("Origin")
+    if not host_allowed(host, settings.host, settings.allowed_hosts):
+        raise ApiError.forbidden(
+            "This server listens on loopback and does not answer to that Host; see --allowed-hosts.",
+            code="host_not_allowed",
+        )
+    if origin is None:
+        return await handler(request)
+    if not origin_allowed(origin, host, settings.allowed_origins):
+        raise ApiError.forbidden(
+            f"Pages of the origin {origin[:100]} may not use this server; see --allowed-origins.",
+            code="origin_not_allowed",
+        )
+    context_of(request).headers.update(_cors_headers(origin))
+    if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+        return web.Response(status=204, headers=_preflight_headers(request))
+    return await handler(request)
+
+
+def _cors_headers(origin: str) -> dict[str, str]:
+    return {
+        "Access-Control-Allow-Origin": origin,
+        "Access-Control-Expose-Headers": EXPOSED_HEADERS,
+        "Vary": "Origin",
+    }
+
+
+def _preflight_headers(request: web.Request) -> dict[str, str]:
+    wanted = request.headers.get("Access-Control-Request-Headers", "")
+    headers = {
+        "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
+        "Access-Control-Allow-Headers": wanted if wanted and _header_names.fullmatch(wanted) else "*",
+        "Access-Control-Max-Age": str(PREFLIGHT_AGE_S),
+    }
+    if request.headers.get("Access-Control-Request-Private-Network") == "true":
+        headers["Access-Control-Allow-Private-Network"] = "true"
+    return headers
+
+
+@web.middleware
+async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Compare the key in constant time, where one is set."""
+    key = settings_of(request).api_key
+    if key is None or (request.path.rstrip("/") or "/") in OPEN_ROUTES:
+        return await handler(request)
+    scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not sent.strip():
+        raise ApiError.unauthorized("A key is needed: send it as `Authorization: Bearer KEY`.")
+    if not hmac.compare_digest(_digest(sent.strip()), _digest(key)):
+        raise ApiError.unauthorized("The key is wrong.")
+    return await handler(request)
+
+
+def _digest(key: str) -> bytes:
+    """Of one length whatever the key, so that comparing tells nothing of its length either."""
+    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+
+
+async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """What every response carries; a signal of aiohttp's, called before the head is sent."""
+    context = context_of(request)
+    response.headers.update(context.headers)
+    response.headers["x-request-id"] = context.request_id
+    response.headers["openai-processing-ms"] = str(round(context.elapsed_ms))
+
+
+MIDDLEWARES: tuple[Middleware, ...] = (identify_and_log, shape_errors, guard_browsers, authenticate)

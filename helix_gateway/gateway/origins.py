@@ -1,0 +1,54 @@
+"""Who may drive this server from a browser: rules over `Origin` and `Host`, as pure functions.
+
+A web page that someone visits reaches a server on that person's machine; it must not drive their models.  So
+only loopback pages, desktop apps and origins named by the operator are let in, and a server on loopback answers
+only to loopback names (a page whose name was rebound to 127.0.0.1 carries its own name in `Host`).  Knows nothing
+about responses.
+"""
+
+import ipaddress
+from collections.abc import Collection
+from urllib.parse import urlsplit
+
+APP_SCHEMES = frozenset({"app", "tauri", "file", "vscode-webview"})
+CONTAINER_HOST = "host.docker.internal"
+"""How a container calls the machine it runs on; the name is reserved, so nobody can rebind it."""
+ANY = "*"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine's own."""
+    name = host.strip("[]").rstrip(".").lower()
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def origin_allowed(origin: str, host_header: str | None, allowed: Collection[str]) -> bool:
+    """Whether a page of ``origin`` may use the server: by rule, by name, or because the server itself served it."""
+    if ANY in allowed or origin.rstrip("/") in {name.rstrip("/") for name in allowed}:
+        return True
+    try:
+        parts = urlsplit(origin)
+        hostname = parts.hostname or ""
+    except ValueError:
+        return False
+    if parts.scheme in APP_SCHEMES:
+        return True
+    if parts.scheme not in ("http", "https"):
+        return False
+    return is_loopback(hostname) or (host_header is not None and parts.netloc.lower() == host_header.lower())
+
+
+def host_allowed(host_header: str | None, listening_on: str, allowed: Collection[str]) -> bool:
+    """Whether a request under that `Host` is meant for this server; only a loopback listener asks."""
+    if host_header is None or not is_loopback(listening_on) or ANY in allowed:
+        return True
+    try:
+        hostname = urlsplit(f"//{host_header}").hostname or ""
+    except ValueError:
+        return False
+    return is_loopback(hostname) or hostname == CONTAINER_HOST or hostname in {name.lower() for name in allowed}

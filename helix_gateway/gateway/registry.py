@@ -1,0 +1,81 @@
+"""Which models are served, under which names.
+
+Knows nothing about HTTP beyond the error that an unknown name becomes.
+"""
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from helix_gateway.core.errors import EngineUnavailableError
+from helix_gateway.gateway.errors import ApiError
+from helix_gateway.gateway.token_texts import TokenTexts
+from helix_gateway.service.api import ModelService
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One service with the name that answers give it."""
+
+    name: str
+    service: ModelService
+    texts: TokenTexts
+    created: int = field(default_factory=lambda: int(time.time()))
+    """Seconds since 1970."""
+
+    @property
+    def fingerprint(self) -> str:
+        """OpenAI's ``system_fingerprint``: the same for as long as the same model is served."""
+        return "fp_" + hashlib.sha256(f"{self.name} {self.created}".encode()).hexdigest()[:12]
+
+
+class ModelRegistry:
+    """Names to models; several names of one service are aliases, the first of them is what answers say."""
+
+    def __init__(self, models: Mapping[str, ModelService], names: Sequence[str] = ()) -> None:
+        """``names`` stand in for the mapping's keys where one service is served."""
+        services = {id(service): service for service in models.values()}
+        if names and len(services) == 1:
+            models = dict.fromkeys(names, next(iter(services.values())))
+        served: dict[int, ServedModel] = {}
+        for name, service in models.items():
+            served.setdefault(id(service), ServedModel(name, service, TokenTexts(service)))
+        self._by_name = {name: served[id(service)] for name, service in models.items()}
+
+    @property
+    def models(self) -> list[ServedModel]:
+        """Each model once."""
+        return list({id(model): model for model in self._by_name.values()}.values())
+
+    @property
+    def names(self) -> list[str]:
+        """Every name that a request may give."""
+        return list(self._by_name)
+
+    def resolve(self, name: str) -> ServedModel:
+        """The model of that name; no name means the one that is served, where it is only one.
+
+        Raises:
+            ApiError: 404 ``model_not_found``.
+        """
+        if model := self._by_name.get(name):
+            return model
+        served = ", ".join(f"`{known}`" for known in self._by_name)
+        if name:
+            raise ApiError.model_not_found(f"The model `{name[:200]}` is not served here; what is: {served}.")
+        if len(models := self.models) != 1:
+            raise ApiError.model_not_found(f"The request names no model and several are served: {served}.")
+        return models[0]
+
+    def resolve_ready(self, name: str) -> ServedModel:
+        """The same, of a model that would serve a call now.
+
+        Raises:
+            ApiError: 404 ``model_not_found``.
+            EngineUnavailableError: it is loading, restarting or gone.
+        """
+        model = self.resolve(name)
+        if model.service.state != "ready":
+            raise EngineUnavailableError(f"The model `{model.name}` is {model.service.state}.")
+        return model

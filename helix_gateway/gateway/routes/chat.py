@@ -1,0 +1,149 @@
+"""`/v1/chat/completions`, streaming and not.
+
+Knows nothing about tokens beyond their ids, nor about how the engine makes them.
+"""
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from aiohttp import web
+
+from helix_gateway.gateway.body import read_body
+from helix_gateway.gateway.chunks import NO_USAGE_YET, ChunkFrame, to_json
+from helix_gateway.gateway.exchange import Exchange, answer_json, answer_stream, open_exchange
+from helix_gateway.gateway.generation import Answer, best_answers, closing, gather_answers
+from helix_gateway.gateway.logprobs import chat_logprobs, prompt_logprobs
+from helix_gateway.gateway.params import Wanted
+from helix_gateway.gateway.prompts import chat_prompt
+from helix_gateway.gateway.registry import ServedModel
+from helix_gateway.gateway.reply import new_reply
+from helix_gateway.gateway.schemas.chat import ChatRequest
+from helix_gateway.gateway.sse import DONE
+from helix_gateway.gateway.state import models_of, settings_of
+from helix_gateway.service.api import TextDelta
+
+
+async def create_chat_completion(request: web.Request) -> web.StreamResponse:
+    """Answer one conversation."""
+    body = await read_body(request, ChatRequest)
+    served = models_of(request).resolve_ready(body.fields.model)
+    prompt = await chat_prompt(request, served, body.fields.messages)
+    wanted = _wanted(body.fields, settings_of(request).default_max_tokens)
+    exchange = await open_exchange(request, served, body, new_reply("chatcmpl", served), [prompt], wanted)
+    if body.fields.stream:
+        return await answer_stream(request, _events(exchange, body.fields))
+    return answer_json(await _body(exchange, body.fields))
+
+
+def _wanted(body: ChatRequest, default_max_tokens: int | None) -> Wanted:
+    return Wanted(
+        token_limit=body.token_limit,
+        default_limit=default_max_tokens,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        prompt_logprobs=body.prompt_logprobs,
+    )
+
+
+# ---- the whole answer ---------------------------------------------------------------------------------------
+
+
+async def _body(exchange: Exchange, body: ChatRequest) -> dict[str, Any]:
+    answers = await gather_answers(exchange.deltas(), exchange.plan.num_choices)
+    chosen = best_answers(answers, exchange.plan.num_choices, body.n)
+    return {
+        **exchange.reply.fields("chat.completion"),
+        "choices": [_choice(exchange.served, body, index, answer) for index, answer in enumerate(chosen)],
+        "usage": exchange.tally.usage(),
+        **_about_prompt(exchange, body, answers[0].prompt_logprobs),
+    }
+
+
+def _choice(served: ServedModel, body: ChatRequest, index: int, answer: Answer) -> dict[str, Any]:
+    content = chat_logprobs(served.texts, answer.logprobs) if body.logprobs else None
+    choice: dict[str, Any] = {
+        "index": index,
+        "message": {"role": "assistant", "content": answer.text, "refusal": None, "annotations": []},
+        "logprobs": None if content is None else {"content": content, "refusal": None},
+        "finish_reason": answer.finish_reason,
+    }
+    if answer.stop_reason is not None:
+        choice["stop_reason"] = answer.stop_reason
+    if body.return_token_ids:
+        choice["token_ids"] = answer.token_ids
+    return choice
+
+
+def _about_prompt(exchange: Exchange, body: ChatRequest, logprobs: Any) -> dict[str, Any]:
+    """What was asked about the prompt, beside the choices."""
+    about: dict[str, Any] = {}
+    if body.return_token_ids:
+        about["prompt_token_ids"] = exchange.prompts[0].token_ids
+    if body.prompt_logprobs is not None and logprobs is not None:
+        about["prompt_logprobs"] = prompt_logprobs(exchange.served.texts, logprobs, body.prompt_logprobs)
+    return about
+
+
+# ---- the stream ---------------------------------------------------------------------------------------------
+
+
+async def _events(exchange: Exchange, body: ChatRequest) -> AsyncGenerator[bytes, None]:
+    include_usage = body.stream_options.include_usage
+    writer = _ChunkWriter(exchange, body)
+    async with closing(exchange.deltas()) as deltas:
+        async for choice, delta in deltas:
+            if payload := writer.chunks(choice, delta):
+                yield payload
+    yield (writer.frame.usage_chunk(exchange.tally.usage()) if include_usage else b"") + DONE
+
+
+class _ChunkWriter:
+    """Writes a delta as chunks: the role once a choice, then text, and a chunk of its own for the finish."""
+
+    def __init__(self, exchange: Exchange, body: ChatRequest) -> None:
+        usage = NO_USAGE_YET if body.stream_options.include_usage else b""
+        self.frame = ChunkFrame(exchange.reply, "chat.completion.chunk", usage=usage)
+        self._exchange = exchange
+        self._body = body
+        self._opened: set[int] = set()
+
+    def chunks(self, choice: int, delta: TextDelta) -> bytes:
+        """One delta's events, joined; empty where there is nothing to tell yet."""
+        payload = b""
+        if choice not in self._opened:
+            self._opened.add(choice)
+            payload = self._opening(choice, delta)
+        if delta.text or (delta.token_ids and self._tells_tokens):
+            payload += self._text(choice, delta)
+        if delta.finish_reason is not None:
+            payload += self._finish(choice, delta)
+        return payload
+
+    @property
+    def _tells_tokens(self) -> bool:
+        return self._body.logprobs or self._body.return_token_ids
+
+    def _opening(self, choice: int, delta: TextDelta) -> bytes:
+        about = _about_prompt(self._exchange, self._body, delta.prompt_logprobs) if choice == 0 else {}
+        beside = b"," + to_json(about)[1:-1] if about else b""
+        fields = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
+        return self.frame.chunk(choice, fields, beside)
+
+    def _text(self, choice: int, delta: TextDelta) -> bytes:
+        fields = b'"delta":{"content":%b},"logprobs":%b,"finish_reason":null%b'
+        return self.frame.chunk(choice, fields % (to_json(delta.text), self._logprobs(delta), self._ids(delta)))
+
+    def _logprobs(self, delta: TextDelta) -> bytes:
+        if not self._body.logprobs:
+            return b"null"
+        content = chat_logprobs(self._exchange.served.texts, delta.logprobs or ())
+        return to_json({"content": content, "refusal": None})
+
+    def _ids(self, delta: TextDelta) -> bytes:
+        return b',"token_ids":' + to_json(delta.token_ids) if self._body.return_token_ids else b""
+
+    def _finish(self, choice: int, delta: TextDelta) -> bytes:
+        why = b"" if delta.stop_reason is None else b',"stop_reason":' + to_json(delta.stop_reason)
+        return self.frame.chunk(
+            choice,
+            b'"delta":{},"logprobs":null,"finish_reason":"%b"%b' % ((delta.finish_reason or "stop").encode(), why),
+        )

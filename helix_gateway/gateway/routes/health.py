@@ -1,0 +1,32 @@
+"""`/health` and `/ready`: for probes and supervisors.
+
+Knows nothing about why an engine is in the state it is in.
+"""
+
+from aiohttp import web
+
+from helix_gateway.gateway.chunks import to_json
+from helix_gateway.gateway.errors import wait
+from helix_gateway.gateway.state import models_of, settings_of
+
+
+async def health(request: web.Request) -> web.Response:
+    """200 for as long as the process lives, whatever its engines do."""
+    return _states(request, 200, "ok")
+
+
+async def ready(request: web.Request) -> web.Response:
+    """200 when a request would be served now, 503 with the reason otherwise."""
+    waiting = [model for model in models_of(request).models if model.service.state != "ready"]
+    if not waiting:
+        return _states(request, 200, "ready")
+    reason = "; ".join(f"{model.name} is {model.service.state}" for model in waiting)
+    response = _states(request, 503, reason)
+    response.headers.update(wait(settings_of(request).retry_after_s))
+    return response
+
+
+def _states(request: web.Request, status: int, text: str) -> web.Response:
+    models = [{"id": model.name, "state": model.service.state} for model in models_of(request).models]
+    body = to_json({"status": text, "models": models})
+    return web.Response(status=status, body=body, content_type="application/json")

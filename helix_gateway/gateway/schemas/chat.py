@@ -1,0 +1,142 @@
+"""What `/v1/chat/completions` takes.
+
+Tools, structured output, audio and images are known by name and refused by name.  Knows nothing about templates.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from helix_gateway.gateway.schemas.common import MAX_TOP_LOGPROBS, GenerationRequest, WireModel, field_problem
+
+MAX_MESSAGES = 16_384
+TEXT_PARTS = ("text", "refusal")
+
+
+class ContentPart(WireModel):
+    """One part of a message's content; only text is taken."""
+
+    type: str
+    text: str = ""
+    refusal: str = ""
+
+    @model_validator(mode="after")
+    def _only_text(self) -> "ContentPart":
+        if self.type not in TEXT_PARTS:
+            raise PydanticCustomError(
+                "part", "is a `{part}` part, which is not supported: only text is", {"part": self.type[:40]}
+            )
+        if self.type not in self.model_fields_set:
+            raise PydanticCustomError("part", "lacks the field `{part}`", {"part": self.type})
+        return self
+
+
+def _content_kind(value: Any) -> str | None:
+    return "<text>" if isinstance(value, str) else "<parts>" if isinstance(value, list) else None
+
+
+Content = Annotated[
+    Annotated[str, Tag("<text>")]
+    | Annotated[list[ContentPart], Field(fail_fast=True, max_length=MAX_MESSAGES), Tag("<parts>")],
+    Discriminator(
+        _content_kind, custom_error_type="content", custom_error_message="must be a string or an array of text parts"
+    ),
+]
+
+
+class ChatMessage(WireModel):
+    """One message; a missing content is empty."""
+
+    inert_fields = frozenset({"refusal", "annotations"})
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Content = ""
+    name: str | None = None
+    tool_calls: list[Any] = []
+    function_call: dict[str, Any] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _no_tools(self) -> "ChatMessage":
+        if self.role in ("tool", "function"):
+            raise PydanticCustomError(
+                "tools", "has the role `{role}`: tools are not supported yet", {"role": self.role}
+            )
+        if self.tool_calls or self.function_call:
+            raise PydanticCustomError("tools", "calls tools, which are not supported yet")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as `text/` takes it: parts are text parts, and it joins them."""
+        named = {} if self.name is None else {"name": self.name}
+        if isinstance(self.content, str):
+            return {"role": self.role, "content": self.content, **named}
+        parts = [{"type": "text", "text": text} for text in self.texts]
+        return {"role": self.role, "content": parts, **named}
+
+    @property
+    def texts(self) -> list[str]:
+        """The content's pieces."""
+        if isinstance(self.content, str):
+            return [self.content]
+        return [part.text or part.refusal for part in self.content]
+
+
+class ChatRequest(GenerationRequest):
+    """The whole request."""
+
+    inert_fields = frozenset({"user", "store", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier"})
+    large_fields = frozenset({"messages"})
+
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    tools: list[Any] = []
+    tool_choice: Any = "none"
+    functions: list[Any] = []
+    function_call: Any = "none"
+    modalities: list[str] = ["text"]
+    audio: Any = None
+
+    @field_validator("tools", "functions")
+    @classmethod
+    def _no_tools(cls, value: list[Any]) -> list[Any]:
+        if value:
+            raise PydanticCustomError("tools", "names tools, which are not supported yet; send none")
+        return value
+
+    @field_validator("tool_choice", "function_call")
+    @classmethod
+    def _no_choice(cls, value: Any) -> Any:
+        if value not in ("none", "auto"):
+            raise PydanticCustomError(
+                "tools", "asks for a tool, which are not supported yet; `none` and `auto` are fine"
+            )
+        return value
+
+    @field_validator("modalities")
+    @classmethod
+    def _only_text(cls, value: list[str]) -> list[str]:
+        if value != ["text"]:
+            raise PydanticCustomError("modalities", 'must be ["text"]: this model answers in text only')
+        return value
+
+    @field_validator("audio")
+    @classmethod
+    def _no_audio(cls, value: Any) -> Any:
+        raise PydanticCustomError("audio", "asks for audio, which is not supported: answers are text")
+
+    @model_validator(mode="after")
+    def _logprobs_asked(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise field_problem("top_logprobs", "needs `logprobs` to be true")
+        return self
+
+    @property
+    def token_limit(self) -> int | None:
+        """The lesser of both fields: each is an upper bound."""
+        limits = [limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None]
+        return min(limits, default=None)

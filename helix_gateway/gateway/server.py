@@ -1,0 +1,138 @@
+"""From an application to a listening socket: bind first, then start, serve, and stop in order.
+
+Knows nothing about routes.
+"""
+
+import asyncio
+import errno
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from aiohttp import web
+
+from helix_gateway.gateway.settings import GatewaySettings
+
+BACKLOG = 1024
+
+
+class BindError(Exception):
+    """The address cannot be listened on; the message is one clear line."""
+
+
+def bind(settings: GatewaySettings) -> list[socket.socket]:
+    """Bind every address that the host name stands for, all on one port.
+
+    Done before any model is loaded, so that a port in use is known at once.
+
+    Raises:
+        BindError: the port is in use or may not be used, or the host has no address here.
+    """
+    try:
+        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise BindError(f"The host {settings.host} has no address on this machine: {error.strerror}.") from error
+    sockets: list[socket.socket] = []
+    for family, _, _, _, address in dict.fromkeys(found):
+        port = sockets[0].getsockname()[1] if sockets else settings.port
+        try:
+            sockets.append(_bound(family, (address[0], port, *address[2:])))
+        except OSError as error:
+            _close(sockets)
+            raise BindError(_why_not(settings, error)) from error
+    return sockets
+
+
+def _bound(family: int, address: tuple[Any, ...]) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if sys.platform != "win32":  # there it would let two servers share a port
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _close(sockets: Sequence[socket.socket]) -> None:
+    for sock in sockets:
+        sock.close()
+
+
+def _why_not(settings: GatewaySettings, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"Port {settings.port} on {settings.host} is in use; choose another with --port."
+    if error.errno == errno.EACCES:
+        return f"Port {settings.port} may not be used without more rights; choose one above 1023 with --port."
+    return f"Cannot listen on {settings.host} port {settings.port}: {error.strerror}."
+
+
+def urls(sockets: Sequence[socket.socket]) -> list[str]:
+    """Where the sockets listen, as people type it."""
+    names = [sock.getsockname()[:2] for sock in sockets]
+    return [f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}" for host, port in names]
+
+
+@asynccontextmanager
+async def listening(
+    app: web.Application, settings: GatewaySettings, sockets: Sequence[socket.socket]
+) -> AsyncIterator[list[str]]:
+    """Start the application on bound sockets; yields its URLs, stops it on the way out."""
+    runner = web.AppRunner(
+        app, handler_cancellation=True, access_log=None, shutdown_timeout=settings.shutdown_timeout_s
+    )
+    try:
+        await runner.setup()
+        for sock in sockets:
+            await web.SockSite(runner, sock).start()
+        yield urls(sockets)
+    finally:
+        await runner.cleanup()
+
+
+async def serve(app: web.Application, settings: GatewaySettings, sockets: Sequence[socket.socket]) -> None:
+    """Serve until SIGINT or SIGTERM."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        try:
+            loop.add_signal_handler(name, stopped.set)
+        except NotImplementedError:  # Windows: Ctrl-C comes as KeyboardInterrupt
+            break
+    async with listening(app, settings, sockets) as where:
+        sys.stdout.write(f"Helix listens on {' and '.join(where)}\n")
+        sys.stdout.flush()
+        await stopped.wait()
+
+
+def run(app: web.Application, settings: GatewaySettings) -> int:
+    """Bind, serve until told to stop, and answer with the exit code."""
+    try:
+        sockets = bind(settings)
+    except BindError as error:
+        sys.stderr.write(f"helix: {error}\n")
+        return 1
+    try:
+        run_event_loop(serve(app, settings, sockets))
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        _close(sockets)
+    return 0
+
+
+def run_event_loop(main: Coroutine[Any, Any, None]) -> None:
+    """Run ``main`` on uvloop where it is installed, otherwise on asyncio's own loop."""
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(main)
+    else:
+        uvloop.run(main)

@@ -1,0 +1,34 @@
+"""Where the gateway listens and whom it serves.
+
+Knows nothing about engines; their settings are in `service/settings.py`.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewaySettings:
+    """The HTTP side of `helix serve`."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0: any free one; what was chosen is printed."""
+    api_key: str | None = None
+    """None: any key, or none, is fine."""
+    served_model_names: tuple[str, ...] = ()
+    """Every name that clients may ask for where one model is served; the first is what answers say."""
+    default_max_tokens: int | None = None
+    """Bound on a chat answer whose request names no max_tokens; None: the end of the context."""
+    max_body_bytes: int = 32 * 1024 * 1024
+    ping_interval_s: float = 15.0
+    """Silence on a stream after which a comment is sent, so that proxies keep the connection."""
+    allowed_origins: tuple[str, ...] = ()
+    """Besides loopback origins and the schemes of desktop apps; ``*`` allows every origin."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Host names, besides loopback ones, that a request may carry when listening on loopback; ``*``: any."""
+    retry_after_s: float = 2.0
+    """What clients are told to wait while the engine is down."""
+    shutdown_timeout_s: float = 5.0
+    """How long running answers may go on once the server was told to stop."""
+    worker_threads: int = 2
+    """Threads that parse and tokenise what is too long for the event loop."""

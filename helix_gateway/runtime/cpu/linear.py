@@ -1,0 +1,242 @@
+"""Linear layers and tied embeddings over packed weights, for CPUs: ``y = x @ W.T + b``, each row as if it were alone.
+
+Weights are packed once into tiles of 32 output channels, in the order in which the compiled product reads them.  A
+row's bits depend on that row alone: not on the other rows, the threads or the processor's vectors.  Inference only, no
+gradients.  Knows nothing about models beyond their modules, nor about batches or sequences.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from helix_gateway.runtime.cpu.microkernels import LANES, TILE_CHANNELS
+from helix_gateway.runtime.cpu.products import gather_rows, host_shape, products, wide_elements
+from helix_gateway.runtime.cpu.threads import thread_count
+
+# Multiply-adds below which a second thread does not pay (measured: benchmarks/cpu_linear.py).
+_SERIAL_PRODUCT = 1 << 15
+
+
+class PackedWeight(ABC):
+    """A matrix [channels, inputs] as tiles [ceil(channels / 32), inputs, 32], zeros behind the last channel.
+
+    Not a module, so that ``model.to(dtype)`` cannot convert what is no longer a plain matrix.  A linear layer and an
+    embedding that are tied share one.
+    """
+
+    dtype: ClassVar[torch.dtype]
+    bits: ClassVar[int]
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.channels, self.inputs = weight.shape
+        count = -(-self.channels // TILE_CHANNELS)
+        self.tiles = torch.zeros(count, self.inputs, TILE_CHANNELS, dtype=self.dtype)
+        vectors, whole = self._vectors(self.tiles), self.channels // TILE_CHANNELS
+        vectors[:whole] = weight[: whole * TILE_CHANNELS].view(whole, 2, LANES, self.inputs)
+        if whole < count:
+            last = weight.new_zeros(TILE_CHANNELS, self.inputs)
+            last[: self.channels % TILE_CHANNELS] = weight[whole * TILE_CHANNELS :]
+            vectors[whole] = last.view(2, LANES, self.inputs)
+
+    @staticmethod
+    @abstractmethod
+    def _vectors(tiles: torch.Tensor) -> torch.Tensor:
+        """The same memory as [count, 2, 16, inputs]: a channel's vector and lane in its tile."""
+
+    def unpacked(self) -> torch.Tensor:
+        """A copy as the plain matrix [channels, inputs]."""
+        return self._vectors(self.tiles).reshape(-1, self.inputs)[: self.channels]
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """``x @ W.T + bias``: x [rows, inputs] and the result [rows, channels] of `dtype`, bias as `padded_bias`."""
+        rows, channels, inputs = x.shape[0], self.channels, self.inputs
+        out = torch.empty(rows, channels, dtype=self.dtype)
+        if rows == 0:
+            return out
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        wide = self._scratch(rows)
+        product, threads = products(self.bits, host_shape()), thread_count()
+        operands = (x.data_ptr(), x.stride(0), wide.data_ptr(), self.tiles.data_ptr(), inputs, bias.data_ptr())
+        if threads == 1 or rows * inputs * channels < _SERIAL_PRODUCT:
+            product.serial(rows, *operands, out.data_ptr(), channels)
+        else:
+            product.parallel(threads, rows, *operands, out.data_ptr(), channels)
+        return out
+
+    @abstractmethod
+    def _scratch(self, rows: int) -> torch.Tensor:
+        """Memory in which the product widens its activations."""
+
+    def padded_bias(self, bias: torch.Tensor | None) -> torch.Tensor:
+        """float32, as long as the tiles are wide; zeros where there is no bias."""
+        padded = torch.zeros(len(self.tiles) * TILE_CHANNELS)
+        if bias is not None:
+            padded[: self.channels] = bias.detach()
+        return padded
+
+    def gather(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the matrix: ids of any shape to [..., inputs].
+
+        Raises:
+            IndexError: an id is not a row's number.
+        """
+        wanted = ids.reshape(-1).to(torch.int64)
+        rows = torch.empty(len(wanted), self.inputs, dtype=self.dtype)
+        if not gather_rows(_bits(self.tiles), self._lanes(), self.channels, wanted.numpy(), _bits(rows)):
+            raise IndexError(f"ids must lie in 0 .. {self.channels - 1}")
+        return rows.view(*ids.shape, self.inputs)
+
+    def _lanes(self) -> npt.NDArray[np.int64]:
+        """[32], the column of a tile in which each of its channels stands."""
+        columns = torch.arange(TILE_CHANNELS).view(1, 1, TILE_CHANNELS)
+        return self._vectors(columns).reshape(-1).numpy()  # type: ignore[no-any-return]
+
+
+class Float32Weight(PackedWeight):
+    """Channels in their order."""
+
+    dtype, bits = torch.float32, 32
+
+    @staticmethod
+    def _vectors(tiles: torch.Tensor) -> torch.Tensor:
+        return tiles.view(len(tiles), -1, 2, LANES).permute(0, 2, 3, 1)
+
+    def _scratch(self, rows: int) -> torch.Tensor:
+        return torch.empty(0)
+
+
+class BFloat16Weight(PackedWeight):
+    """Channels j and j + 16 side by side in one 32-bit word, which widens both in one operation each."""
+
+    dtype, bits = torch.bfloat16, 16
+
+    @staticmethod
+    def _vectors(tiles: torch.Tensor) -> torch.Tensor:
+        return tiles.view(len(tiles), -1, LANES, 2).permute(0, 3, 2, 1)
+
+    def _scratch(self, rows: int) -> torch.Tensor:
+        return torch.empty(wide_elements(rows, self.inputs))
+
+
+_FORMATS: dict[torch.dtype, type[PackedWeight]] = {kind.dtype: kind for kind in (Float32Weight, BFloat16Weight)}
+
+
+def pack_weight(weight: torch.Tensor) -> PackedWeight:
+    """Pack a matrix [channels, inputs] of a dtype that has a format.
+
+    Raises:
+        TypeError: it is neither float32 nor bfloat16.
+    """
+    if weight.dtype not in _FORMATS:
+        raise TypeError(f"compiled products take float32 or bfloat16 weights, not {weight.dtype}")
+    return _FORMATS[weight.dtype](weight.detach())
+
+
+def _bits(values: torch.Tensor) -> npt.NDArray[Any]:
+    """The same memory as a numpy array; bfloat16, which numpy lacks, as its bits."""
+    return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()  # type: ignore[no-any-return]
+
+
+class PackedLinear(nn.Module):
+    """In place of ``nn.Linear`` or GPT-2's Conv1D: x [..., in_features] to a contiguous [..., out_features].
+
+    Raises (in forward):
+        ValueError: x has another last dimension.
+        TypeError: x has another dtype than the weights.
+    """
+
+    def __init__(self, weight: PackedWeight, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.weight_tiles = weight
+        self.in_features, self.out_features = weight.inputs, weight.channels
+        self.bias_values = weight.padded_bias(bias)
+
+    @classmethod
+    def from_linear(cls, module: nn.Linear) -> "PackedLinear":
+        return cls(pack_weight(module.weight), module.bias)
+
+    @classmethod
+    def from_conv1d(cls, module: Conv1D) -> "PackedLinear":
+        """Conv1D keeps its matrix as [inputs, channels]."""
+        return cls(pack_weight(module.weight.T), module.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight_tiles
+        if x.shape[-1] != weight.inputs:
+            raise ValueError(f"expected {weight.inputs} inputs in the last dimension, got {tuple(x.shape)}")
+        if x.dtype is not weight.dtype:
+            raise TypeError(f"expected {weight.dtype} activations, got {x.dtype}")
+        if x.dim() == 2:
+            return weight.multiply(x, self.bias_values)
+        return weight.multiply(x.reshape(-1, weight.inputs), self.bias_values).view(*x.shape[:-1], weight.channels)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.weight_tiles.dtype}"
+
+
+class PackedEmbedding(nn.Module):
+    """In place of an ``nn.Embedding`` that shares its matrix with a linear layer: ids [...] to rows [..., features].
+
+    Raises (in forward):
+        IndexError: an id is not a row's number.
+    """
+
+    def __init__(self, weight: PackedWeight) -> None:
+        super().__init__()
+        self.weight_tiles = weight
+        self.num_embeddings, self.embedding_dim = weight.channels, weight.inputs
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.weight_tiles.gather(ids)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, dtype={self.weight_tiles.dtype}"
+
+
+def pack_linears(model: nn.Module) -> None:
+    """Replace every ``nn.Linear`` and Conv1D inside a model, and the embeddings tied to them, by packed ones.
+
+    One matrix is packed at a time and the original freed at once, also where somebody else still holds its module:
+    the most memory in use is that of the weights and one matrix.  Subclasses are left alone, since their forward may
+    be another; so is a matrix that only embeddings use.
+
+    Raises:
+        TypeError: a weight is neither float32 nor bfloat16; the message names its module.
+    """
+    replacements: dict[nn.Module, nn.Module] = {}
+    for sharers in _matrices(model):
+        if any(type(module) is not nn.Embedding for module in sharers):
+            replacements.update(_pack_matrix(sharers))
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child in replacements:
+                setattr(parent, name, replacements[child])
+
+
+def _matrices(model: nn.Module) -> list[list[nn.Module]]:
+    """The modules that could be packed, those that share a matrix together."""
+    sharers: dict[tuple[int, bool], list[nn.Module]] = {}
+    for name, module in model.named_modules():
+        if type(module) in (nn.Linear, Conv1D) or (type(module) is nn.Embedding and module.max_norm is None):
+            if module.weight.dtype not in _FORMATS and type(module) is not nn.Embedding:
+                raise TypeError(f"{name}: compiled products take float32 or bfloat16 weights, not {module.weight.dtype}")
+            sharers.setdefault((id(module.weight), type(module) is Conv1D), []).append(module)
+    return list(sharers.values())
+
+
+def _pack_matrix(sharers: list[nn.Module]) -> dict[nn.Module, nn.Module]:
+    """Pack the one matrix of some modules, take it from them, and return what stands in place of each."""
+    matrix = sharers[0].weight
+    weight = pack_weight(matrix.T if type(sharers[0]) is Conv1D else matrix)  # type: ignore[union-attr, operator]
+    packed: dict[nn.Module, nn.Module] = {}
+    for module in sharers:
+        tied = type(module) is nn.Embedding
+        packed[module] = PackedEmbedding(weight) if tied else PackedLinear(weight, module.bias)  # type: ignore[arg-type]
+        module.weight = None  # type: ignore[assignment]
+    return packed

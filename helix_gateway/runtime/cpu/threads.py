@@ -1,0 +1,73 @@
+"""How many threads compiled code uses, and what OpenMP must be told before it starts.
+
+Imports neither torch nor numba until they are needed, so that whoever starts an engine process may ask for its
+environment.  Knows nothing about what the threads do.
+"""
+
+import math
+import os
+from pathlib import Path
+
+_CGROUP_V2 = Path("/sys/fs/cgroup/cpu.max")
+_CGROUP_V1 = Path("/sys/fs/cgroup/cpu")
+
+_count: int | None = None
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity mask, or its cgroup's quota where that is less; at least 1."""
+    return max(1, math.ceil(min(_affinity(), _cgroup_quota())))
+
+
+def _affinity() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        return os.cpu_count() or 1
+
+
+def _cgroup_quota() -> float:
+    """Cores' worth of time that the cgroup grants; infinite without a limit."""
+    try:
+        if _CGROUP_V2.exists():
+            quota, period = _CGROUP_V2.read_text().split()
+        else:
+            quota, period = ((_CGROUP_V1 / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return float(quota) / float(period) if float(quota) > 0 else math.inf
+    except (OSError, ValueError):  # no cgroups here, or "max"
+        return math.inf
+
+
+def engine_environment() -> dict[str, str]:
+    """Environment variables for a process that will run compiled code, to be set before it starts.
+
+    OpenMP reads them when it is loaded.  Threads are bound to cores, since waking an unbound one after an idle spell
+    can cost milliseconds, except under a cgroup quota: there every container would be bound to the same first cores.
+    Binding narrows the affinity mask of the process's first thread, so the number of cores is told, not found out.
+    """
+    cores = usable_cores()
+    environment = {"OMP_NUM_THREADS": str(cores), "NUMBA_NUM_THREADS": str(cores)}
+    if cores == _affinity():
+        environment["OMP_PROC_BIND"] = "true"
+    return environment
+
+
+def configure_threads() -> int:
+    """Give compiled code its threads and return how many; call it once, before the first parallel kernel.
+
+    The number is ``NUMBA_NUM_THREADS`` where that is set (see `engine_environment`), else `usable_cores`.  OpenMP is
+    taken where it loads: numba's own work queue needs 110 microseconds for a parallel region.
+    """
+    global _count
+    import numba
+
+    numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+    most = numba.config.NUMBA_NUM_THREADS
+    _count = most if "NUMBA_NUM_THREADS" in os.environ else min(most, usable_cores())
+    numba.set_num_threads(_count)
+    return _count
+
+
+def thread_count() -> int:
+    """Threads of one parallel kernel; configures them first if nobody has."""
+    return configure_threads() if _count is None else _count

@@ -1,0 +1,222 @@
+"""From a local path to a transformers model on a device, each weight read once.
+
+The model is built on the meta device, its weights are read one by one, converted one by one, and each becomes its
+parameter, so that the peak is about the weights' own size.  Building, renaming of older checkpoints' keys, fusing,
+tying and the buffers that no file holds are transformers' own, through its public ``from_pretrained(state_dict=)``:
+what it is given are not tensors but objects that read theirs when indexed with ``...``, as safetensors' slices do.
+Knows nothing about where a path came from, nor what the model is for.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from helix_gateway.core.errors import ModelLoadError
+from helix_gateway.runtime.checkpoints.protocol import Checkpoint, StoredTensor
+from helix_gateway.runtime.progress import Progress, Report, terminal_bar
+
+if TYPE_CHECKING:
+    from types import EllipsisType
+
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_SHOWN = 3
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What transformers says of a checkpoint's keys, and how we put it.
+_COMPLAINTS = (
+    ("missing_keys", "lacks the weights"),
+    ("mismatched_keys", "has weights of the wrong shape:"),
+    ("unexpected_keys", "holds weights that its architecture has no use for:"),
+)
+
+
+def load_model(
+    path: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    progress: Progress = terminal_bar,
+) -> "PreTrainedModel":
+    """Return a transformers causal language model in eval mode.
+
+    Args:
+        path: a GGUF file, or a folder in Hugging Face layout with safetensors.
+        device: where the parameters shall lie.
+        dtype: of the parameters; None: as `resolve_dtype` chooses.
+        attn_implementation: the name under which attention is registered with transformers; None: its default.
+        progress: shown while the weights are read.
+
+    Raises:
+        ModelLoadError: missing, damaged, incomplete, or of a kind that is not served; the message is one line.
+    """
+    with _explained(path):
+        checkpoint = _open(path)
+        config = checkpoint.config()
+        model_class = _model_class(path, config)
+        stored = checkpoint.tensors(model_class)
+        options: dict[str, Any] = {"dtype": _auto_dtype(checkpoint) if dtype is None else dtype}
+        if attn_implementation is not None:
+            options["attn_implementation"] = attn_implementation
+        with progress(f"Loading {Path(path).name}", sum(tensor.nbytes for tensor in stored.values())) as report:
+            model = _build(path, model_class, config, _Reading(stored, report), options)
+        on_device: PreTrainedModel = model.requires_grad_(False).to(device)  # noqa: FBT003  torch's own
+        return on_device
+
+
+def resolve_dtype(path: str, requested: str) -> torch.dtype:
+    """Return the dtype that a model's parameters get.
+
+    ``"auto"`` is bfloat16 where most of the file's own weights are, and float32 otherwise: for float32; for float16,
+    whose precision bfloat16 has not; and for quantised GGUF, whose values bfloat16 would round a second time.
+
+    Args:
+        path: as for `load_model`.
+        requested: ``"auto"``, ``"float32"`` or ``"bfloat16"``.
+
+    Raises:
+        ModelLoadError: another dtype is requested, or the file cannot be read.
+    """
+    if requested == "auto":
+        with _explained(path):
+            return _auto_dtype(_open(path))
+    if requested not in _DTYPES:
+        raise ModelLoadError(f"There is no dtype {requested!r} here: use auto, {' or '.join(_DTYPES)}.")
+    return _DTYPES[requested]
+
+
+def model_config(path: str) -> "PreTrainedConfig":
+    """Return the transformers configuration of a GGUF file or of a Hugging Face folder.
+
+    Raises:
+        ModelLoadError: it cannot be read, or is of a kind that is not served.
+    """
+    with _explained(path):
+        return _open(path).config()
+
+
+def eos_token_ids(path: str) -> tuple[int, ...]:
+    """Return the ids of the tokens that end an answer, the most usual first.
+
+    From a folder's ``generation_config.json`` where it names them, else its ``config.json``; from a GGUF's metadata.
+
+    Raises:
+        ModelLoadError: the file or folder cannot be read.
+    """
+    with _explained(path):
+        return _open(path).eos_token_ids()
+
+
+def _open(path: str) -> Checkpoint:
+    if Path(path).is_dir():
+        from helix_gateway.runtime.checkpoints.folder import FolderCheckpoint
+
+        return FolderCheckpoint(Path(path))
+    from helix_gateway.runtime.checkpoints.gguf_model import GGUFCheckpoint
+
+    return GGUFCheckpoint(Path(path))
+
+
+def _auto_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    return torch.bfloat16 if checkpoint.bfloat16_share() > 0.5 else torch.float32
+
+
+def _model_class(path: str, config: "PreTrainedConfig") -> Any:
+    """The class of the library's, untyped, since what its methods declare differs from release to release."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelLoadError(
+            f"{path} is a model of type {config.model_type!r}, for which transformers has no causal language model."
+        )
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+class _Reading:
+    """The reading of one checkpoint: how far it is, and the first error, which transformers might only log."""
+
+    def __init__(self, stored: Mapping[str, StoredTensor], report: Report) -> None:
+        self.tensors = {name: _Watched(tensor, self) for name, tensor in stored.items()}
+        self.error: Exception | None = None
+        self._report = report
+        self._lock = threading.Lock()
+        self._done_bytes = 0
+
+    def read(self, tensor: StoredTensor) -> torch.Tensor:
+        try:
+            values = tensor[...]
+        except Exception as error:
+            self.error = self.error or error
+            raise
+        with self._lock:
+            self._done_bytes += tensor.nbytes
+            self._report(self._done_bytes)
+        return values
+
+
+class _Watched:
+    """A stored tensor whose reading is counted."""
+
+    def __init__(self, tensor: StoredTensor, reading: _Reading) -> None:
+        self._tensor = tensor
+        self._reading = reading
+
+    def __getitem__(self, index: "EllipsisType") -> torch.Tensor:
+        return self._reading.read(self._tensor)
+
+
+def _build(
+    path: str, model_class: Any, config: "PreTrainedConfig", reading: _Reading, options: Mapping[str, Any]
+) -> Any:
+    with _quiet_transformers():
+        try:
+            model, info = model_class.from_pretrained(
+                None, config=config, state_dict=reading.tensors, output_loading_info=True, **options
+            )
+        finally:
+            if reading.error is not None:
+                raise reading.error
+    _check_complete(path, info)
+    return model
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Turn whatever a damaged or unusual model makes transformers, torch or numpy raise into one line."""
+    try:
+        yield
+    except ModelLoadError:
+        raise
+    except Exception as error:
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        raise ModelLoadError(f"Cannot load {path}: {type(error).__name__}: {first_line}") from error
+
+
+def _check_complete(path: str, info: Mapping[str, Any]) -> None:
+    for key, complaint in _COMPLAINTS:
+        entries = info.get(key) or ()
+        names = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in entries)
+        if names:
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            raise ModelLoadError(f"{path} {complaint} {', '.join(names[:_SHOWN])}{more}.")
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers from printing what we show, or raise, ourselves."""
+    from transformers.utils import logging
+
+    untyped: Any = logging
+    verbosity, had_bars = untyped.get_verbosity(), untyped.is_progress_bar_enabled()
+    untyped.set_verbosity(untyped.CRITICAL)
+    untyped.disable_progress_bar()
+    try:
+        yield
+    finally:
+        untyped.set_verbosity(verbosity)
+        if had_bars:
+            untyped.enable_progress_bar()

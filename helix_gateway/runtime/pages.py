@@ -1,0 +1,146 @@
+"""How pages lie in memory: the arithmetic of units, and the arena that all KV groups draw pages from.
+
+A page is cut into slices, one for each layer of the largest group.  A *unit* holds some consecutive tokens of one layer;
+a slice holds a whole number of units of any one group.  A group with fewer layers, or smaller ones, puts several *runs*
+of tokens into one page: unit ``run * layers + layer`` lies in slice ``unit // units_per_slice``.  Hence one page of the
+one free list serves any group.  How keys and values lie within a unit is the attention's affair, and which page belongs
+to whom the engine's.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from helix_gateway.core.kv import KVGroup
+from helix_gateway.runtime.groups import LayerGroup
+
+Int64s = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupLayout:
+    """Where one group's tokens lie within a page."""
+
+    group: LayerGroup
+    unit_tokens: int
+    units_per_slice: int
+    runs: int
+    """Runs of ``unit_tokens`` consecutive tokens in a page."""
+
+    @property
+    def tokens_per_block(self) -> int:
+        """Tokens of one sequence that a page of this group holds."""
+        return self.unit_tokens * self.runs
+
+    @property
+    def unit_elements(self) -> int:
+        """Numbers in one unit: keys and values of ``unit_tokens`` tokens of one layer."""
+        return self.unit_tokens * self.group.shape.elements_per_token
+
+    @property
+    def kv_group(self) -> KVGroup:
+        """What the engine knows of this group."""
+        return KVGroup(self.group.name, self.tokens_per_block, self.group.shape.window)
+
+    def unit_place(self, run: int, layer: int) -> tuple[int, int]:
+        """(slice, element within the slice's part of a page) of a run's unit; ``layer`` counts within the group."""
+        slice_index, place = divmod(run * len(self.group.layers) + layer, self.units_per_slice)
+        return slice_index, place * self.unit_elements
+
+
+@dataclass(frozen=True, slots=True)
+class PageLayout:
+    """One page: so many slices of so many elements, and how each group uses them."""
+
+    slices: int
+    slice_elements: int
+    groups: tuple[GroupLayout, ...]
+
+    @property
+    def page_elements(self) -> int:
+        """Numbers in one page."""
+        return self.slices * self.slice_elements
+
+
+def lay_out_pages(groups: Sequence[LayerGroup], block_size: int) -> PageLayout:
+    """A layout in which a page holds ``block_size`` tokens of the largest group.
+
+    Raises:
+        ValueError: there is no group, or the block size is not positive.
+    """
+    if not groups or block_size < 1:
+        raise ValueError(f"a page layout needs at least one KV group and a positive block size, not {block_size}")
+    largest = max(groups, key=lambda group: group.elements_per_token)
+    slices = len(largest.layers)
+    slice_elements = max(
+        block_size * largest.shape.elements_per_token,
+        *(group.shape.elements_per_token * -(-len(group.layers) // slices) for group in groups),
+    )
+    return PageLayout(
+        slices,
+        slice_elements,
+        tuple(_lay_out_group(group, slices, slice_elements, block_size) for group in groups),
+    )
+
+
+def _lay_out_group(group: LayerGroup, slices: int, slice_elements: int, block_size: int) -> GroupLayout:
+    """The unit size that puts most tokens into a page; the longest such unit, since long units are read fastest."""
+
+    def with_unit(unit_tokens: int) -> GroupLayout:
+        units_per_slice = slice_elements // (unit_tokens * group.shape.elements_per_token)
+        return GroupLayout(group, unit_tokens, units_per_slice, slices * units_per_slice // len(group.layers))
+
+    return max(map(with_unit, range(1, block_size + 1)), key=lambda layout: (layout.tokens_per_block, layout.unit_tokens))
+
+
+class Arena:
+    """The memory of all pages, one tensor of one dtype.
+
+    Slice-major: a slice of all pages is consecutive memory, so that consecutive pages of a layer are; what suits a CPU.
+    Page-major: a page is consecutive memory; what suits devices that gather pages.
+    """
+
+    def __init__(self, layout: PageLayout, memory: torch.Tensor, page_stride: int, slice_stride: int) -> None:
+        self.layout = layout
+        self.memory = memory
+        """[num_pages * page_elements]"""
+        self.page_stride = page_stride
+        """Elements from one page to the next, within a slice."""
+        self._slice_stride = slice_stride
+
+    @classmethod
+    def slice_major(cls, layout: PageLayout, num_pages: int, dtype: torch.dtype) -> "Arena":
+        """Memory on the CPU, taken from the system only as pages are first written."""
+        memory = torch.empty(num_pages * layout.page_elements, dtype=dtype)
+        return cls(layout, memory, layout.slice_elements, num_pages * layout.slice_elements)
+
+    @classmethod
+    def page_major(cls, layout: PageLayout, num_pages: int, dtype: torch.dtype, device: torch.device) -> "Arena":
+        """Memory on any device, zeroed: what was never written must not be NaN, since masked scores read it."""
+        memory = torch.zeros(num_pages * layout.page_elements, dtype=dtype, device=device)
+        return cls(layout, memory, layout.page_elements, layout.slice_elements)
+
+    @property
+    def num_pages(self) -> int:
+        """How many pages there are."""
+        return self.memory.numel() // self.layout.page_elements
+
+    def unit_offsets(self, group: GroupLayout) -> Int64s:
+        """[layers of the group, runs], where each unit of page 0 begins, in elements."""
+        places = [
+            [group.unit_place(run, layer) for run in range(group.runs)] for layer in range(len(group.group.layers))
+        ]
+        return np.array(
+            [[slice_index * self._slice_stride + offset for slice_index, offset in row] for row in places], np.int64
+        )
+
+    def copy_pages(self, copies: Iterable[tuple[int, int]]) -> None:
+        """Copy whole pages, (source, destination) each, one after another."""
+        layout = self.layout
+        strides = (self.page_stride, self._slice_stride, 1)
+        pages = self.memory.as_strided((self.num_pages, layout.slices, layout.slice_elements), strides)
+        for source, destination in copies:
+            pages[destination].copy_(pages[source])

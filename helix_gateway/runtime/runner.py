@@ -1,0 +1,158 @@
+"""A transformers model as the engine's `ModelRunner`: one ragged forward over paged keys and values, on any device.
+
+The flat batch goes through the model as one sequence of ``num_tokens``; what belongs together, attention alone decides
+(`paged_attention.py`).  Logits are computed for the wanted rows only.  Knows nothing about requests or schedules.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from helix_gateway.core.errors import OutOfMemoryError
+from helix_gateway.core.kv import KVGroup
+from helix_gateway.core.step import Int32s, LogprobRows, SamplingRows, StepBatch
+from helix_gateway.runtime import paged_attention
+from helix_gateway.runtime.cpu.attention import CpuPagedAttention
+from helix_gateway.runtime.groups import group_layers
+from helix_gateway.runtime.pages import Arena, PageLayout, lay_out_pages
+from helix_gateway.runtime.paged_attention import PagedAttention, PagedLayer
+from helix_gateway.runtime.probe import AttentionLayer, find_attention_layers
+from helix_gateway.runtime.rotary import install_rotary_tables
+
+
+class TransformersRunner:
+    """`core.protocols.ModelRunner` over a loaded ``ForCausalLM``.
+
+    The model is changed for good: its attention reads the runner's pages, its rotary embeddings become tables.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        block_size: int = 16,
+        num_pages: int | None = None,
+        kv_memory_bytes: int | None = None,
+    ) -> None:
+        """Probe the model and take the arena's memory.
+
+        Args:
+            model: on ``device``, its floating-point weights of ``dtype``.
+            block_size: tokens of the largest KV group in a page.
+            num_pages: pages of the arena; or else
+            kv_memory_bytes: memory that the arena may take.
+
+        Raises:
+            ModelLoadError: the model does something that paged attention cannot serve.
+            OutOfMemoryError: the arena does not fit the device, or not one page fits ``kv_memory_bytes``.
+        """
+        self._model = model.eval()
+        self._device = device
+        layers, self._vocab_size = find_attention_layers(model)
+        layout = lay_out_pages(group_layers([layer.shape for layer in layers]), block_size)
+        pages = _pages_in(layout, dtype, kv_memory_bytes) if num_pages is None else num_pages
+        with _memory_errors_named():
+            self._arena, self._attention = _make_attention(layout, pages, layers, device, dtype)
+        for number, layer in enumerate(layers):
+            paged_attention.attach(layer.module, PagedLayer(self._attention, number))
+        model.set_attn_implementation(paged_attention.NAME)
+        self._rotary = install_rotary_tables(model)
+        self._wanted = _WantedRows(model.get_output_embeddings())
+        self._sampler: Any = None
+
+    @property
+    def kv_groups(self) -> Sequence[KVGroup]:
+        """See `ModelRunner`."""
+        return tuple(group.kv_group for group in self._arena.layout.groups)
+
+    @property
+    def num_pages(self) -> int:
+        """See `ModelRunner`."""
+        return self._arena.num_pages
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page, over all layers."""
+        return self._arena.layout.page_elements * self._arena.memory.element_size()
+
+    @property
+    def vocab_size(self) -> int:
+        """See `ModelRunner`."""
+        return self._vocab_size
+
+    def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        """See `ModelRunner`."""
+        self._arena.copy_pages(copies)
+
+    def forward(self, batch: StepBatch) -> torch.Tensor:
+        """Logits [num_rows, vocab_size], float32, on the runner's device."""
+        with _memory_errors_named(), torch.inference_mode():
+            self._attention.begin(batch)
+            for table in self._rotary:
+                table.reserve(int(batch.context_lens.max()))
+            self._wanted.rows = self._indices(batch.logits_rows)
+            output = self._model(
+                input_ids=self._indices(batch.token_ids)[None],
+                position_ids=self._indices(batch.positions)[None],
+                use_cache=False,
+            )
+            return output.logits[0].float()
+
+    def sample(self, logits: torch.Tensor, rows: SamplingRows) -> Int32s:
+        """See `ModelRunner`."""
+        with _memory_errors_named(), torch.inference_mode():
+            return self._sampler.sample(logits, rows)
+
+    def logprobs(self, logits: torch.Tensor, logits_index: Int32s, token_ids: Int32s, top: int) -> LogprobRows:
+        """See `ModelRunner`."""
+        with _memory_errors_named(), torch.inference_mode():
+            return self._sampler.logprobs(logits, logits_index, token_ids, top)
+
+    def _indices(self, numbers: Int32s) -> torch.Tensor:
+        return torch.from_numpy(numbers).to(self._device, torch.long)
+
+
+class _WantedRows:
+    """Lets only the wanted rows through to the output embedding, whatever the architecture does around it."""
+
+    def __init__(self, head: nn.Module) -> None:
+        self.rows = torch.zeros(0, dtype=torch.long)
+        head.register_forward_pre_hook(self._select)
+
+    def _select(self, module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (arguments[0].index_select(1, self.rows), *arguments[1:])
+
+
+def _make_attention(
+    layout: PageLayout, num_pages: int, layers: Sequence[AttentionLayer], device: torch.device, dtype: torch.dtype
+) -> tuple[Arena, PagedAttention]:
+    arena = Arena.slice_major(layout, num_pages, dtype)
+    return arena, CpuPagedAttention(arena, [layer.heads for layer in layers])
+
+
+def _pages_in(layout: PageLayout, dtype: torch.dtype, memory_bytes: int | None) -> int:
+    """How many pages fit; at least one must."""
+    if memory_bytes is None:
+        raise ValueError("a runner needs num_pages or kv_memory_bytes")
+    page_bytes = layout.page_elements * dtype.itemsize
+    if memory_bytes < page_bytes:
+        raise OutOfMemoryError(f"the KV pool has {memory_bytes} bytes, but one page of this model takes {page_bytes}")
+    return memory_bytes // page_bytes
+
+
+@contextmanager
+def _memory_errors_named() -> Iterator[None]:
+    """torch's ways of saying that a device is full, as the one error that the engine knows."""
+    try:
+        yield
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemoryError(str(error)) from error
+    except RuntimeError as error:
+        if not any(words in str(error).lower() for words in ("out of memory", "not enough memory", "can't allocate memory")):
+            raise
+        raise OutOfMemoryError(str(error)) from error

@@ -1,0 +1,33 @@
+"""What an engine is told when it starts; crosses from the gateway's process to the engine's as JSON.
+
+Knows nothing about HTTP; the gateway's own settings (host, port, keys) are in `gateway/settings.py`.
+"""
+
+from typing import Literal
+
+import msgspec
+
+DTypeName = Literal["auto", "float32", "bfloat16"]
+DeviceName = Literal["auto", "cpu", "cuda", "directml", "mps", "xpu"]
+
+
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """One model, one device, one pool."""
+
+    model_path: str
+    """A GGUF file, or a folder in Hugging Face layout: always local, whatever the user named."""
+    dtype: DTypeName = "auto"
+    device: DeviceName = "auto"
+    max_model_len: int | None = None
+    """None: the model's own context length, or what the pool holds if that is less."""
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int | None = None
+    """Tokens computed in one step; None: what suits the device."""
+    block_size: int = 16
+    kv_cache_memory_bytes: int | None = None
+    """None: a share of what is free once the weights are loaded."""
+    enable_prefix_caching: bool = True
+    seed: int | None = None
+    """Seeds of requests that bring none are drawn from this; None: from the system."""
+    batch_window_ms: float = 0.0
+    max_queue_len: int = 1024

@@ -1,0 +1,1 @@
+"""Tokens to text and back: tokenizers, detokenizers, chat templates, stop strings; no HTTP, tensors or sequences."""

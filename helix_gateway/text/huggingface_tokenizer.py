@@ -1,0 +1,123 @@
+"""Reads the tokenizer of a local folder in Hugging Face layout: tokenizer.json, or what transformers converts to it.
+
+Beside it the small files that say how the model ends its answers and how it chats: tokenizer_config.json,
+special_tokens_map.json, generation_config.json, config.json, chat_template.jinja.  Knows nothing about the hub.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from helix_gateway.core.errors import ModelLoadError
+from helix_gateway.text.definition import TokenizerDefinition
+
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_CONVERTIBLE = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+
+
+def load_huggingface_tokenizer(folder: str) -> TokenizerDefinition:
+    """Read the tokenizer of a model folder.
+
+    Raises:
+        ModelLoadError: there is no tokenizer, or it cannot be read.
+    """
+    path = Path(folder)
+    backend = _backend(path)
+    # Some files carry the settings of their training; a prompt is neither cut nor filled up.
+    backend.no_truncation()
+    backend.no_padding()
+    config = _read_json(path / "tokenizer_config.json")
+    special = _special_tokens(config, _read_json(path / "special_tokens_map.json"))
+    return TokenizerDefinition(
+        backend=backend,
+        merges=_merges(backend),
+        bos_token_id=_id_of(backend, special.get("bos_token")),
+        eos_token_ids=_end_ids(path, backend, special.get("eos_token")),
+        special_tokens=special,
+        chat_template=_chat_template(path, config),
+    )
+
+
+def _backend(path: Path) -> Tokenizer:
+    ready = path / "tokenizer.json"
+    if ready.is_file():
+        return _loaded(ready)
+    if any((path / name).is_file() for name in _CONVERTIBLE):
+        return _converted(path)
+    raise ModelLoadError(f"{path} holds no tokenizer: neither tokenizer.json nor {', '.join(_CONVERTIBLE)}.")
+
+
+def _loaded(file: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # `tokenizers` raises Exception itself for a malformed file.
+        raise ModelLoadError(f"{file} cannot be read as a tokenizer: {error}") from error
+
+
+def _converted(path: Path) -> Tokenizer:
+    """What transformers makes of an older format; slow, and only where there is no tokenizer.json."""
+    from transformers import AutoTokenizer
+
+    try:
+        backend = AutoTokenizer.from_pretrained(path, local_files_only=True).backend_tokenizer
+    except Exception as error:  # Whatever a conversion of somebody's file can raise.
+        raise ModelLoadError(f"The tokenizer in {path} cannot be converted: {error}") from error
+    if not isinstance(backend, Tokenizer):
+        raise ModelLoadError(f"The tokenizer in {path} has no fast form, which is needed here.")
+    return backend
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelLoadError(f"{file} is not valid JSON: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _special_tokens(*sources: Mapping[str, Any]) -> dict[str, str]:
+    """Texts of the special tokens by name; the first source that has one counts."""
+    found: dict[str, str] = {}
+    for source in sources:
+        for name in _SPECIAL_NAMES:
+            value = source.get(name)
+            text = value.get("content") if isinstance(value, Mapping) else value
+            if isinstance(text, str):
+                found.setdefault(name, text)
+    return found
+
+
+def _merges(backend: Tokenizer) -> list[tuple[str, str]] | None:
+    model = json.loads(backend.model.__getstate__())
+    if model["type"] != "BPE":
+        return None
+    return [(left, right) for left, right in model["merges"]]
+
+
+def _id_of(backend: Tokenizer, text: str | None) -> int | None:
+    return None if text is None else backend.token_to_id(text)
+
+
+def _end_ids(path: Path, backend: Tokenizer, eos_token: str | None) -> tuple[int, ...]:
+    """The tokenizer's EOS, and those that the generation configuration names (the model's, where there is none)."""
+    generation = _read_json(path / "generation_config.json").get("eos_token_id")
+    named = generation if generation is not None else _read_json(path / "config.json").get("eos_token_id")
+    several = named if isinstance(named, list) else [named]
+    ids = [_id_of(backend, eos_token), *several]
+    return tuple(dict.fromkeys(index for index in ids if isinstance(index, int)))
+
+
+def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
+    separate = path / "chat_template.jinja"
+    if separate.is_file():
+        return separate.read_text(encoding="utf-8")
+    named = config.get("chat_template")
+    if isinstance(named, list):
+        by_name = {entry.get("name"): entry.get("template") for entry in named if isinstance(entry, Mapping)}
+        named = by_name.get("default")
+    return named if isinstance(named, str) else None
