@@ -1,9 +1,14 @@
 """A gateway on a real socket over a fake service."""
 
+import asyncio
+import io
+import json
+import time
 from contextlib import asynccontextmanager
 
 import aiohttp
 import pytest
+import structlog
 from fake_service import FakeService
 
 from helix_gateway.gateway.app import create_app
@@ -11,21 +16,31 @@ from helix_gateway.gateway.server import bind, listening
 from helix_gateway.gateway.settings import GatewaySettings
 
 
+@pytest.fixture(autouse=True)
+def plain_logs():
+    """Log lines in their simplest form, so that a failing test shows them and a passing one loses no time."""
+    structlog.configure(processors=[structlog.processors.add_log_level, structlog.processors.KeyValueRenderer()])
+    yield
+    structlog.reset_defaults()
+
+
 class Gateway:
     """What a test holds: the service behind, the URL, and a session to ask with."""
 
     def __init__(self, url, session, service):
         self.url, self.session, self.service = url, session, service
+        self.port = int(url.rsplit(":", 1)[1])
 
     def post(self, path, body, **options):
-        key = "data" if isinstance(body, bytes) else "json"
-        return self.session.post(self.url + path, **{key: body}, **options)
+        content = {"data": io.BytesIO(body)} if isinstance(body, bytes) else {"json": body}
+        return self.session.post(self.url + path, **content, **options)
 
     def get(self, path, **options):
         return self.session.get(self.url + path, **options)
 
     async def answer(self, path, body, **options):
         """Status and JSON of one POST."""
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
         async with self.post(path, body, **options) as response:
             return response.status, await response.json()
 
@@ -40,6 +55,14 @@ class Gateway:
         async with self.post(path, {**body, "stream": True}) as response:
             assert response.status == 200, await response.text()
             return events_of(await response.read())
+
+
+async def until(condition, timeout_s=3.0):
+    """Wait until ``condition()`` holds, but not for long."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        await asyncio.sleep(0.002)
 
 
 def chat_body(text="Hi", **fields):

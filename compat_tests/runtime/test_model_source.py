@@ -137,6 +137,24 @@ def test_without_a_package_index_the_reason_is_one_line(package):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "said, reason",
+    [
+        ("WARNING: x\nERROR: Could not find a version\nERROR: No matching distribution found", "Could not find a version"),
+        ("error: incomplete-download\n\n× Download failed after 6 attempts\n╰─> URL\nhint: none", "Download failed after 6"),
+        ("", "pip gave no reason"),
+    ],
+)  # fmt: skip
+def test_pips_own_reason_is_passed_on(package, tmp_path, monkeypatch, said, reason):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\ncat >&2 <<'END'\n{said}\nEND\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(default_model.sys, "executable", str(python))
+    with pytest.raises(ModelLoadError, match=reason) as caught:
+        resolve(None)
+    assert "\n" not in str(caught.value)
+
+
 def test_without_pip_the_message_says_how_to_get_it(package, tmp_path, monkeypatch):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho 'python: No module named pip' >&2\nexit 1\n")
@@ -146,7 +164,14 @@ def test_without_pip_the_message_says_how_to_get_it(package, tmp_path, monkeypat
         resolve(None)
 
 
-def test_a_full_disk_is_said_in_one_line(package, tmp_path, monkeypatch):
+def test_a_full_disk_is_said_before_anything_is_downloaded(package, tmp_path, monkeypatch):
+    monkeypatch.setattr(default_model.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 5_000_000}))
+    with pytest.raises(ModelLoadError, match=r"The disk is full: .* has 5 MB free"):
+        resolve(None)
+    assert left_in_cache(tmp_path) == []
+
+
+def test_a_disk_that_fills_up_is_said_in_one_line(package, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -123,7 +123,9 @@ def test_the_number_of_threads_does_not_show():
         answers = []
         for threads in {1, before}:
             numba.set_num_threads(threads)
-            answers.append([make_sampler(CPU, 5000).sample(logits[:n], _first(rows, n)).tolist() for n in (1, 2, 3, 32)])
+            answers.append(
+                [make_sampler(CPU, 5000).sample(logits[:n], _first(rows, n)).tolist() for n in (1, 2, 3, 32)]
+            )
     finally:
         numba.set_num_threads(before)
     assert all(answer == answers[0] for answer in answers)

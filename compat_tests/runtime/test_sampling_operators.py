@@ -46,9 +46,7 @@ def missing(operators):
     """Operators that DirectML neither has nor gets from torch out of those it has."""
     in_place = {name: name.rstrip("_") if not name.startswith("_") else name for name in operators}
     return {
-        name
-        for name in operators
-        if not ({name, in_place[name]} & LISTED or (name in BUILT and BUILT[name] <= LISTED))
+        name for name in operators if not ({name, in_place[name]} & LISTED or (name in BUILT and BUILT[name] <= LISTED))
     }
 
 

@@ -4,15 +4,22 @@ Turns flags into `EngineSettings` and `GatewaySettings` and brings the rooms bel
 how any of them works.
 """
 
+import asyncio
+import contextlib
 import math
-from collections.abc import AsyncIterator
-from typing import Annotated
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from helix_gateway.cli.sizes import parse_size
+from helix_gateway.core.errors import InvalidRequestError
 from helix_gateway.gateway.settings import GatewaySettings
 from helix_gateway.service.settings import DeviceName, DTypeName, EngineSettings
+
+if TYPE_CHECKING:
+    from helix_gateway.service.process import ProcessService
+    from helix_gateway.text.tokenizer import Tokenizer
 
 _DEFAULT = EngineSettings(model_path="")
 _GATEWAY = GatewaySettings()
@@ -137,24 +144,24 @@ def serve(
         default_max_tokens=default_max_tokens,
         allowed_origins=tuple(allowed_origins or ()),
     )
-    _run(engine, gateway)
+    raise typer.Exit(_run(engine, gateway))
 
 
-def _run(engine: EngineSettings, gateway: GatewaySettings) -> None:
+def _run(engine: EngineSettings, gateway: GatewaySettings) -> int:
     from helix_gateway.gateway.app import create_app
     from helix_gateway.gateway.server import run
     from helix_gateway.service.process import ProcessService
     from helix_gateway.text.tokenizer import Tokenizer
 
     service = ProcessService(engine, Tokenizer.load(engine.model_path))
-    app = create_app(gateway, dict.fromkeys(gateway.served_model_names, service))
 
-    async def keep_running(_app: object) -> AsyncIterator[None]:
+    async def engine_process(_app: object) -> AsyncIterator[None]:
         try:
             await service.start()
             yield
         finally:
             await service.stop()
 
-    app.cleanup_ctx.append(keep_running)
-    raise typer.Exit(run(app, gateway))
+    app = create_app(gateway, dict.fromkeys(gateway.served_model_names, service))
+    app.cleanup_ctx.append(engine_process)
+    return run(app, gateway)

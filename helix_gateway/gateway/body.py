@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 from aiohttp import web
 
-from helix_gateway.gateway.errors import ApiError, json_path
+from helix_gateway.gateway.errors import ApiError
 from helix_gateway.gateway.schemas.common import WireModel
 from helix_gateway.gateway.state import in_worker, settings_of
 
@@ -48,8 +48,11 @@ async def read_body(request: web.Request, schema: type[Schema]) -> Body[Schema]:
     """
     limit = settings_of(request).max_body_bytes
     if (request.content_length or 0) > limit:
-        raise ApiError(413, f"The request's body has {request.content_length} bytes; the limit is {limit}.")
-    data = await request.read()
+        raise ApiError.too_large(limit)
+    try:
+        data = await request.read()
+    except web.HTTPRequestEntityTooLarge as error:
+        raise ApiError.too_large(limit) from error
     if len(data) <= INLINE_BYTES:
         return parse_body(data, schema)
     return await in_worker(request, parse_body, data, schema)
@@ -79,8 +82,11 @@ def parse_body(data: bytes, schema: type[Schema]) -> Body[Schema]:
 
 
 def _read_field(name: str, raw: msgspec.Raw, size: int, schema: type[WireModel]) -> Any:
-    if size > MAX_FIELD_BYTES and name not in schema.large_fields:
-        raise ApiError.bad_request(f"`{name}` has {size} bytes; the limit is {MAX_FIELD_BYTES}.", param=name)
+    if size > MAX_FIELD_BYTES:
+        outline = schema.large_fields.get(name)
+        if outline is None:
+            raise ApiError.bad_request(f"`{name}` has {size} bytes; the limit is {MAX_FIELD_BYTES}.", param=name)
+        read_json(raw, outline, name)
     return read_json(raw, _read_value, name)
 
 
@@ -99,7 +105,7 @@ def read_json(data: Any, read: Any, path: str) -> Any:
     except msgspec.DecodeError as error:
         found = _msgspec_path.search(str(error))
         if found:
-            path = json_path((path, found["path"].lstrip("."))) if path else found["path"].lstrip(".")
+            path = (path + found["path"].replace("[...]", "")).lstrip(".")
         problem = _json_problem(error, data)
     raise ApiError.bad_request(f"`{path}` {problem}." if path else f"The body {problem}.", param=path or None)
 

@@ -62,6 +62,11 @@ class ApiError(Exception):
         return cls(404, message, param="model", code="model_not_found", headers=NO_RETRY)
 
     @classmethod
+    def too_large(cls, limit: int) -> "ApiError":
+        """413 for a body over ``limit`` bytes."""
+        return cls(413, f"The request's body is too large; the limit is {limit} bytes.", headers=NO_RETRY)
+
+    @classmethod
     def forbidden(cls, message: str, *, code: str) -> "ApiError":
         """403 for an origin or a host that may not use this server."""
         return cls(403, message, code=code, headers=NO_RETRY)
@@ -109,8 +114,6 @@ def _from_aiohttp(error: web.HTTPException) -> ApiError:
         allowed = ", ".join(sorted(error.allowed_methods))
         message = f"Method {error.method} is not allowed on this route; allowed: {allowed}."
         return ApiError(405, message, code="method_not_allowed", headers={**NO_RETRY, "Allow": allowed})
-    if isinstance(error, web.HTTPRequestEntityTooLarge):
-        return ApiError(413, f"The request's body is too large. {error.text or ''}".strip(), headers=NO_RETRY)
     if isinstance(error, web.HTTPNotFound):
         return ApiError(404, "There is no such route; GET / tells which there are.", code="not_found", headers=NO_RETRY)
     return ApiError(error.status, error.reason, INVALID_REQUEST if error.status < 500 else SERVER_ERROR)

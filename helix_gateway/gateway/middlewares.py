@@ -7,7 +7,6 @@ prepared, so that streams have them too.  Knows nothing about what routes do.
 import hashlib
 import hmac
 import re
-import uuid
 
 import structlog
 from aiohttp import web
@@ -15,13 +14,13 @@ from aiohttp.typedefs import Handler, Middleware
 
 from helix_gateway.gateway.errors import ApiError, to_api_error
 from helix_gateway.gateway.origins import host_allowed, origin_allowed
-from helix_gateway.gateway.state import RequestContext, attach_context, context_of, settings_of
+from helix_gateway.gateway.state import RequestContext, attach_context, context_of, new_request_id, settings_of
 
 EXPOSED_HEADERS = (
     "x-request-id, retry-after, retry-after-ms, x-should-retry, openai-processing-ms, "
     "x-helix-ignored-fields, x-helix-clamped, x-helix-seed"
 )
-OPEN_ROUTES = frozenset({"/", "/v1", "/health", "/ready"})
+OPEN_ROUTES = frozenset({"", "/health", "/ready"})
 """What needs no key: it tells nothing of anybody's work, and probes have no keys."""
 PREFLIGHT_AGE_S = 600
 
@@ -46,11 +45,11 @@ async def identify_and_log(request: web.Request, handler: Handler) -> web.Stream
 
 
 def _request_id(sent: str | None) -> str:
-    return sent if sent is not None and _sane_id.fullmatch(sent) else f"req_{uuid.uuid4().hex}"
+    return sent if sent is not None and _sane_id.fullmatch(sent) else new_request_id()
 
 
 def _log_request(request: web.Request, context: RequestContext, status: int) -> None:
-    quiet = request.path.rstrip("/") in ("/health", "/ready") and status < 400
+    quiet = bare_path(request) in ("/health", "/ready") and status < 400
     log = _log.debug if quiet else _log.error if status >= 500 else _log.info
     log(
         "request",
@@ -61,6 +60,11 @@ def _log_request(request: web.Request, context: RequestContext, status: int) -> 
         duration_ms=round(context.elapsed_ms, 1),
         **context.log,
     )
+
+
+def bare_path(request: web.Request) -> str:
+    """A route's path without ``/v1`` before it and a slash behind it."""
+    return request.path.rstrip("/").removeprefix("/v1")
 
 
 @web.middleware
@@ -122,7 +126,7 @@ def _preflight_headers(request: web.Request) -> dict[str, str]:
 async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Compare the key in constant time, where one is set."""
     key = settings_of(request).api_key
-    if key is None or (request.path.rstrip("/") or "/") in OPEN_ROUTES:
+    if key is None or bare_path(request) in OPEN_ROUTES:
         return await handler(request)
     scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not sent.strip():
@@ -141,6 +145,7 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     """What every response carries; a signal of aiohttp's, called before the head is sent."""
     context = context_of(request)
     response.headers.update(context.headers)
+    response.headers["Server"] = "helix"
     response.headers["x-request-id"] = context.request_id
     response.headers["openai-processing-ms"] = str(round(context.elapsed_ms))
 

@@ -22,7 +22,7 @@ from helix_gateway.gateway.state import sized
 
 MAX_PROMPTS = 1024
 """Prompts of one completions request."""
-MAX_PROMPT_IDS = 4 * 1024 * 1024
+MAX_PROMPT_IDS = 1024 * 1024
 """Token ids over all prompts of one request."""
 TRIAL_CHARACTERS_PER_TOKEN = 8
 """A prompt longer than this for each token of the context is tokenised in part first."""
@@ -152,11 +152,24 @@ def _refuse_too_many_ids(served: ServedModel, raw: bytes) -> None:
     """Without reading them: an array of numbers has one more than it has commas."""
     if raw[:1] != b"[" or b'"' in raw:
         return
-    num_ids, limit = raw.count(b",") + 1, served.service.max_model_len
-    if num_ids > limit and b"[" not in raw[1:]:
-        raise ContextLengthError(num_ids, limit, param="prompt")
-    if num_ids > MAX_PROMPT_IDS:
-        raise _wrong("prompt", f"must have at most {MAX_PROMPT_IDS} token ids over all prompts; it has {num_ids}")
+    limit = served.service.max_model_len
+    if raw.find(b"[", 1) < 0:
+        if (num_ids := _count_past(raw, b",", limit)) >= limit:
+            raise _at_least(num_ids, limit, "prompt")
+    elif _count_past(raw, b"[", MAX_PROMPTS + 1) > MAX_PROMPTS + 1:
+        raise _wrong("prompt", f"must have at most {MAX_PROMPTS} prompts")
+    elif _count_past(raw, b",", MAX_PROMPT_IDS) > MAX_PROMPT_IDS:
+        raise _wrong("prompt", f"must have at most {MAX_PROMPT_IDS} token ids over all prompts")
+
+
+def _count_past(raw: bytes, mark: bytes, most: int) -> int:
+    """How often ``mark`` stands in ``raw``; stops counting a little past ``most``."""
+    count = 0
+    for start in range(0, len(raw), 4096):
+        count += raw.count(mark, start, start + 4096)
+        if count > most:
+            break
+    return count
 
 
 def _fitting(served: ServedModel, token_ids: list[int], param: str) -> list[int]:

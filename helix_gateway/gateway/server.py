@@ -12,11 +12,16 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import structlog
 from aiohttp import web
 
+from helix_gateway.gateway.errors import to_api_error
 from helix_gateway.gateway.settings import GatewaySettings
+from helix_gateway.gateway.state import new_request_id
 
 BACKLOG = 1024
+
+_log = structlog.get_logger("helix.server")
 
 
 class BindError(Exception):
@@ -80,14 +85,50 @@ def urls(sockets: Sequence[socket.socket]) -> list[str]:
     return [f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}" for host, port in names]
 
 
+class _Protocol(web.RequestHandler):
+    """aiohttp's connection, but what is not even HTTP gets an answer in OpenAI's shape too."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer and close; the reason goes to the log, since it may quote what was sent."""
+        request_id = new_request_id()
+        _log.info("not understood", request_id=request_id, status=status, reason=type(exc).__name__)
+        known = exc if status >= 500 and exc is not None else web.HTTPBadRequest(reason="This is not well-formed HTTP.")
+        response = to_api_error(known, request_id=request_id, retry_after_s=0.0).response()
+        response.headers["x-request-id"] = request_id
+        response.force_close()
+        return response
+
+
+class _Server(web.Server):
+    def __call__(self) -> web.RequestHandler:
+        return _Protocol(self, loop=self._loop, **self._kwargs)
+
+
+class _Runner(web.AppRunner):
+    """aiohttp has no setting for the class of its connections: the server that it made is given another."""
+
+    __slots__ = ()
+
+    async def _make_server(self) -> web.Server:
+        server = await super()._make_server()
+        server.__class__ = _Server
+        return server
+
+
 @asynccontextmanager
 async def listening(
     app: web.Application, settings: GatewaySettings, sockets: Sequence[socket.socket]
 ) -> AsyncIterator[list[str]]:
     """Start the application on bound sockets; yields its URLs, stops it on the way out."""
-    runner = web.AppRunner(
-        app, handler_cancellation=True, access_log=None, shutdown_timeout=settings.shutdown_timeout_s
-    )
+    runner = _Runner(app, handler_cancellation=True, access_log=None, shutdown_timeout=settings.shutdown_timeout_s)
     try:
         await runner.setup()
         for sock in sockets:

@@ -5,6 +5,7 @@ Knows nothing about what is in them.
 
 import asyncio
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
-from helix_gateway.core.errors import HelixError
+from helix_gateway.core.errors import HelixError, InvalidRequestError
 from helix_gateway.gateway.errors import ApiError
 from helix_gateway.gateway.registry import ModelRegistry
 from helix_gateway.gateway.settings import GatewaySettings
@@ -20,8 +21,6 @@ from helix_gateway.gateway.settings import GatewaySettings
 SETTINGS = web.AppKey("helix_settings", GatewaySettings)
 MODELS = web.AppKey("helix_models", ModelRegistry)
 WORKERS = web.AppKey("helix_workers", Executor)
-
-_CONTEXT = "helix_request_context"
 
 T = TypeVar("T")
 
@@ -41,11 +40,19 @@ class RequestContext:
         return (time.perf_counter() - self.started_s) * 1000.0
 
     def note_error(self, error: Exception, api_error: ApiError) -> None:
-        """Put an error into the log line; one that nobody foresaw goes with its traceback."""
-        self.log["error"] = api_error.message
+        """Put an error into the log line; one that nobody foresaw goes with its traceback.
+
+        A message from `text/` may quote the prompt (a chat template writes what it likes), so it is left out.
+        """
+        quotes = isinstance(error, InvalidRequestError)
+        self.log.update(error=None if quotes else api_error.message, param=api_error.param, code=api_error.code)
         if api_error.status >= 500:
             self.log["exception_type"] = type(error).__name__
             self.log["exc_info"] = None if isinstance(error, HelixError) else error
+
+
+# Typed keys for requests came to aiohttp later than those for applications, and it warns of plain ones since.
+_CONTEXT: Any = web.RequestKey("helix_context", RequestContext) if hasattr(web, "RequestKey") else "helix_context"
 
 
 def attach_context(request: web.Request, context: RequestContext) -> None:
@@ -54,9 +61,14 @@ def attach_context(request: web.Request, context: RequestContext) -> None:
 
 
 def context_of(request: web.BaseRequest) -> RequestContext:
-    """The request's context."""
-    context: RequestContext = request[_CONTEXT]
-    return context
+    """The request's context; a fresh one where aiohttp answers by itself before any middleware runs."""
+    context: RequestContext | None = request.get(_CONTEXT)
+    return RequestContext(new_request_id()) if context is None else context
+
+
+def new_request_id() -> str:
+    """An id for a request that brought none."""
+    return f"req_{uuid.uuid4().hex}"
 
 
 def settings_of(request: web.Request) -> GatewaySettings:

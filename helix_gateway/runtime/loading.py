@@ -59,12 +59,14 @@ def load_model(
         config = checkpoint.config()
         model_class = _model_class(path, config)
         stored = checkpoint.tensors(model_class)
-        options: dict[str, Any] = {"dtype": _auto_dtype(checkpoint) if dtype is None else dtype}
+        wanted = _auto_dtype(checkpoint) if dtype is None else dtype
+        options: dict[str, Any] = {"dtype": wanted}
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation
         with progress(f"Loading {Path(path).name}", sum(tensor.nbytes for tensor in stored.values())) as report:
-            model = _build(path, model_class, config, _Reading(stored, report), options)
-        on_device: PreTrainedModel = model.requires_grad_(False).to(device)  # noqa: FBT003  torch's own
+            reading = _Reading(stored, _dtype_of_all(model_class, wanted), report)
+            model = _build(path, model_class, config, reading, options)
+        on_device: PreTrainedModel = model.requires_grad_(False).to(device)
         return on_device
 
 
@@ -125,6 +127,12 @@ def _auto_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return torch.bfloat16 if checkpoint.bfloat16_share() > 0.5 else torch.float32
 
 
+def _dtype_of_all(model_class: Any, wanted: torch.dtype) -> torch.dtype | None:
+    """The dtype that every weight gets; None where the model keeps some in float32, which transformers sees to."""
+    kept = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    return None if any(getattr(model_class, name, None) for name in kept) else wanted
+
+
 def _model_class(path: str, config: "PreTrainedConfig") -> Any:
     """The class of the library's, untyped, since what its methods declare differs from release to release."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -139,7 +147,8 @@ def _model_class(path: str, config: "PreTrainedConfig") -> Any:
 class _Reading:
     """The reading of one checkpoint: how far it is, and the first error, which transformers might only log."""
 
-    def __init__(self, stored: Mapping[str, StoredTensor], report: Report) -> None:
+    def __init__(self, stored: Mapping[str, StoredTensor], dtype: torch.dtype | None, report: Report) -> None:
+        self._dtype = dtype
         self.tensors = {name: _Watched(tensor, self) for name, tensor in stored.items()}
         self.error: Exception | None = None
         self._report = report
@@ -148,7 +157,7 @@ class _Reading:
 
     def read(self, tensor: StoredTensor) -> torch.Tensor:
         try:
-            values = tensor[...]
+            values = tensor.read(self._dtype)
         except Exception as error:
             self.error = self.error or error
             raise
@@ -175,7 +184,12 @@ def _build(
     with _quiet_transformers():
         try:
             model, info = model_class.from_pretrained(
-                None, config=config, state_dict=reading.tensors, output_loading_info=True, **options
+                None,
+                config=config,
+                state_dict=reading.tensors,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
             )
         finally:
             if reading.error is not None:

@@ -6,7 +6,6 @@ The flat batch goes through the model as one sequence of ``num_tokens``; what be
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +20,7 @@ from helix_gateway.runtime.pages import Arena, PageLayout, lay_out_pages
 from helix_gateway.runtime.paged_attention import PagedAttention, PagedLayer
 from helix_gateway.runtime.probe import AttentionLayer, find_attention_layers
 from helix_gateway.runtime.rotary import install_rotary_tables
+from helix_gateway.runtime.sampling import make_sampler
 
 
 class TransformersRunner:
@@ -63,7 +63,7 @@ class TransformersRunner:
         model.set_attn_implementation(paged_attention.NAME)
         self._rotary = install_rotary_tables(model)
         self._wanted = _WantedRows(model.get_output_embeddings())
-        self._sampler: Any = None
+        self._sampler = make_sampler(device, self._vocab_size)
 
     @property
     def kv_groups(self) -> Sequence[KVGroup]:

@@ -37,7 +37,8 @@ def configure_logging(level: str = "info", stream: TextIO | None = None) -> None
 
 
 def _console() -> list[structlog.typing.Processor]:
-    return [structlog.dev.ConsoleRenderer()]
+    # The usual tracebacks show local variables: prompts among them.
+    return [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
 
 
 def _json() -> list[structlog.typing.Processor]:

@@ -1,9 +1,23 @@
-"""What a loader found out about one model's tokenizer, wherever it was read from; no behaviour."""
+"""What a loader found out about one model's tokenizer, wherever it was read from, and the words for it; no behaviour."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 from tokenizers import Tokenizer
+
+Merges = list[tuple[str, str]]
+
+
+class TokenType(IntEnum):
+    """What a token is for, in sentencepiece's numbering, which GGUF took over."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import Protocol
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from helix_gateway.text.token_bytes import TokenBytes
+from helix_gateway.text.token_bytes import TokenBytes, find_token
 
 
 class Detokenizer(Protocol):
@@ -69,7 +69,7 @@ class WindowDetokenizer:
         return "".join([self._step(token) for token in token_ids])
 
     def _step(self, token_id: int) -> str:
-        if self._backend.id_to_token(token_id) is None:
+        if find_token(self._backend, token_id) is None:
             return ""
         self._all.append(token_id)
         piece = self._stream.step(self._backend, token_id) or ""

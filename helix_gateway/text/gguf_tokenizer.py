@@ -6,28 +6,19 @@ the scores.  Knows nothing about chat templates beyond their text, or about how 
 """
 
 from collections.abc import Mapping, Sequence
-from enum import IntEnum
 from typing import Any
 
 from gguf.constants import Keys
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 from helix_gateway.core.errors import ModelLoadError
-from helix_gateway.text.definition import TokenizerDefinition
+from helix_gateway.text.added_tokens import add_tokens_by_type, write_around_prompts
+from helix_gateway.text.definition import Merges, TokenizerDefinition, TokenType
 from helix_gateway.text.gguf_metadata import read_gguf_metadata
 from helix_gateway.text.pretokenizers import RULES, PreTokenizerRule, byte_level_pre_tokenizer
+from helix_gateway.text.sentencepiece_bpe import SentencePieceVocabulary, SpacePrefix, build_sentencepiece
 
 Metadata = Mapping[str, Any]
-Merges = list[tuple[str, str]]
-
-
-class _TokenType(IntEnum):
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
 
 
 # Tokens that end a turn whatever the file says (its converter often names one of two).
@@ -41,7 +32,6 @@ _SPECIAL_NAMES = {
     "mask_token": Keys.Tokenizer.MASK_ID,
 }
 _SENTENCEPIECE_IDS = {Keys.Tokenizer.UNK_ID: 0, Keys.Tokenizer.BOS_ID: 1, Keys.Tokenizer.EOS_ID: 2}
-_SPACE = "\u2581"
 
 
 def load_gguf_tokenizer(path: str) -> TokenizerDefinition:
@@ -61,14 +51,17 @@ def load_gguf_tokenizer(path: str) -> TokenizerDefinition:
         return _byte_level(metadata) if kind == "gpt2" else _sentencepiece(metadata)
     except KeyError as error:
         raise ModelLoadError(f"{path} lacks {error.args[0]!r}, which its tokenizer needs.") from error
+    except (IndexError, TypeError, ValueError) as error:
+        raise ModelLoadError(f"The tokenizer in {path} is broken: {error}") from error
 
 
 def _byte_level(metadata: Metadata) -> TokenizerDefinition:
     rule = _pre_tokenizer_rule(metadata)
     tokens = _token_texts(metadata)
     merges = [_split_merge(merge) for merge in metadata[Keys.Tokenizer.MERGES]]
-    model = models.BPE(vocab=_ids_by_text(tokens), merges=merges, ignore_merges=rule.whole_pieces_first)
-    backend = Tokenizer(model)
+    vocab = {text: index for index, text in enumerate(tokens)}
+    _check_merges(merges, vocab)
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=rule.whole_pieces_first))
     if rule.composes:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = byte_level_pre_tokenizer(rule)
@@ -86,6 +79,13 @@ def _pre_tokenizer_rule(metadata: Metadata) -> PreTokenizerRule:
     return rule
 
 
+def _check_merges(merges: Merges, vocab: Mapping[str, int]) -> None:
+    """`tokenizers` panics on a merge of what is no token."""
+    for left, right in merges:
+        if left not in vocab or right not in vocab or left + right not in vocab:
+            raise ModelLoadError(f"The merge of {left!r} and {right!r} does not fit the vocabulary of the file.")
+
+
 def _split_merge(merge: str) -> tuple[str, str]:
     # A token may itself begin with a space in old files, so the first character never separates.
     separator = merge.index(" ", 1)
@@ -95,50 +95,27 @@ def _split_merge(merge: str) -> tuple[str, str]:
 def _sentencepiece(metadata: Metadata) -> TokenizerDefinition:
     tokens = _token_texts(metadata)
     metadata = {**_SENTENCEPIECE_IDS, **metadata}
-    unknown = tokens[metadata[Keys.Tokenizer.UNK_ID]]
-    merges = _merges_from_scores(metadata, tokens)
-    vocab = _ids_by_text(tokens)
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    prefixed = metadata.get(Keys.Tokenizer.ADD_PREFIX, True)
-    # llama.cpp puts the space before the first text and before each text that follows a special token; so does a
-    # normalizer, which `tokenizers` runs on each text between added tokens.
-    prefix = [normalizers.Prepend(_SPACE)] if prefixed else []
-    backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", _SPACE)])
-    strip = [decoders.Strip(" ", 1, 0)] if prefixed else []
-    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    backend.decoder = decoders.Sequence(steps)
+    # llama.cpp puts the space before the first text and before each text that follows a special token.
+    prefix = SpacePrefix.EVERY_TEXT if metadata.get(Keys.Tokenizer.ADD_PREFIX, True) else SpacePrefix.NONE
+    vocabulary = SentencePieceVocabulary(
+        tokens, metadata[Keys.Tokenizer.SCORES], metadata[Keys.Tokenizer.TOKEN_TYPE], metadata[Keys.Tokenizer.UNK_ID]
+    )
+    backend, merges = build_sentencepiece(vocabulary, prefix)
     return _finish(backend, metadata, tokens, merges, adds_bos=True)
-
-
-def _merges_from_scores(metadata: Metadata, tokens: Sequence[str]) -> Merges:
-    """Sentencepiece joins the pair whose result scores best: the rank of a merge is the score of what it makes."""
-    scores = metadata[Keys.Tokenizer.SCORES]
-    types = metadata[Keys.Tokenizer.TOKEN_TYPE]
-    mergeable = {text: index for index, text in enumerate(tokens) if types[index] == _TokenType.NORMAL}
-    ranked = sorted(mergeable, key=lambda text: (-scores[mergeable[text]], mergeable[text]))
-    return [pair for text in ranked for pair in _pairs_that_make(text, mergeable)]
-
-
-def _pairs_that_make(text: str, mergeable: Mapping[str, int]) -> Merges:
-    pairs = ((text[:cut], text[cut:]) for cut in range(1, len(text)))
-    return [pair for pair in pairs if pair[0] in mergeable and pair[1] in mergeable]
 
 
 def _token_texts(metadata: Metadata) -> list[str]:
     return [text or f"[EMPTY_{index}]" for index, text in enumerate(metadata[Keys.Tokenizer.LIST])]
 
 
-def _ids_by_text(tokens: Sequence[str]) -> dict[str, int]:
-    return {text: index for index, text in enumerate(tokens)}
-
-
 def _finish(
     backend: Tokenizer, metadata: Metadata, tokens: Sequence[str], merges: Merges, *, adds_bos: bool
 ) -> TokenizerDefinition:
     """What both kinds share: added tokens, BOS and EOS, the chat template."""
-    _add_tokens(backend, metadata, tokens)
+    types = metadata.get(Keys.Tokenizer.TOKEN_TYPE) or [TokenType.NORMAL] * len(tokens)
+    add_tokens_by_type(backend, tokens, types)
     special = {name: tokens[index] for name, key in _SPECIAL_NAMES.items() for index in _ids(metadata, tokens, key)}
-    _add_template(backend, metadata, tokens, adds_bos=adds_bos)
+    _write_around_prompts(backend, metadata, tokens, adds_bos=adds_bos)
     return TokenizerDefinition(
         backend=backend,
         merges=merges,
@@ -155,30 +132,13 @@ def _ids(metadata: Metadata, tokens: Sequence[str], *keys: str) -> list[int]:
     return [index for index in found if isinstance(index, int) and 0 <= index < len(tokens)]
 
 
-def _add_tokens(backend: Tokenizer, metadata: Metadata, tokens: Sequence[str]) -> None:
-    types = metadata.get(Keys.Tokenizer.TOKEN_TYPE) or [_TokenType.NORMAL] * len(tokens)
-    special = (_TokenType.CONTROL, _TokenType.UNKNOWN)
-    backend.add_tokens(
-        [
-            AddedToken(text, special=kind in special, normalized=False)
-            for text, kind in zip(tokens, types, strict=True)
-            if kind in special or kind == _TokenType.USER_DEFINED
-        ]
-    )
-
-
-def _add_template(backend: Tokenizer, metadata: Metadata, tokens: Sequence[str], *, adds_bos: bool) -> None:
-    """Have the backend write BOS and EOS around a prompt where the file says so."""
+def _write_around_prompts(backend: Tokenizer, metadata: Metadata, tokens: Sequence[str], *, adds_bos: bool) -> None:
+    """Have the backend write BOS and EOS where the file says so."""
     begins = metadata.get(Keys.Tokenizer.ADD_BOS, adds_bos)
     ends = metadata.get(Keys.Tokenizer.ADD_EOS, False)
     before = _ids(metadata, tokens, Keys.Tokenizer.BOS_ID) if begins else []
     after = _ids(metadata, tokens, Keys.Tokenizer.EOS_ID) if ends else []
-    if not before and not after:
-        return
-    names = {index: f"token {index}" for index in (*before, *after)}
-    pieces = [{"id": name, "ids": [index], "tokens": [tokens[index]]} for index, name in names.items()]
-    template = [*(f"{names[index]}:0" for index in before), "$A:0", *(f"{names[index]}:0" for index in after)]
-    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=pieces)
+    write_around_prompts(backend, before, after)
 
 
 def _end_ids(metadata: Metadata, tokens: Sequence[str]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Reads the tokenizer of a local folder in Hugging Face layout: tokenizer.json, or what transformers converts to it.
+"""Reads the tokenizer of a local folder in Hugging Face layout: tokenizer.json, or an older format in its place.
 
 Beside it the small files that say how the model ends its answers and how it chats: tokenizer_config.json,
 special_tokens_map.json, generation_config.json, config.json, chat_template.jinja.  Knows nothing about the hub.
@@ -9,13 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from helix_gateway.core.errors import ModelLoadError
+from helix_gateway.text.added_tokens import add_tokens_by_type, write_around_prompts
 from helix_gateway.text.definition import TokenizerDefinition
+from helix_gateway.text.sentencepiece_bpe import SpacePrefix, build_sentencepiece
+from helix_gateway.text.sentencepiece_model import SentencePieceModel, read_sentencepiece_model
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-_CONVERTIBLE = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+_CONVERTIBLE = ("vocab.json", "vocab.txt", "tekken.json")
 
 
 def load_huggingface_tokenizer(folder: str) -> TokenizerDefinition:
@@ -25,11 +28,11 @@ def load_huggingface_tokenizer(folder: str) -> TokenizerDefinition:
         ModelLoadError: there is no tokenizer, or it cannot be read.
     """
     path = Path(folder)
-    backend = _backend(path)
+    config = _read_json(path / "tokenizer_config.json")
+    backend = _backend(path, config)
     # Some files carry the settings of their training; a prompt is neither cut nor filled up.
     backend.no_truncation()
     backend.no_padding()
-    config = _read_json(path / "tokenizer_config.json")
     special = _special_tokens(config, _read_json(path / "special_tokens_map.json"))
     return TokenizerDefinition(
         backend=backend,
@@ -41,13 +44,16 @@ def load_huggingface_tokenizer(folder: str) -> TokenizerDefinition:
     )
 
 
-def _backend(path: Path) -> Tokenizer:
-    ready = path / "tokenizer.json"
-    if ready.is_file():
-        return _loaded(ready)
+def _backend(path: Path, config: Mapping[str, Any]) -> Tokenizer:
+    if (path / "tokenizer.json").is_file():
+        return _loaded(path / "tokenizer.json")
+    if (path / "tokenizer.model").is_file():
+        return _from_sentencepiece(path / "tokenizer.model", config)
     if any((path / name).is_file() for name in _CONVERTIBLE):
         return _converted(path)
-    raise ModelLoadError(f"{path} holds no tokenizer: neither tokenizer.json nor {', '.join(_CONVERTIBLE)}.")
+    raise ModelLoadError(
+        f"{path} holds no tokenizer: none of tokenizer.json, tokenizer.model, {', '.join(_CONVERTIBLE)}."
+    )
 
 
 def _loaded(file: Path) -> Tokenizer:
@@ -55,6 +61,38 @@ def _loaded(file: Path) -> Tokenizer:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # `tokenizers` raises Exception itself for a malformed file.
         raise ModelLoadError(f"{file} cannot be read as a tokenizer: {error}") from error
+
+
+def _from_sentencepiece(file: Path, config: Mapping[str, Any]) -> Tokenizer:
+    """Sentencepiece's own file, with what transformers' Llama tokenizers read from the configuration beside it."""
+    try:
+        model = read_sentencepiece_model(file)
+        backend, _ = build_sentencepiece(model.vocabulary, _space_prefix(config, model))
+    except (ValueError, IndexError) as error:
+        raise ModelLoadError(f"{file} cannot be read: {error}.") from error
+    add_tokens_by_type(backend, model.vocabulary.tokens, model.vocabulary.types)
+    _add_later_tokens(backend, config, file)
+    special = _special_tokens(config)
+    begins = [_id_of(backend, special.get("bos_token", "<s>"))] if config.get("add_bos_token", True) else []
+    ends = [_id_of(backend, special.get("eos_token", "</s>"))] if config.get("add_eos_token", False) else []
+    write_around_prompts(backend, *([index for index in ids if index is not None] for ids in (begins, ends)))
+    return backend
+
+
+def _space_prefix(config: Mapping[str, Any], model: SentencePieceModel) -> SpacePrefix:
+    adds = config.get("add_prefix_space")
+    if not (model.adds_leading_space if adds is None else adds):
+        return SpacePrefix.NONE
+    return SpacePrefix.EVERY_TEXT if config.get("legacy", True) else SpacePrefix.FIRST_TEXT
+
+
+def _add_later_tokens(backend: Tokenizer, config: Mapping[str, Any], file: Path) -> None:
+    """Tokens that the configuration adds behind those of the sentencepiece model."""
+    listed = config.get("added_tokens_decoder", {})
+    for index, token in sorted((int(index), token) for index, token in listed.items()):
+        backend.add_tokens([AddedToken(token["content"], special=token.get("special", False), normalized=False)])
+        if backend.token_to_id(token["content"]) != index:
+            raise ModelLoadError(f"The tokens added to {file} leave a gap before {index}, {token['content']!r}.")
 
 
 def _converted(path: Path) -> Tokenizer:

@@ -7,6 +7,7 @@ the single expression that cuts as a whole chain does, where there is one.  Know
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -125,3 +126,18 @@ def _stage_patterns(stage: Mapping[str, object]) -> tuple[str, ...] | None:
         case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False}:
             return (pattern,)
     return None
+
+
+# A letter that has been assigned for decades, before a space or a mark: a piece of every pattern above ends with the
+# letter, whatever came before it, and the next begins as it would at the start of a text.
+_AFTER_WORD = "[A-Za-z\u0400-\u044f\u3041-\u3094\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3](?=[ ,.\u3001\u3002\uff0c])"
+_AFTER_DIGIT = "[0-9](?=[0-9])"
+_DIGITS_ALONE = frozenset({_DIGITS_THEN_GPT2_AS_ONE, QWEN2, QWEN35, TEKKEN})
+
+
+def piece_end(pattern: str) -> re.Pattern[str]:
+    """Finds places at which a text can be cut in two, for one of the patterns that `as_one_pattern` gives.
+
+    The pieces of both halves, found apart, are those of the whole.  Not every such place is found.
+    """
+    return re.compile(f"{_AFTER_WORD}|{_AFTER_DIGIT}" if pattern in _DIGITS_ALONE else _AFTER_WORD)

@@ -24,7 +24,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers
 
 from helix_gateway.text.awkward_texts import AWKWARD_TEXTS
 from helix_gateway.text.definition import TokenizerDefinition
-from helix_gateway.text.pretokenizers import as_one_pattern
+from helix_gateway.text.pretokenizers import as_one_pattern, piece_end
 from helix_gateway.text.token_bytes import byte_level_alphabet, byte_level_bytes
 
 _log = structlog.get_logger(__name__)
@@ -32,11 +32,6 @@ _log = structlog.get_logger(__name__)
 # tiktoken's expressions keep a stack entry for each character of white space, a million at most, and its older releases
 # need quadratic time for one long piece; twice this length passes both in milliseconds.
 _SEGMENT_CHARS = 16_384
-# A letter that has been assigned for decades, before a space or a mark: in every pattern known here a piece ends
-# with the letter, whatever came before, and the next begins as it would begin a text.
-_PIECE_END = re.compile(
-    "[A-Za-z\u0400-\u044f\u3041-\u3094\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3](?=[ ,.\u3001\u3002\uff0c])"
-)
 _Encode = Callable[[str], list[int]]
 
 
@@ -45,22 +40,33 @@ class _RefusalError(Exception):
 
 
 class TiktokenFastPath:
-    """The same ids as the reference, sooner; safe to call from any thread."""
+    """The same ids as the reference, sooner; safe to call from any thread.
+
+    Args:
+        pattern: whose matches are the pieces that merging stays within.
+        ranks: ids of the tokens that merging makes, by their bytes.
+        added: ids of the added tokens, by their text.
+        composes: whether text is brought to Unicode's form C first.
+        reference: encodes what does not go through here.
+    """
 
     def __init__(
         self,
-        encoding: tiktoken.Encoding,
         *,
-        num_tokens: int,
+        pattern: str,
+        ranks: Mapping[bytes, int],
         added: Mapping[str, int],
         composes: bool,
         reference: _Encode,
     ) -> None:
+        self._num_tokens = 1 + max([*ranks.values(), *added.values()])
+        every_byte = _with_every_byte(ranks, self._num_tokens)
+        encoding = tiktoken.Encoding("helix", pat_str=pattern, mergeable_ranks=every_byte, special_tokens={})
         self._encode_ordinary: _Encode = encoding.encode_ordinary
-        self._num_tokens = num_tokens
         self._added = added
         self._composes = composes
         self._reference = reference
+        self._piece_end = piece_end(pattern)
         longest_first = sorted(added, key=len, reverse=True)
         self._added_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if added else None
 
@@ -81,7 +87,16 @@ class TiktokenFastPath:
     def _encode_plain(self, text: str) -> list[int]:
         if len(text) <= _SEGMENT_CHARS:
             return self._encode_segment(text)
-        return [token for segment in _segments(text) for token in self._encode_segment(segment)]
+        return [token for segment in self._segments(text) for token in self._encode_segment(segment)]
+
+    def _segments(self, text: str) -> Iterator[str]:
+        """Cut a text where that changes nothing; each segment about as long as one should be, if it can."""
+        start = 0
+        while start < len(text):
+            found = self._piece_end.search(text, start + _SEGMENT_CHARS)
+            end = found.end() if found else len(text)
+            yield text[start:end]
+            start = end
 
     def _encode_segment(self, text: str) -> list[int]:
         if len(text) > 2 * _SEGMENT_CHARS:
@@ -89,16 +104,6 @@ class TiktokenFastPath:
         ids = self._encode_ordinary(text)
         # A byte without a token has a stand-in here; the reference has its own way with such bytes.
         return self._reference(text) if max(ids, default=0) >= self._num_tokens else ids
-
-
-def _segments(text: str) -> Iterator[str]:
-    """Cut a text into segments that are encoded independently; each about as long as a segment should be."""
-    start = 0
-    while start < len(text):
-        found = _PIECE_END.search(text, start + _SEGMENT_CHARS)
-        end = found.end() if found else len(text)
-        yield text[start:end]
-        start = end
 
 
 def find_fast_path(definition: TokenizerDefinition) -> TiktokenFastPath | None:
@@ -119,15 +124,11 @@ def _build(definition: TokenizerDefinition) -> TiktokenFastPath:
     if pattern is None:
         raise _RefusalError("its pre-tokenizer is not one that is known as a single expression")
     added = _added_tokens(backend)
-    ranks = _ranks(backend, definition.merges or (), added)
-    _check_tokens_merge(model, ranks)
-    num_tokens = 1 + max([*ranks.values(), *added.values()])
-    encoding = tiktoken.Encoding(
-        "helix", pat_str=pattern, mergeable_ranks=_with_every_byte(ranks, num_tokens), special_tokens={}
-    )
+    merged = _merged_tokens(backend, definition.merges or (), added)
+    _check_tokens_merge(model, merged)
     return TiktokenFastPath(
-        encoding,
-        num_tokens=num_tokens,
+        pattern=pattern,
+        ranks={byte_level_bytes(text): index for text, index in merged.items()},
         added=added,
         composes=backend.normalizer is not None,
         reference=lambda text: backend.encode(text, add_special_tokens=False).ids,
@@ -156,29 +157,29 @@ def _added_tokens(backend: Tokenizer) -> dict[str, int]:
 def _check_plain(token: AddedToken, *, normalized_matters: bool) -> None:
     if token.lstrip or token.rstrip or token.single_word or (token.normalized and normalized_matters):
         raise _RefusalError(f"its added token {token.content!r} is looked for in a way of its own")
-    if _PIECE_END.search(token.content):
-        raise _RefusalError(f"its added token {token.content!r} could be cut in two")
 
 
-def _ranks(backend: Tokenizer, merges: Sequence[tuple[str, str]], added: Mapping[str, int]) -> dict[bytes, int]:
-    """Bytes of every token that merging can make, with its id."""
+def _merged_tokens(backend: Tokenizer, merges: Sequence[tuple[str, str]], added: Mapping[str, int]) -> dict[str, int]:
+    """Ids of the single bytes and of every token that merging makes, by their text in the vocabulary's spelling."""
     vocab = backend.get_vocab(with_added_tokens=False)
-    made = [vocab[left + right] for left, right in merges]
-    if any(later < earlier for earlier, later in pairwise(made)):
+    made = {left + right: vocab[left + right] for left, right in merges}
+    if any(later < earlier for earlier, later in pairwise(vocab[left + right] for left, right in merges)):
         raise _RefusalError("the order of its merges is not the order of its ids")
-    if not set(added.values()).isdisjoint(made):
+    if not set(added.values()).isdisjoint(made.values()):
         raise _RefusalError("merging makes one of its added tokens")
-    singles = [vocab[letter] for letter in byte_level_alphabet().values() if letter in vocab]
-    text_of = {index: text for text, index in vocab.items()}
-    return {byte_level_bytes(text_of[index]): index for index in {*singles, *made}}
+    singles = {letter: vocab[letter] for letter in byte_level_alphabet().values() if letter in vocab}
+    return {**singles, **made}
 
 
-def _check_tokens_merge(model: models.BPE, ranks: Mapping[bytes, int]) -> None:
+def _check_tokens_merge(model: models.BPE, tokens: Mapping[str, int]) -> None:
     """Each token's own bytes must merge into it, by merges alone."""
-    alphabet = byte_level_alphabet()
-    texts = ["".join([alphabet[byte] for byte in token]) for token in ranks]
-    merged = Tokenizer(model).encode_batch_fast(texts, add_special_tokens=False)
-    for text, index, encoding in zip(texts, ranks.values(), merged, strict=True):
+    whole_pieces_first = model.ignore_merges
+    model.ignore_merges = False
+    try:
+        merged = Tokenizer(model).encode_batch_fast(list(tokens), add_special_tokens=False)
+    finally:
+        model.ignore_merges = whole_pieces_first
+    for (text, index), encoding in zip(tokens.items(), merged, strict=True):
         if encoding.ids != [index]:
             raise _RefusalError(f"its token {text!r} is not what its own bytes merge into")
 

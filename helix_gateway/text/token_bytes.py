@@ -34,13 +34,13 @@ def byte_level_alphabet() -> dict[int, str]:
 
 
 _BYTE_OF_CHARACTER = {ord(character): byte for byte, character in byte_level_alphabet().items()}
+_ALPHABET = frozenset(byte_level_alphabet().values())
 
 
 def byte_level_bytes(token: str) -> bytes:
     """The bytes that a token of a byte-level vocabulary stands for; as UTF-8 where it has another character."""
-    translated = token.translate(_BYTE_OF_CHARACTER)
-    if all(ord(character) in _BYTE_OF_CHARACTER for character in token):
-        return translated.encode("latin-1")
+    if _ALPHABET.issuperset(token):
+        return token.translate(_BYTE_OF_CHARACTER).encode("latin-1")
     return token.encode()
 
 
@@ -69,7 +69,7 @@ class TokenBytes:
     def __init__(
         self, backend: Tokenizer, *, of_token: _ToBytes, of_added_token: _ToBytes, strips_leading_space: bool = False
     ) -> None:
-        self._id_to_token = backend.id_to_token
+        self._backend = backend
         self._to_bytes = of_token
         self.strips_leading_space = strips_leading_space
         added = backend.get_added_tokens_decoder()
@@ -84,9 +84,14 @@ class TokenBytes:
         return found
 
     def _look_up(self, token_id: int) -> bytes:
-        # `tokenizers` takes 32 unsigned bits and raises beyond them.
-        token = self._id_to_token(token_id) if 0 <= token_id < 1 << 32 else None
+        token = find_token(self._backend, token_id)
         return b"" if token is None else self._to_bytes(token)
+
+
+def find_token(backend: Tokenizer, token_id: int) -> str | None:
+    """The token of an id in the vocabulary's own spelling; None where no token has that id."""
+    # `tokenizers` takes 32 unsigned bits, and raises beyond them.
+    return backend.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None
 
 
 def find_token_bytes(backend: Tokenizer) -> TokenBytes | None:

@@ -120,7 +120,7 @@ class Tokenizer:
         """Bytes of one token, perhaps only a part of a character; none for an id that no token has."""
         if self._token_bytes is not None:
             return self._token_bytes[token_id]
-        return self._backend.decode([token_id], skip_special_tokens=False).encode()
+        return self.decode([token_id], skip_special_tokens=False).encode()
 
     def token_text(self, token_id: int) -> str:
         """Text of one token by itself, U+FFFD where its bytes are only a part of a character."""

@@ -5,6 +5,7 @@ Tools, structured output, audio and images are known by name and refused by name
 
 from typing import Annotated, Any, Literal
 
+import msgspec
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -83,11 +84,15 @@ class ChatMessage(WireModel):
         return [part.text or part.refusal for part in self.content]
 
 
+class _MessageOutline(msgspec.Struct):
+    role: str
+
+
 class ChatRequest(GenerationRequest):
     """The whole request."""
 
     inert_fields = frozenset({"user", "store", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier"})
-    large_fields = frozenset({"messages"})
+    large_fields = {"messages": msgspec.json.Decoder(list[_MessageOutline]).decode}
 
     messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: int | None = Field(None, ge=1)

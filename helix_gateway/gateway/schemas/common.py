@@ -4,7 +4,7 @@ pydantic checks types strictly (no "1" for 1, no true for 1); a null is an absen
 knows are kept apart, so that they can be named.  Knows nothing about tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -37,8 +37,9 @@ class WireModel(BaseModel):
     """Known fields that change nothing here, whatever they hold."""
     raw_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields handed on as they lie in the body, since only the model tells how much of them is too much."""
-    large_fields: ClassVar[frozenset[str]] = frozenset()
-    """Fields that may be as large as the body."""
+    large_fields: ClassVar[Mapping[str, Callable[[bytes], Any]]] = {}
+    """Fields that may be as large as the body, each with a reader of its outline: it fails at the first thing that
+    is wrong, before megabytes of that become objects."""
 
     @model_validator(mode="before")
     @classmethod

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from helix_gateway.core.errors import ModelLoadError
-from helix_gateway.runtime.checkpoints.gguf_file import GGUFFile, Scalar
-from helix_gateway.runtime.checkpoints.gguf_tensors import read_array
+from helix_gateway.runtime.checkpoints.gguf_file import GGUFFile, Scalar, TensorInfo
+from helix_gateway.runtime.checkpoints.gguf_tensors import read_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -190,10 +191,14 @@ def _phi3_long_rope(metadata: Metadata, original: int) -> dict[str, Any]:
         return {}
     return {
         "rope_type": "longrope",
-        "long_factor": read_array(metadata.file, long).tolist(),
-        "short_factor": read_array(metadata.file, short).tolist(),
+        "long_factor": _floats(metadata, long),
+        "short_factor": _floats(metadata, short),
         "original_max_position_embeddings": original,
     }
+
+
+def _floats(metadata: Metadata, info: TensorInfo) -> list[float]:
+    return [float(value) for value in read_tensor(metadata.file, info, torch.float32).tolist()]
 
 
 def _gemma2(metadata: Metadata) -> dict[str, Any]:
@@ -278,7 +283,7 @@ def _rope_factors(metadata: Metadata, base: float) -> dict[str, Any] | None:
     info = metadata.file.tensors.get("rope_freqs.weight")
     if info is None:
         return None
-    factors = read_array(metadata.file, info).astype(np.float64)
+    factors = np.asarray(_floats(metadata, info))
     dim = _rotary_dim(metadata)
     wavelengths = 2 * math.pi * base ** (np.arange(0, dim, 2) / dim)
     factor = float(factors.max())

@@ -13,12 +13,10 @@ import torch
 
 from helix_gateway.core.errors import ModelLoadError
 from helix_gateway.runtime.checkpoints.gguf_config import Metadata, eos_token_ids, gguf_config
-from helix_gateway.runtime.checkpoints.gguf_file import GGUFFile, TensorInfo
-from helix_gateway.runtime.checkpoints.gguf_tensors import Restore, read_array, unchanged, unpermute, unshift
+from helix_gateway.runtime.checkpoints.gguf_file import GGUFFile
+from helix_gateway.runtime.checkpoints.gguf_tensors import GGUFTensor, Restore, unpermute, unshift
 
 if TYPE_CHECKING:
-    from types import EllipsisType
-
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _NOT_PARAMETERS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -48,7 +46,7 @@ class GGUFCheckpoint:
         kind = gguf.GGMLQuantizationType.BF16
         return sum(info.nbytes for info in infos if info.type == kind) / max(1, total_bytes)
 
-    def tensors(self, model_class: type["PreTrainedModel"]) -> Mapping[str, "GGUFTensor"]:
+    def tensors(self, model_class: type["PreTrainedModel"]) -> Mapping[str, GGUFTensor]:
         """Return what the file holds for each parameter of the model, dequantised when read.
 
         Raises:
@@ -57,23 +55,6 @@ class GGUFCheckpoint:
         with torch.device("meta"):
             parameters = list(model_class(self._config).state_dict())
         return _weights(self._file, self._config, parameters)
-
-
-class GGUFTensor:
-    """One parameter, read and dequantised when it is indexed with ``...``."""
-
-    def __init__(self, file: GGUFFile, info: TensorInfo, restore: Restore) -> None:
-        self._file = file
-        self._info = info
-        self._restore = restore
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file."""
-        return self._info.nbytes
-
-    def __getitem__(self, index: "EllipsisType") -> torch.Tensor:
-        return torch.from_numpy(self._restore(read_array(self._file, self._info)))
 
 
 def _weights(file: GGUFFile, config: "PreTrainedConfig", parameters: Iterable[str]) -> dict[str, GGUFTensor]:
@@ -101,11 +82,11 @@ def _refuse_unknown(file: GGUFFile, used: set[str]) -> None:
         raise ModelLoadError(f"{file.path} holds {len(unknown)} tensors that its architecture has no use for: {shown}.")
 
 
-def _restorer(architecture: str, parameter: str, config: "PreTrainedConfig") -> Restore:
+def _restorer(architecture: str, parameter: str, config: "PreTrainedConfig") -> Restore | None:
     if architecture == "llama" and ".q_proj." in parameter:
         return unpermute(config.num_attention_heads)
     if architecture == "llama" and ".k_proj." in parameter:
         return unpermute(config.num_key_value_heads)
     if architecture in _SHIFTED_NORMS and parameter.endswith("norm.weight"):
         return unshift
-    return unchanged
+    return None

@@ -8,58 +8,77 @@ Knows nothing about configurations.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import gguf
 import numpy as np
-import numpy.typing as npt
+import torch
 
 from helix_gateway.core.errors import ModelLoadError
 from helix_gateway.runtime.checkpoints.gguf_file import GGUFFile, TensorInfo
 
-Float32s: TypeAlias = npt.NDArray[np.float32]
-Restore: TypeAlias = Callable[[Float32s], Float32s]
-"""Undoes what the converter did to a tensor."""
+Restore: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+"""Undoes, in float32, what the converter did to a tensor."""
 
 # Dequantising makes several temporaries of its input's size: small pieces stay in the cache and bound the peak.
 _PIECE_BYTES = 1 << 20
 
 
-def read_array(file: GGUFFile, info: TensorInfo) -> Float32s:
+@dataclass(frozen=True, slots=True)
+class GGUFTensor:
+    """One parameter; see `StoredTensor`."""
+
+    file: GGUFFile
+    info: TensorInfo
+    restore: Restore | None = None
+    """None where the converter stored it as it was."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.info.nbytes
+
+    def read(self, dtype: torch.dtype | None) -> torch.Tensor:
+        """Dequantise it into memory of its own.
+
+        Raises:
+            ModelLoadError: its type cannot be dequantised.
+        """
+        if self.restore is None:
+            return read_tensor(self.file, self.info, dtype or torch.float32)
+        return self.restore(read_tensor(self.file, self.info, torch.float32)).to(dtype or torch.float32)
+
+
+def read_tensor(file: GGUFFile, info: TensorInfo, dtype: torch.dtype) -> torch.Tensor:
     """Return a tensor's values, of its own shape.
 
     Raises:
         ModelLoadError: its type cannot be dequantised.
     """
     rows = file.rows(info)
-    values = np.empty((len(rows), info.shape[-1]), np.float32)
-    step = max(1, _PIECE_BYTES // rows.shape[1])
+    values = torch.empty((len(rows), info.shape[-1]), dtype=dtype)
+    num_rows = max(1, _PIECE_BYTES // rows.shape[1])
     try:
-        for start in range(0, len(rows), step):
-            piece = np.ascontiguousarray(rows[start : start + step])
-            values[start : start + step] = gguf.quants.dequantize(piece, info.type)
+        for start in range(0, len(rows), num_rows):
+            piece = np.array(rows[start : start + num_rows])
+            values[start : start + num_rows] = torch.from_numpy(gguf.quants.dequantize(piece, info.type))
     except NotImplementedError as error:
         raise ModelLoadError(f"{file.path} has tensors of type {info.type.name}, which cannot be read.") from error
     return values.reshape(info.shape)
 
 
-def unchanged(values: Float32s) -> Float32s:
-    """The `Restore` of a tensor that is stored as it was."""
-    return values
-
-
 def unpermute(num_heads: int) -> Restore:
     """The `Restore` of a projection [num_heads × head_dim, ...] whose rows are in the order of rotated pairs."""
 
-    def restore(values: Float32s) -> Float32s:
+    def restore(values: torch.Tensor) -> torch.Tensor:
         half = values.shape[0] // num_heads // 2
         pairs = values.reshape(num_heads, half, 2, math.prod(values.shape[1:]))
-        return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
+        return pairs.transpose(1, 2).reshape(values.shape)
 
     return restore
 
 
-def unshift(values: Float32s) -> Float32s:
+def unshift(values: torch.Tensor) -> torch.Tensor:
     """The `Restore` of a norm's weight that had 1 added."""
-    values -= 1.0
-    return values
+    return values - 1.0

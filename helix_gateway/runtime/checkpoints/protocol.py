@@ -6,20 +6,23 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 if TYPE_CHECKING:
-    from types import EllipsisType
-
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class StoredTensor(Protocol):
-    """A tensor in a file, read when indexed with ``...``; several threads may do so at once."""
+    """A tensor in a file; several threads may read at once."""
 
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
 
-    def __getitem__(self, index: "EllipsisType") -> torch.Tensor:
-        """Read it into memory of its own, on the CPU, in whatever dtype it is stored or dequantised to."""
+    def read(self, dtype: torch.dtype | None) -> torch.Tensor:
+        """Read it into memory of its own, on the CPU.
+
+        Args:
+            dtype: what floating-point numbers shall be converted to, piece by piece, so that no second copy of the
+                tensor is ever there; None: as they are stored, or as exactly as they dequantise.
+        """
 
 
 class Checkpoint(Protocol):

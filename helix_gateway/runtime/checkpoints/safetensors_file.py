@@ -9,15 +9,13 @@ import json
 import math
 import os
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
 from helix_gateway.core.errors import ModelLoadError
-
-if TYPE_CHECKING:
-    from types import EllipsisType
 
 _DTYPES = {
     "F64": torch.float64,
@@ -32,12 +30,13 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _LENGTH_BYTES = 8
+_PIECE_ELEMENTS = 1 << 19
 _MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsTensor:
-    """One tensor, read when it is indexed with ``...``."""
+    """One tensor; see `StoredTensor`."""
 
     path: Path
     dtype: torch.dtype
@@ -46,19 +45,34 @@ class SafetensorsTensor:
     """From the start of the file."""
     nbytes: int
 
-    def __getitem__(self, index: "EllipsisType") -> torch.Tensor:
-        tensor = torch.empty(self.shape, dtype=self.dtype)
-        if self.nbytes == 0:
-            return tensor
+    def read(self, dtype: torch.dtype | None) -> torch.Tensor:
+        """Read it into memory of its own; see `StoredTensor`."""
+        wanted = dtype if dtype is not None and self.dtype.is_floating_point else self.dtype
+        values = torch.empty(math.prod(self.shape), dtype=wanted)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset)
-            view = tensor.view(-1).view(torch.uint8).numpy().data
-            while view:
-                count = file.readinto(view)
-                if not count:
-                    raise ModelLoadError(f"{self.path} is cut short. Download it again.")
-                view = view[count:]
-        return tensor
+            if wanted == self.dtype:
+                self._read_into(file, values)
+            else:
+                self._convert_into(file, values)
+        return values.view(self.shape)
+
+    def _convert_into(self, file: RawIOBase, values: torch.Tensor) -> None:
+        piece = torch.empty(min(len(values), _PIECE_ELEMENTS), dtype=self.dtype)
+        for start in range(0, len(values), _PIECE_ELEMENTS):
+            part = values[start : start + _PIECE_ELEMENTS]
+            self._read_into(file, piece[: len(part)])
+            part.copy_(piece[: len(part)])
+
+    def _read_into(self, file: RawIOBase, values: torch.Tensor) -> None:
+        if len(values) == 0:
+            return
+        view = values.view(torch.uint8).numpy().data
+        while view:
+            count = file.readinto(view)
+            if not count:
+                raise ModelLoadError(f"{self.path} is cut short. Download it again.")
+            view = view[count:]
 
 
 def read_safetensors(path: Path) -> dict[str, SafetensorsTensor]:

@@ -29,7 +29,7 @@ from helix_gateway.runtime.cpu.attention_kernels import (
 )
 from helix_gateway.runtime.cpu.math import exp_f32
 from helix_gateway.runtime.cpu.microkernels import fma
-from helix_gateway.runtime.cpu.threads import thread_count
+from helix_gateway.runtime.cpu.threads import configure_threads
 from helix_gateway.runtime.pages import Arena, GroupLayout, Int64s
 
 _F32_BYTES = 4
@@ -38,8 +38,11 @@ _WIDE = WIDE_ROWS >= 8
 _TILE_ROWS = 24
 # Scores of a tile beyond which it gets fewer tokens, so that they stay in the second-level cache (1 MiB).
 _TILE_SCORES = 1 << 18
+# Tiles a thread from which on they are dealt whole: all KV heads of a page are then read one after another.
+_MANY_TILES = 8
 # Numbers of new keys and values below which a parallel region costs more than it saves.
 _SERIAL_WRITE = 1 << 15
+_AHEAD = 4
 # A window longer than any context.
 _UNBOUNDED = 1 << 40
 
@@ -60,6 +63,8 @@ class Plan(NamedTuple):
     """[num_tiles], the first row of each tile."""
     tile_tokens: Int32s
     """[num_tiles]"""
+    parts: int
+    """Items that a tile's KV heads are divided among."""
     bounds: Int64s
     """[threads + 1]; thread t takes the items bounds[t]:bounds[t + 1]."""
 
@@ -102,70 +107,83 @@ def _write_rows(kind, shape, offsets, plan, first, last, key, value):  # type: i
 
 
 @njit(cache=True)
-def _take_queries(kind, shape, query, first_row, tokens, head, work):  # type: ignore[no-untyped-def]
-    """Queries of a tile as float32, [tokens * group, key_dim] from the start of ``work``."""
+def _take_queries(kind, shape, query, first_row, tokens, heads, work):  # type: ignore[no-untyped-def]
+    """Queries of an item as float32, [heads, tokens * group, key_dim] from the start of ``work``."""
     group, depth, size = shape[_GROUP], shape[_KEY_DIM], kind.itemsize
-    for token in range(tokens):
-        for member in range(group):
-            source = query[0] + ((first_row + token) * query[1] + (head * group + member) * query[2]) * size
-            target = (token * group + member) * depth
+    target = 0
+    for head in range(heads[0], heads[1]):
+        for row in range(tokens * group):
+            source = (first_row + row // group) * query[1] + (head * group + row % group) * query[2]
             for dim in range(depth):
-                work[target + dim] = load_element(kind, source + dim * size)
+                work[target + dim] = load_element(kind, query[0] + (source + dim) * size)
+            target += depth
 
 
 @njit(cache=True)
-def _scores_of_rows(kind, rows, q, q_step, keys, key_step, depth, out, out_step):  # type: ignore[no-untyped-def]
+def _scores_of_rows(kind, rows, q, q_step, keys, key_step, depth, out, out_step, ahead):  # type: ignore[no-untyped-def]
     """`dot_keys` for any number of rows."""
     row = 0
     while row < rows:
         left = rows - row
         a, b = q + row * q_step, out + row * out_step
         if _WIDE and left >= 8:
-            dot_keys(kind, 8, a, q_step, keys, key_step, depth, b, out_step)
+            dot_keys(kind, 8, a, q_step, keys, key_step, depth, b, out_step, ahead)
             row += 8
         elif left >= 4:
-            dot_keys(kind, 4, a, q_step, keys, key_step, depth, b, out_step)
+            dot_keys(kind, 4, a, q_step, keys, key_step, depth, b, out_step, ahead)
             row += 4
         elif left == 3:
-            dot_keys(kind, 3, a, q_step, keys, key_step, depth, b, out_step)
+            dot_keys(kind, 3, a, q_step, keys, key_step, depth, b, out_step, ahead)
             row += 3
         elif left == 2:
-            dot_keys(kind, 2, a, q_step, keys, key_step, depth, b, out_step)
+            dot_keys(kind, 2, a, q_step, keys, key_step, depth, b, out_step, ahead)
             row += 2
         else:
-            dot_keys(kind, 1, a, q_step, keys, key_step, depth, b, out_step)
+            dot_keys(kind, 1, a, q_step, keys, key_step, depth, b, out_step, ahead)
             row += 1
 
 
 @njit(cache=True)
-def _score_singly(kind, shape, rows, keys, first, work, out, out_step):  # type: ignore[no-untyped-def]
+def _score_singly(kind, shape, rows, keys, first, work, q, out, out_step):  # type: ignore[no-untyped-def]
     """Scores against a unit's last keys, fewer than 16 from ``first`` on: the same chains, one key at a time."""
     unit, depth, size = shape[_UNIT], shape[_KEY_DIM], kind.itemsize
     for row in range(rows):
         for lane in range(first, unit):
             score = np.float32(0.0)
             for dim in range(depth):
-                score = fma(load_element(kind, keys + (dim * unit + lane) * size), work[row * depth + dim], score)
+                number = load_element(kind, keys + (dim * unit + lane) * size)
+                score = fma(number, work[q + row * depth + dim], score)
             work[out + row * out_step + lane] = score
 
 
 @njit(cache=True)
-def _score_tile(kind, shape, offsets, table, head, rows, first, last, base, work, scores, step):  # type: ignore[no-untyped-def]
-    """Scores [rows, step] of a tile's queries against the keys at first:last; column 0 is position ``base``."""
+def _score_unit(kind, shape, rows, keys, ahead, first, last, work, q, out, step):  # type: ignore[no-untyped-def]
+    """Scores of one head's queries (at ``q``) against a unit's keys; those at first:last are wanted."""
     unit, depth, size = shape[_UNIT], shape[_KEY_DIM], kind.itemsize
-    start, q = kind.ctypes.data, work.ctypes.data
-    whole = unit // LANES * LANES
-    for number in range(first // unit, (last - 1) // unit + 1):
-        keys = start + (_unit_at(shape, offsets, table, number) + head * depth * unit) * size
-        column = scores + number * unit - base
-        for lane in range(0, whole, LANES):
-            if number * unit + lane < last and number * unit + lane + LANES > first:
-                out = q + (column + lane) * _F32_BYTES
-                _scores_of_rows(
-                    kind, rows, q, depth * _F32_BYTES, keys + lane * size, unit * size, depth, out, step * _F32_BYTES
-                )
-        if whole < unit:
-            _score_singly(kind, shape, rows, keys, whole, work, column, step)
+    base, whole = work.ctypes.data, unit // LANES * LANES
+    for lane in range(0, whole, LANES):
+        if lane < last and lane + LANES > first:
+            a, b = base + q * _F32_BYTES, base + (out + lane) * _F32_BYTES
+            keys_at, q_step, out_step = keys + lane * size, depth * _F32_BYTES, step * _F32_BYTES
+            _scores_of_rows(kind, rows, a, q_step, keys_at, unit * size, depth, b, out_step, ahead)
+    if whole < unit:
+        _score_singly(kind, shape, rows, keys, whole, work, q, out, step)
+
+
+@njit(cache=True)
+def _score_item(kind, shape, offsets, table, heads, rows, first, last, base, work, scores, step):  # type: ignore[no-untyped-def]
+    """Scores [heads, rows, step] of an item's queries against the keys at first:last; column 0 is position ``base``."""
+    unit, depth, size = shape[_UNIT], shape[_KEY_DIM], kind.itemsize
+    final = (last - 1) // unit
+    for number in range(first // unit, final + 1):
+        place = _unit_at(shape, offsets, table, number)
+        ahead = (_unit_at(shape, offsets, table, min(number + _AHEAD, final)) - place) * size
+        start = number * unit
+        for head in range(heads[0], heads[1]):
+            row = (head - heads[0]) * rows
+            keys = kind.ctypes.data + (place + head * depth * unit) * size
+            q, out = row * depth, scores + row * step + start - base
+            _score_unit(kind, shape, rows, keys, ahead, first - start, last - start, work, q, out, step)
 
 
 @njit(cache=True)
@@ -212,7 +230,7 @@ def _add_rest(kind, rows, p, p_step, values, value_step, count, sums, sum_step, 
 
 
 @njit(cache=True)
-def _add_span(kind, dims, rows, p, p_step, values, count, sums, work):  # type: ignore[no-untyped-def]
+def _add_span(kind, dims, rows, p, p_step, values, count, sums, work, ahead):  # type: ignore[no-untyped-def]
     """Add ``count`` consecutive values of a unit, weighted, to the sums of ``rows`` rows."""
     step, vectors, base = dims * kind.itemsize, dims // LANES, work.ctypes.data
     wide_p, wide_sum = p_step * _F32_BYTES, dims * _F32_BYTES
@@ -221,87 +239,107 @@ def _add_span(kind, dims, rows, p, p_step, values, count, sums, work):  # type: 
         left = rows - row
         a, b = base + (p + row * p_step) * _F32_BYTES, base + (sums + row * dims) * _F32_BYTES
         if _WIDE and left >= 8:
-            add_values(kind, 8, a, wide_p, values, step, count, b, wide_sum, vectors)
+            add_values(kind, 8, a, wide_p, values, step, count, b, wide_sum, vectors, ahead)
             row += 8
         elif left >= 4:
-            add_values(kind, 4, a, wide_p, values, step, count, b, wide_sum, vectors)
+            add_values(kind, 4, a, wide_p, values, step, count, b, wide_sum, vectors, ahead)
             row += 4
         elif left == 3:
-            add_values(kind, 3, a, wide_p, values, step, count, b, wide_sum, vectors)
+            add_values(kind, 3, a, wide_p, values, step, count, b, wide_sum, vectors, ahead)
             row += 3
         elif left == 2:
-            add_values(kind, 2, a, wide_p, values, step, count, b, wide_sum, vectors)
+            add_values(kind, 2, a, wide_p, values, step, count, b, wide_sum, vectors, ahead)
             row += 2
         else:
-            add_values(kind, 1, a, wide_p, values, step, count, b, wide_sum, vectors)
+            add_values(kind, 1, a, wide_p, values, step, count, b, wide_sum, vectors, ahead)
             row += 1
     if vectors * LANES < dims:
         _add_rest(kind, rows, p, p_step, values, step, count, sums, dims, vectors * LANES, dims, work)
 
 
 @njit(cache=True)
-def _add_edge(kind, shape, positions, p, step, values, first, last, base, sums, work):  # type: ignore[no-untyped-def]
-    """Values at first:last that only some of a tile's tokens see; ``values`` is the place of the one at ``first``."""
+def _add_edge(kind, shape, positions, values, first, last, base, work, p, step, sums):  # type: ignore[no-untyped-def]
+    """Values at first:last that only some of a tile's tokens see; ``values`` is the place of position 0's."""
     group, dims = shape[_GROUP], shape[_VALUE_DIM]
     for token in range(len(positions)):
         start = max(first, _first_seen(positions[token], shape[_WINDOW]))
         stop = min(last, positions[token] + 1)
         if start < stop:
             row = token * group
-            at = values + (start - first) * dims * kind.itemsize
-            weights = p + row * step + start - base
-            _add_span(kind, dims, group, weights, step, at, stop - start, sums + row * dims, work)
+            at = values + start * dims * kind.itemsize
+            _add_span(kind, dims, group, p + row * step + start - base, step, at, stop - start, sums + row * dims, work, 0)
 
 
 @njit(cache=True)
-def _add_tile(kind, shape, offsets, table, head, positions, first, last, base, work, p, step, sums):  # type: ignore[no-untyped-def]
-    """Weighted values at first:last into the tile's sums; each row takes exactly the positions that it sees, in order."""
+def _add_unit(kind, shape, positions, values, ahead, first, last, base, work, p, step, sums):  # type: ignore[no-untyped-def]
+    """One head's values at first:last of one unit; each row takes exactly the positions that it sees, in order."""
+    dims = shape[_VALUE_DIM]
+    size, rows = dims * kind.itemsize, len(positions) * shape[_GROUP]
+    all_from = max(first, min(last, _first_seen(positions.max(), shape[_WINDOW])))
+    all_to = max(all_from, min(last, positions.min() + 1))
+    if first < all_from:
+        _add_edge(kind, shape, positions, values, first, all_from, base, work, p, step, sums)
+    if all_from < all_to:
+        at = values + all_from * size
+        _add_span(kind, dims, rows, p + all_from - base, step, at, all_to - all_from, sums, work, ahead)
+    if all_to < last:
+        _add_edge(kind, shape, positions, values, all_to, last, base, work, p, step, sums)
+
+
+@njit(cache=True)
+def _add_item(kind, shape, offsets, table, heads, positions, first, last, base, work, p, step, sums):  # type: ignore[no-untyped-def]
+    """Weighted values at first:last into the item's sums [heads, rows, value_dim]."""
     unit, dims, size = shape[_UNIT], shape[_VALUE_DIM], kind.itemsize
-    rows = len(positions) * shape[_GROUP]
-    all_from = _first_seen(positions.max(), shape[_WINDOW])
-    all_to = max(positions.min() + 1, all_from)
-    skip = shape[_KV_HEADS] * shape[_KEY_DIM] * unit + head * unit * dims
-    for number in range(first // unit, (last - 1) // unit + 1):
-        values = kind.ctypes.data + (_unit_at(shape, offsets, table, number) + skip - number * unit * dims) * size
-        a, d = max(number * unit, first), min(number * unit + unit, last)
-        b = max(a, min(d, all_from))
-        c = max(b, min(d, all_to))
-        if a < b:
-            _add_edge(kind, shape, positions, p, step, values + a * dims * size, a, b, base, sums, work)
-        if b < c:
-            _add_span(kind, dims, rows, p + b - base, step, values + b * dims * size, c - b, sums, work)
-        if c < d:
-            _add_edge(kind, shape, positions, p, step, values + c * dims * size, c, d, base, sums, work)
+    rows, keys, final = len(positions) * shape[_GROUP], shape[_KV_HEADS] * shape[_KEY_DIM] * unit, (last - 1) // unit
+    for number in range(first // unit, final + 1):
+        place = _unit_at(shape, offsets, table, number)
+        ahead = (_unit_at(shape, offsets, table, min(number + _AHEAD, final)) - place) * size
+        a, b = max(number * unit, first), min(number * unit + unit, last)
+        for head in range(heads[0], heads[1]):
+            row = (head - heads[0]) * rows
+            values = kind.ctypes.data + (place + keys + (head - number) * unit * dims) * size
+            at, into = p + row * step, sums + row * dims
+            _add_unit(kind, shape, positions, values, ahead, a, b, base, work, at, step, into)
+
+
+@njit(cache=True)
+def _give_outputs(kind, shape, heads, first_row, rows, work, sums, totals, out):  # type: ignore[no-untyped-def]
+    """Quotients of an item's sums and totals into ``out`` [num_tokens, query heads, value_dim]."""
+    group, dims = shape[_GROUP], shape[_VALUE_DIM]
+    for head in range(heads[0], heads[1]):
+        for row in range(rows):
+            token, member = first_row + row // group, head * group + row % group
+            place = (token * shape[_KV_HEADS] * group + member) * dims
+            for dim in range(dims):
+                store_element(kind, out + (place + dim) * kind.itemsize, work[sums + dim] / work[totals])
+            sums += dims
+            totals += 1
 
 
 @njit(cache=True)
 def _attend_item(kind, shape, offsets, plan, item, query, scaling, softcap, out, work):  # type: ignore[no-untyped-def]
-    """One tile and KV head; ``out`` [num_tokens, heads, value_dim]."""
-    tile, head = item // shape[_KV_HEADS], item % shape[_KV_HEADS]
+    """One tile and some of its KV heads."""
+    tile, part = item // plan.parts, item % plan.parts
+    heads = (shape[_KV_HEADS] * part // plan.parts, shape[_KV_HEADS] * (part + 1) // plan.parts)
     row, tokens = plan.tile_row[tile], plan.tile_tokens[tile]
     table, positions = plan.tables[plan.row_sequence[row]], plan.positions[row : row + tokens]
-    group, dims, unit = shape[_GROUP], shape[_VALUE_DIM], shape[_UNIT]
+    group, unit = shape[_GROUP], shape[_UNIT]
     first, last = _first_seen(positions.min(), shape[_WINDOW]), positions.max() + 1
     base = first // unit * unit // LANES * LANES
     rows, step = tokens * group, (last - base + unit + LANES) // LANES * LANES + LANES
-    sums = rows * shape[_KEY_DIM]
-    scores = sums + rows * dims
-    _take_queries(kind, shape, query, row, tokens, head, work)
+    all_rows = rows * (heads[1] - heads[0])
+    sums = all_rows * shape[_KEY_DIM]
+    scores = sums + all_rows * shape[_VALUE_DIM]
+    totals = scores + all_rows * step
+    _take_queries(kind, shape, query, row, tokens, heads, work)
     work[sums:scores] = np.float32(0.0)
-    _score_tile(kind, shape, offsets, table, head, rows, first, last, base, work, scores, step)
-    totals = scores + rows * step
-    for i in range(rows):
-        position = positions[i // group]
-        seen = _first_seen(position, shape[_WINDOW])
-        at = scores + i * step
+    _score_item(kind, shape, offsets, table, heads, rows, first, last, base, work, scores, step)
+    for i in range(all_rows):
+        position = positions[i % rows // group]
+        seen, at = _first_seen(position, shape[_WINDOW]), scores + i * step
         work[totals + i] = _weigh_row(work, at, seen - base, position + 1 - base, scaling, softcap)
-    _add_tile(kind, shape, offsets, table, head, positions, first, last, base, work, scores, step, sums)
-    for i in range(rows):
-        place = ((row + i // group) * shape[_KV_HEADS] * group + head * group + i % group) * dims
-        for dim in range(dims):
-            store_element(
-                kind, out + (place + dim) * kind.itemsize, work[sums + i * dims + dim] / work[totals + i]
-            )
+    _add_item(kind, shape, offsets, table, heads, positions, first, last, base, work, scores, step, sums)
+    _give_outputs(kind, shape, heads, row, rows, work, sums, totals, out)
 
 
 @njit(parallel=True, nogil=True, cache=True)
@@ -327,26 +365,27 @@ def _attend_layer(  # type: ignore[no-untyped-def]
 def _plan_tiles(shape, cu_seqlens, positions, row_sequence, tile_row, tile_tokens, tile_cost):  # type: ignore[no-untyped-def]
     """Cut every sequence's rows into tiles; returns how many, and the numbers of scratch that the largest needs."""
     group, window, unit = shape[_GROUP], shape[_WINDOW], shape[_UNIT]
+    heads = group * shape[_KV_HEADS]
     tiles, most = 0, 0
     for sequence in range(len(cu_seqlens) - 1):
         row, end = cu_seqlens[sequence], cu_seqlens[sequence + 1]
         row_sequence[row:end] = sequence
         while row < end:
             span = min(positions[row] + 1, window) + _TILE_ROWS
-            tokens = min(end - row, max(1, min(_TILE_ROWS // group, _TILE_SCORES // (span * group))))
+            tokens = min(end - row, max(1, min(_TILE_ROWS // group, _TILE_SCORES // (span * heads))))
             first = _first_seen(positions[row : row + tokens].min(), window)
             span = positions[row : row + tokens].max() + 1 - first
             tile_row[tiles], tile_tokens[tiles], tile_cost[tiles] = row, tokens, tokens * span + unit
             columns = span + 2 * unit + 4 * LANES
-            most = max(most, tokens * group * (shape[_KEY_DIM] + shape[_VALUE_DIM] + columns + 1))
+            most = max(most, tokens * heads * (shape[_KEY_DIM] + shape[_VALUE_DIM] + columns + 1))
             tiles += 1
             row += tokens
     return tiles, most
 
 
-def _deal(costs: Int64s, heads: int, threads: int) -> Int64s:
-    """Bounds of the threads' shares of the items (tiles times heads), of about equal cost."""
-    ends = np.cumsum(np.repeat(costs, heads))
+def _deal(costs: Int64s, parts: int, threads: int) -> Int64s:
+    """Bounds of the threads' shares of the items (tiles times parts), of about equal cost."""
+    ends = np.cumsum(np.repeat(costs, parts))
     marks = ends[-1] * np.arange(1, threads) // threads if len(ends) else np.zeros(threads - 1, np.int64)
     return np.concatenate(([0], np.searchsorted(ends, marks, side="left"), [len(ends)])).astype(np.int64)
 
@@ -399,7 +438,7 @@ class CpuPagedAttention:
 
     def begin(self, batch: StepBatch) -> None:
         """Cut the step's rows into tiles and deal them to the threads."""
-        threads = thread_count()
+        threads = configure_threads()
         self._plans, scratch = [], self._works.shape[1]
         for group, shape in self._planned:
             plan, numbers = _plan_step(batch, batch.block_tables[group], shape, threads)
@@ -449,6 +488,7 @@ def _plan_step(batch: StepBatch, tables: Int32s, shape: Int64s, threads: int) ->
     row_sequence, tile_row, tile_tokens = (np.empty(rows, np.int32) for _ in range(3))
     costs = np.empty(rows, np.int64)
     tiles, scratch = _plan_tiles(shape, batch.cu_seqlens, positions, row_sequence, tile_row, tile_tokens, costs)
-    bounds = _deal(costs[:tiles], int(shape[_KV_HEADS]), threads)
+    parts = 1 if tiles >= _MANY_TILES * threads or threads == 1 else int(shape[_KV_HEADS])
+    bounds = _deal(costs[:tiles], parts, threads)
     tables = np.ascontiguousarray(tables)
-    return Plan(positions, row_sequence, tables, tile_row[:tiles], tile_tokens[:tiles], bounds), int(scratch)
+    return Plan(positions, row_sequence, tables, tile_row[:tiles], tile_tokens[:tiles], parts, bounds), int(scratch)

@@ -28,6 +28,8 @@ _I64 = ir.IntType(64)
 _VECTOR = ir.VectorType(_F32, LANES)
 _INDICES = ir.VectorType(_I32, LANES)
 _F32_BYTES = 4
+_MANY_ROWS = 8
+"""Rows from which on computing takes longer than loading, so that nothing need be fetched ahead."""
 
 Emit = Callable[[Any, ir.IRBuilder, Any, Any], ir.Value]
 
@@ -131,21 +133,33 @@ def _round_to_bf16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return builder.trunc(builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded), _I16)
 
 
+def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Ask for a cache line that will be read soon; an address that is nowhere does no harm."""
+    pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
+    function_type = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
+    builder.call(function, [pointer, ir.Constant(_I32, 0), ir.Constant(_I32, 3), ir.Constant(_I32, 1)])
+
+
 @intrinsic(prefer_literal=True)
-def dot_keys(typing_context, kind, rows, q, q_step, keys, key_step, depth, out, out_step):  # type: ignore[no-untyped-def]
+def dot_keys(typing_context, kind, rows, q, q_step, keys, key_step, depth, out, out_step, ahead):  # type: ignore[no-untyped-def]
     """Scores of ``rows`` (a literal) queries against 16 keys that lie side by side.
 
     q: float32 [rows, depth], ``q_step`` bytes a row; keys: [depth, 16], ``key_step`` bytes a dimension;
     out: float32 [rows, 16], ``out_step`` bytes a row.  Each score is one fma chain over the depth.
+    ``ahead``: how many bytes farther the keys lie that will be wanted next.
     """
     count = rows.literal_value
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        _, _, q, q_step, keys, key_step, depth, out, out_step = args
+        _, _, q, q_step, keys, key_step, depth, out, out_step, ahead = args
         q_rows = [_at(builder, q, ir.Constant(_I64, row), q_step) for row in range(count)]
 
         def body(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-            key = _load_vector(builder, kind, _at(builder, keys, index, key_step))
+            offset = builder.mul(index, key_step)
+            if count < _MANY_ROWS:
+                _prefetch(builder, builder.add(keys, builder.add(ahead, offset)))
+            key = _load_vector(builder, kind, builder.add(keys, offset))
             values = [_load(builder, _at(builder, row, index, _F32_BYTES), _F32) for row in q_rows]
             return [_fma(builder, key, _splat(builder, value), total) for value, total in zip(values, sums)]
 
@@ -154,22 +168,23 @@ def dot_keys(typing_context, kind, rows, q, q_step, keys, key_step, depth, out, 
             _store(builder, total, _at(builder, out, ir.Constant(_I64, row), out_step))
         return context.get_dummy_value()
 
-    return types.void(kind, rows, *[types.intp] * 7), emit
+    return types.void(kind, rows, *[types.intp] * 8), emit
 
 
 @intrinsic(prefer_literal=True)
-def add_values(typing_context, kind, rows, p, p_step, values, value_step, count, sums, sum_step, vectors):  # type: ignore[no-untyped-def]
+def add_values(typing_context, kind, rows, p, p_step, values, value_step, count, sums, sum_step, vectors, ahead):  # type: ignore[no-untyped-def]
     """Add ``count`` values, weighted, to ``rows`` (a literal) sums over ``16 * vectors`` dimensions.
 
     p: float32 [rows, count], ``p_step`` bytes a row; values: [count, 16 * vectors], ``value_step`` bytes a value;
     sums: float32 [rows, 16 * vectors], ``sum_step`` bytes a row.  Each sum is one fma chain over the count (at least 1).
+    ``ahead``: how many bytes farther the values lie that will be wanted next.
     """
     num_rows = rows.literal_value
     width = 2 if num_rows * 2 <= WIDE_ROWS else 1
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        _, _, p, p_step, values, value_step, count, sums, sum_step, vectors = args
-        span = _Span(kind, num_rows, p, p_step, values, value_step, count, sums, sum_step)
+        _, _, p, p_step, values, value_step, count, sums, sum_step, vectors, ahead = args
+        span = _Span(kind, num_rows, p, p_step, values, value_step, count, sums, sum_step, ahead)
         full = builder.udiv(vectors, ir.Constant(_I64, width))
         with builder.if_then(builder.icmp_signed(">", full, ir.Constant(_I64, 0))):
             _loop(builder, full, [], lambda index, _: _emit_values(builder, span, _scaled(builder, index, width), width))
@@ -178,7 +193,7 @@ def add_values(typing_context, kind, rows, p, p_step, values, value_step, count,
             _emit_values(builder, span, done, 1)
         return context.get_dummy_value()
 
-    return types.void(kind, rows, *[types.intp] * 8), emit
+    return types.void(kind, rows, *[types.intp] * 9), emit
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +209,7 @@ class _Span:
     count: ir.Value
     sums: ir.Value
     sum_step: ir.Value
+    ahead: ir.Value
 
 
 def _scaled(builder: ir.IRBuilder, value: ir.Value, factor: int) -> ir.Value:
@@ -212,6 +228,9 @@ def _emit_values(builder: ir.IRBuilder, span: _Span, first: ir.Value, width: int
 
     def body(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
         base = _at(builder, span.values, index, span.value_step)
+        if span.rows < _MANY_ROWS:
+            for column in columns:
+                _prefetch(builder, builder.add(span.ahead, _at(builder, base, column, vector_bytes)))
         vectors = [_load_vector(builder, span.kind, _at(builder, base, column, vector_bytes)) for column in columns]
         spread = [_splat(builder, _load(builder, _at(builder, row, index, _F32_BYTES), _F32)) for row in weights]
         pairs = [(weight, vector) for weight in spread for vector in vectors]

@@ -12,21 +12,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import platformdirs
+
 _VARIABLE = "NUMBA_CACHE_DIR"
 _KEPT_FOLDERS = 8
-
-
-def user_cache_folder() -> Path:
-    """The folder for Helix's files that can be made again, by the system's own convention; it may not exist yet."""
-    if "XDG_CACHE_HOME" in os.environ:
-        base = Path(os.environ["XDG_CACHE_HOME"])
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path.home() / ".cache"
-    return base / "helix"
 
 
 def use_compile_cache() -> None:
@@ -36,7 +25,11 @@ def use_compile_cache() -> None:
     """
     if os.environ.get(_VARIABLE):
         return
-    folder = user_cache_folder() / "compiled" / _sources_digest(Path(__file__).parent.parent)
+    folder = (
+        platformdirs.user_cache_path("helix", appauthor=False)
+        / "compiled"
+        / _sources_digest(Path(__file__).parent.parent)
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)

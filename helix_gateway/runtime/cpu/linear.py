@@ -6,7 +6,7 @@ gradients.  Knows nothing about models beyond their modules, nor about batches o
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from helix_gateway.runtime.cpu.microkernels import LANES, TILE_CHANNELS
 from helix_gateway.runtime.cpu.products import gather_rows, host_shape, products, wide_elements
-from helix_gateway.runtime.cpu.threads import thread_count
+from helix_gateway.runtime.cpu.threads import configure_threads
 
 # Multiply-adds below which a second thread does not pay (measured: benchmarks/cpu_linear.py).
 _SERIAL_PRODUCT = 1 << 15
@@ -61,7 +61,7 @@ class PackedWeight(ABC):
         if x.stride(1) != 1:
             x = x.contiguous()
         wide = self._scratch(rows)
-        product, threads = products(self.bits, host_shape()), thread_count()
+        product, threads = products(self.bits, host_shape()), configure_threads()
         operands = (x.data_ptr(), x.stride(0), wide.data_ptr(), self.tiles.data_ptr(), inputs, bias.data_ptr())
         if threads == 1 or rows * inputs * channels < _SERIAL_PRODUCT:
             product.serial(rows, *operands, out.data_ptr(), channels)
@@ -95,7 +95,7 @@ class PackedWeight(ABC):
     def _lanes(self) -> npt.NDArray[np.int64]:
         """[32], the column of a tile in which each of its channels stands."""
         columns = torch.arange(TILE_CHANNELS).view(1, 1, TILE_CHANNELS)
-        return self._vectors(columns).reshape(-1).numpy()  # type: ignore[no-any-return]
+        return self._vectors(columns).reshape(-1).numpy()
 
 
 class Float32Weight(PackedWeight):
@@ -140,7 +140,7 @@ def pack_weight(weight: torch.Tensor) -> PackedWeight:
 
 def _bits(values: torch.Tensor) -> npt.NDArray[Any]:
     """The same memory as a numpy array; bfloat16, which numpy lacks, as its bits."""
-    return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()  # type: ignore[no-any-return]
+    return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
 
 
 class PackedLinear(nn.Module):
@@ -159,14 +159,16 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, module: nn.Linear) -> "PackedLinear":
+        """Pack a copy of the module's matrix."""
         return cls(pack_weight(module.weight), module.bias)
 
     @classmethod
     def from_conv1d(cls, module: Conv1D) -> "PackedLinear":
-        """Conv1D keeps its matrix as [inputs, channels]."""
+        """Pack a copy of the module's matrix, which a Conv1D keeps as [inputs, channels]."""
         return cls(pack_weight(module.weight.T), module.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Takes x [..., in_features] to [..., out_features]."""
         weight = self.weight_tiles
         if x.shape[-1] != weight.inputs:
             raise ValueError(f"expected {weight.inputs} inputs in the last dimension, got {tuple(x.shape)}")
@@ -177,6 +179,7 @@ class PackedLinear(nn.Module):
         return weight.multiply(x.reshape(-1, weight.inputs), self.bias_values).view(*x.shape[:-1], weight.channels)
 
     def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
         return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.weight_tiles.dtype}"
 
 
@@ -193,9 +196,11 @@ class PackedEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = weight.channels, weight.inputs
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Takes ids [...] to rows [..., embedding_dim]."""
         return self.weight_tiles.gather(ids)
 
     def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
         return f"{self.num_embeddings}, {self.embedding_dim}, dtype={self.weight_tiles.dtype}"
 
 
@@ -210,33 +215,44 @@ def pack_linears(model: nn.Module) -> None:
         TypeError: a weight is neither float32 nor bfloat16; the message names its module.
     """
     replacements: dict[nn.Module, nn.Module] = {}
-    for sharers in _matrices(model):
-        if any(type(module) is not nn.Embedding for module in sharers):
-            replacements.update(_pack_matrix(sharers))
+    for holders in _matrices(model):
+        replacements.update(_pack_matrix(holders))
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if child in replacements:
                 setattr(parent, name, replacements[child])
 
 
-def _matrices(model: nn.Module) -> list[list[nn.Module]]:
-    """The modules that could be packed, those that share a matrix together."""
-    sharers: dict[tuple[int, bool], list[nn.Module]] = {}
+_Holder: TypeAlias = nn.Linear | Conv1D | nn.Embedding
+
+
+def _is_holder(module: nn.Module) -> TypeGuard[_Holder]:
+    return type(module) in (nn.Linear, Conv1D) or (type(module) is nn.Embedding and module.max_norm is None)
+
+
+def _matrices(model: nn.Module) -> list[list[_Holder]]:
+    """The modules that hold each matrix of a linear layer, tied ones together."""
+    holders: dict[tuple[int, bool], list[_Holder]] = {}
     for name, module in model.named_modules():
-        if type(module) in (nn.Linear, Conv1D) or (type(module) is nn.Embedding and module.max_norm is None):
+        if _is_holder(module):
             if module.weight.dtype not in _FORMATS and type(module) is not nn.Embedding:
-                raise TypeError(f"{name}: compiled products take float32 or bfloat16 weights, not {module.weight.dtype}")
-            sharers.setdefault((id(module.weight), type(module) is Conv1D), []).append(module)
-    return list(sharers.values())
+                raise TypeError(
+                    f"{name}: compiled products take float32 or bfloat16 weights, not {module.weight.dtype}"
+                )
+            holders.setdefault((id(module.weight), type(module) is Conv1D), []).append(module)
+    return [group for group in holders.values() if any(type(module) is not nn.Embedding for module in group)]
 
 
-def _pack_matrix(sharers: list[nn.Module]) -> dict[nn.Module, nn.Module]:
+def _pack_matrix(holders: list[_Holder]) -> dict[nn.Module, nn.Module]:
     """Pack the one matrix of some modules, take it from them, and return what stands in place of each."""
-    matrix = sharers[0].weight
-    weight = pack_weight(matrix.T if type(sharers[0]) is Conv1D else matrix)  # type: ignore[union-attr, operator]
+    matrix: torch.Tensor = holders[0].weight
+    weight = pack_weight(matrix.T if type(holders[0]) is Conv1D else matrix)
     packed: dict[nn.Module, nn.Module] = {}
-    for module in sharers:
-        tied = type(module) is nn.Embedding
-        packed[module] = PackedEmbedding(weight) if tied else PackedLinear(weight, module.bias)  # type: ignore[arg-type]
-        module.weight = None  # type: ignore[assignment]
+    for module in holders:
+        if isinstance(module, nn.Embedding):
+            packed[module] = PackedEmbedding(weight)
+        else:
+            bias: torch.Tensor | None = module.bias
+            packed[module] = PackedLinear(weight, bias)
+        module.register_parameter("weight", None)
     return packed

@@ -8,7 +8,7 @@ Knows nothing about torch, threads or models.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from llvmlite import ir
 from numba import types
@@ -25,7 +25,7 @@ _F32 = ir.FloatType()
 _F32S, _I32S, _I16S = (ir.VectorType(element, LANES) for element in (_F32, _I32, _I16))
 
 # Weights are fetched this many bytes before they are used (measured: benchmarks/cpu_linear.py).
-_PREFETCH_BYTES = 2048
+_PREFETCH_BYTES = 4096
 
 
 def _call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
@@ -115,10 +115,10 @@ class _Emitter:
         return _call(self.builder, f"llvm.fma.v{LANES}f32", _F32S, a, b, c)
 
     def prefetch(self, address: ir.Value) -> None:
-        """Ask for a cache line that will be read soon and kept."""
-        read, keep, data = ir.Constant(_I32, 0), ir.Constant(_I32, 3), ir.Constant(_I32, 1)
+        """Ask for a cache line that will be read soon, in the second-level cache."""
+        read, second, data = ir.Constant(_I32, 0), ir.Constant(_I32, 2), ir.Constant(_I32, 1)
         pointer = self.builder.inttoptr(address, _I8.as_pointer())
-        _call(self.builder, "llvm.prefetch.p0", ir.VoidType(), pointer, read, keep, data)
+        _call(self.builder, "llvm.prefetch.p0", ir.VoidType(), pointer, read, second, data)
 
     def count(
         self, stop: ir.Value, start: Sequence[ir.Value], body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]]
@@ -140,7 +140,23 @@ class _Emitter:
         return following
 
 
-class _Float32Tile:
+class _TileKind(Protocol):
+    """How weights lie in a tile, and how sums become results."""
+
+    step_bytes: ClassVar[int]
+    """Bytes of one input's weights."""
+    out_bytes: ClassVar[int]
+
+    @staticmethod
+    def weights(emitter: _Emitter, address: ir.Value, vectors: Sequence[int]) -> list[ir.Value]:
+        """The given vectors of one input's weights, as float32."""
+
+    @staticmethod
+    def rounded(emitter: _Emitter, sums: ir.Value) -> ir.Value:
+        """Sums as they are stored."""
+
+
+class _Float32Tile(_TileKind):
     """One input's weights: 32 float32 in the order of their channels."""
 
     step_bytes = 4 * TILE_CHANNELS
@@ -155,7 +171,7 @@ class _Float32Tile:
         return sums
 
 
-class _BFloat16Tile:
+class _BFloat16Tile(_TileKind):
     """One input's weights: 16 words of two bfloat16, channel j in the low and j + 16 in the high half of word j."""
 
     step_bytes = 2 * TILE_CHANNELS
@@ -183,7 +199,7 @@ class _BFloat16Tile:
         return builder.trunc(builder.select(is_nan, builder.or_(high, splat(0x40)), nearest), _I16S)
 
 
-_TILES = {32: _Float32Tile, 16: _BFloat16Tile}
+_TILES: dict[int, type[_TileKind]] = {32: _Float32Tile, 16: _BFloat16Tile}
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,9 +216,7 @@ class _TileOperands:
     channels: ir.Value
 
 
-def _emit_rows(
-    emitter: _Emitter, kind: type[_Float32Tile] | type[_BFloat16Tile], rows: int, vectors: Sequence[int], to: _TileOperands
-) -> None:
+def _emit_rows(emitter: _Emitter, kind: type[_TileKind], rows: int, vectors: Sequence[int], to: _TileOperands) -> None:
     """Products of exactly ``rows`` rows with some of the tile's vectors: one running sum a row and channel."""
     builder = emitter.builder
     x_rows = [emitter.offset(to.x, builder.mul(to.x_stride, ir.Constant(_I64, r)), 4) for r in range(rows)]
@@ -229,21 +243,22 @@ def _emit_rows(
 
 
 @intrinsic(prefer_literal=True)
-def multiply_tile(
+def multiply_tile(  # type: ignore[no-untyped-def]
     typing_context, bits, max_rows, registers, rows, x, x_stride, tile, inputs, bias, out, out_stride, channels
-):  # type: ignore[no-untyped-def]
+):
     """Rows of activations times one tile of weights, plus bias: ``out[r, c] = sum over k of x[r, k] * w[c, k] + b[c]``.
 
     Every sum is one chain of fused multiply-adds over k = 0, 1, ... that begins at zero, and the bias is added last:
-    its bits do not depend on ``rows``, ``max_rows`` or ``registers``.
+    its bits do not depend on ``rows``, ``max_rows`` or ``registers``.  Both vectors of the tile are taken in one pass if
+    their sums, weights and an input fit the registers, else one after the other.
 
     Args (the first three are literals, the rest 64-bit integers, addresses among them):
         bits: 32 or 16, of a weight and of an output: float32 or bfloat16.
         max_rows: most rows of one call.
-        registers: 16-lane vectors of sums that the processor can hold.
+        registers: 16-lane vectors that the processor can hold.
         rows: 1 to ``max_rows``.
         x: float32, rows ``x_stride`` elements apart.
-        tile: [inputs, 32], 64-byte aligned, as `linear.py` packs it; up to 2 KB behind it is prefetched, never read.
+        tile: [inputs, 32], 64-byte aligned, as `linear.py` packs it; up to 4 KB behind it is prefetched, never read.
         bias: float32 [32], 64-byte aligned.
         out: rows ``out_stride`` elements apart; only the first ``channels`` of the tile are written.
     """
@@ -260,7 +275,7 @@ def multiply_tile(
             block = builder.append_basic_block(f"rows{n}")
             choice.add_case(ir.Constant(_I64, n), block)
             builder.position_at_end(block)
-            for vectors in ((0, 1),) if 2 * n <= held else ((0,), (1,)):
+            for vectors in ((0, 1),) if 2 * n + 3 <= held else ((0,), (1,)):
                 _emit_rows(emitter, kind, n, vectors, operands)
             builder.branch(done)
         builder.position_at_end(done)

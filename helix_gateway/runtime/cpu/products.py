@@ -25,16 +25,16 @@ _SERIAL_WIDENING = 1 << 15
 
 @dataclass(frozen=True, slots=True)
 class BlockShape:
-    """How many rows share one pass over a tile, and how many 16-lane vectors of sums the registers hold."""
+    """How many rows share one pass over a tile, and how many vectors of 16 lanes the registers hold."""
 
     max_rows: int
     registers: int
 
 
-WIDE = BlockShape(max_rows=12, registers=24)
-"""AVX-512: 32 registers of 16 lanes, 24 of them sums."""
-NARROW = BlockShape(max_rows=6, registers=6)
-"""AVX2: 16 registers of 8 lanes, 12 of them sums."""
+WIDE = BlockShape(max_rows=12, registers=32)
+"""AVX-512: 24 sums, 2 vectors of weights and an input."""
+NARROW = BlockShape(max_rows=6, registers=8)
+"""AVX2, with two registers for each vector: 6 sums, one vector of weights and an input."""
 
 
 @cache

@@ -6,12 +6,11 @@ environment.  Knows nothing about what the threads do.
 
 import math
 import os
+from functools import cache
 from pathlib import Path
 
 _CGROUP_V2 = Path("/sys/fs/cgroup/cpu.max")
 _CGROUP_V1 = Path("/sys/fs/cgroup/cpu")
-
-_count: int | None = None
 
 
 def usable_cores() -> int:
@@ -52,22 +51,17 @@ def engine_environment() -> dict[str, str]:
     return environment
 
 
+@cache
 def configure_threads() -> int:
-    """Give compiled code its threads and return how many; call it once, before the first parallel kernel.
+    """Give compiled code its threads and return how many; the first call does it, before the first parallel kernel.
 
     The number is ``NUMBA_NUM_THREADS`` where that is set (see `engine_environment`), else `usable_cores`.  OpenMP is
     taken where it loads: numba's own work queue needs 110 microseconds for a parallel region.
     """
-    global _count
     import numba
 
     numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
-    most = numba.config.NUMBA_NUM_THREADS
-    _count = most if "NUMBA_NUM_THREADS" in os.environ else min(most, usable_cores())
-    numba.set_num_threads(_count)
-    return _count
-
-
-def thread_count() -> int:
-    """Threads of one parallel kernel; configures them first if nobody has."""
-    return configure_threads() if _count is None else _count
+    most: int = numba.config.NUMBA_NUM_THREADS
+    count = most if "NUMBA_NUM_THREADS" in os.environ else min(most, usable_cores())
+    numba.set_num_threads(count)
+    return count

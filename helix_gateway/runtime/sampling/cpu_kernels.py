@@ -52,9 +52,14 @@ _NOTHING = np.float32(-np.inf)
 _ZERO = np.float32(0)
 _MANTISSA_AND_EXPONENT = np.int32(0x7FFFFFFF)
 _SIGN_SHIFT = np.int32(31)
-_KEY_OF_NOTHING = np.int32(0xFF800000 - 2**32) ^ _MANTISSA_AND_EXPONENT
+_KEY_OF_NOTHING = np.int32((0xFF800000 - 2**32) ^ 0x7FFFFFFF)
 
-_MASS_OF_TOP = np.float32(2.0**options.MASS_BITS)
+
+_NONE = np.int32(0)
+_HALF_BITS = options.MASS_BITS // 2
+_HALF_MASS = np.float32(2.0**_HALF_BITS)
+# exp of less than this, in units of 2**-40, is zero whole ones.
+_NO_MASS_BELOW = np.float32(-math.log(2) * options.MASS_BITS - 1)
 _SHARE_BITS = options.SHARE_BITS
 _WHOLE = 1 << options.SHARE_BITS
 
@@ -149,14 +154,14 @@ def _count(x, maxima, least):  # type: ignore[no-untyped-def]
 @njit
 def _ties(x, maxima, value, before):  # type: ignore[no-untyped-def]
     """How many tokens below id ``before`` have exactly this logit."""
-    count = 0
+    count = np.int64(0)
     for b in range(min(maxima.size, (before + BLOCK - 1) // BLOCK)):
         if maxima[b] >= value:
             block = x[b * BLOCK : min(before, (b + 1) * BLOCK)]
             ties = np.int32(0)
             for i in range(block.size):
                 ties = np.int32(ties + np.int32(block[i] == value))
-            count += ties
+            count += np.int64(ties)
     return count
 
 
@@ -220,8 +225,30 @@ def _min_p_cut(top, min_difference):  # type: ignore[no-untyped-def]
 
 @njit
 def _mass(x, top, factor):  # type: ignore[no-untyped-def]
-    """``floor(2**40 * exp((x - top) * factor))``."""
-    return np.int64(exp_f32((x - top) * factor) * _MASS_OF_TOP)
+    """``floor(2**40 * exp((x - top) * factor))`` in two halves of 20 bits, high and low, since vectors are of int32."""
+    scaled = exp_f32((x - top) * factor) * _HALF_MASS
+    high = np.int32(scaled)
+    return high, np.int32((scaled - np.float32(high)) * _HALF_MASS)
+
+
+@njit
+def _whole_mass(x, top, factor):  # type: ignore[no-untyped-def]
+    high, low = _mass(x, top, factor)
+    return (np.int64(high) << _HALF_BITS) + low
+
+
+@njit
+def _block_masses(block, top, factor, upper, lower):  # type: ignore[no-untyped-def]
+    """As `_masses`, of one block; 256 halves of at most 2**20 fit an int32."""
+    upper_high = upper_low = lower_high = lower_low = _NONE
+    for i in range(block.size):
+        logit = block[i]
+        high, low = _mass(logit, top, factor)
+        upper_high = np.int32(upper_high + (high if logit > upper else _NONE))
+        upper_low = np.int32(upper_low + (low if logit > upper else _NONE))
+        lower_high = np.int32(lower_high + (high if logit > lower else _NONE))
+        lower_low = np.int32(lower_low + (low if logit > lower else _NONE))
+    return (np.int64(upper_high) << _HALF_BITS) + upper_low, (np.int64(lower_high) << _HALF_BITS) + lower_low
 
 
 @njit
@@ -229,13 +256,10 @@ def _masses(x, maxima, top, factor, upper, lower):  # type: ignore[no-untyped-de
     """Masses of all tokens above ``upper``, and of all above ``lower``, which is not greater."""
     above_upper = above_lower = np.int64(0)
     for b in range(maxima.size):
-        if maxima[b] > lower:
-            block = _block(x, b)
-            for i in range(block.size):
-                logit = block[i]
-                mass = _mass(logit, top, factor)
-                above_upper += mass if logit > upper else np.int64(0)
-                above_lower += mass if logit > lower else np.int64(0)
+        if maxima[b] > lower and (maxima[b] - top) * factor > _NO_MASS_BELOW:
+            some_upper, some_lower = _block_masses(_block(x, b), top, factor, upper, lower)
+            above_upper += some_upper
+            above_lower += some_lower
     return above_upper, above_lower
 
 
@@ -278,18 +302,14 @@ def _noisy_best(x, maxima, top, factor, first_key, second_key, cut, cut_id):  # 
     start = 0
     while maxima[start] != top:
         start += 1
-    best, best_id = _best_of_block(
-        x, start, top, factor, first_key, second_key, cut, cut_id, -np.inf, np.int64(x.size)
-    )
+    best, best_id = _best_of_block(x, start, top, factor, first_key, second_key, cut, cut_id, -np.inf, np.int64(x.size))
     for b in range(maxima.size):
         limit = np.float32(best) - _SLACK
         if b == start or maxima[b] < cut or (maxima[b] - top) * factor + np.float32(noise.MAX_NOISE) < limit:
             continue
         hashed = np.uint32(np.uint32(b * BLOCK) ^ first_key)
         if _may_win(_block(x, b), top, factor, hashed, second_key, cut, limit):
-            best, best_id = _best_of_block(
-                x, b, top, factor, first_key, second_key, cut, cut_id, best, best_id
-            )
+            best, best_id = _best_of_block(x, b, top, factor, first_key, second_key, cut, cut_id, best, best_id)
     return best_id
 
 
@@ -310,8 +330,8 @@ def _choose(x, maxima, top, factor, first_key, second_key, top_k, share, min_dif
             return token
         logit = x[token]
         above, kept = _masses(x, maxima, top, factor, logit, lower)
-        above += _ties(x, maxima, logit, token) * _mass(logit, top, factor)
-        kept += _ties(x, maxima, lower, lower_id + 1) * _mass(lower, top, factor)
+        above += _ties(x, maxima, logit, token) * _whole_mass(logit, top, factor)
+        kept += _ties(x, maxima, lower, lower_id + 1) * _whole_mass(lower, top, factor)
         if above < max(_share_of(kept, share), 1):
             return token
         cut, cut_id = logit, np.int64(token - 1)
@@ -372,9 +392,7 @@ def _sample_row(  # type: ignore[no-untyped-def]
         return _first_allowed(allowed[r]) if allowed.shape[0] > 0 else 0
     if greedy[r] or top == np.inf:
         return _rank_first(x, maxima[r], top)
-    return _choose(
-        x, maxima[r], top, factor[r], keys[0, r], keys[1, r], top_k[r], share[r], min_difference[r]
-    )
+    return _choose(x, maxima[r], top, factor[r], keys[0, r], keys[1, r], top_k[r], share[r], min_difference[r])
 
 
 @njit(nogil=True, cache=True, parallel=True)

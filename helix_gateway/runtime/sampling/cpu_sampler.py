@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 
 from helix_gateway.core.step import Float32s, Int32s, LogitEdits, LogprobRows, SamplingRows
+from helix_gateway.runtime.cpu.threads import configure_threads
 from helix_gateway.runtime.sampling import cpu_kernels
 from helix_gateway.runtime.sampling.options import log_probabilities, row_options
 
@@ -22,6 +23,7 @@ class CpuSampler:
     """
 
     def __init__(self, vocab_size: int) -> None:
+        configure_threads()  # before the first parallel region
         self._vocab_size = vocab_size
         self._blocks = -(-vocab_size // cpu_kernels.BLOCK)
         self._nothing_banned = np.empty((0, 0), np.uint32)

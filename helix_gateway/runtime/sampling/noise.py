@@ -8,7 +8,8 @@ greatest is a draw from p (Gumbel 1954; Maddison, Tarlow and Minka, "A* Sampling
 
 The hash is of multiply, xor and shift right only, and every multiplier is below 2**31: a product of it and 32 bits
 fits a signed 64-bit integer, so a device without shifts or unsigned numbers computes the same with multiply, xor,
-divide and a mask, and nothing ever wraps.  Knows nothing about logits, options or devices.
+divide and a mask, and nothing ever wraps.  Knows nothing about logits, options or devices; numba compiles the constants
+into `cpu_kernels`.
 """
 
 import numpy as np
@@ -67,7 +68,7 @@ def hash_tokens(token_ids: Int32s, keys: UInt32s) -> UInt32s:
     x = (x ^ (x >> shifts[0])) * first
     x = (x ^ (x >> shifts[1]) ^ keys[1][:, None]) * second
     x = (x ^ (x >> shifts[2])) * third
-    return x ^ (x >> shifts[3])
+    return np.asarray(x ^ (x >> shifts[3]))
 
 
 def gumbel(hashes: UInt32s) -> npt.NDArray[np.float64]:

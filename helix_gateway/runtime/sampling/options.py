@@ -2,7 +2,8 @@
 
 Temperature becomes a float32 factor, min-p a float32 bound on ``x - max``, top-p a count of 2**-30 parts.  The mass of
 a token is ``floor(2**40 * exp((x - max) / temperature))``: in integers a sum has no order, so neither threads, nor a
-neighbour in the batch, nor the device's way of adding can show in what is kept.  Knows nothing about devices.
+neighbour in the batch, nor the device's way of adding can show in what is kept.  Knows nothing about devices; numba
+compiles the constants into `cpu_kernels`.
 """
 
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class RowOptions:
     """[2, num_samples]"""
     greedy: npt.NDArray[np.bool_]
     inverse_temperature: Float32s
-    """1 for greedy rows."""
+    """Without meaning in greedy rows."""
     top_k: Int64s
     """1 to the vocabulary's size."""
     share: Int64s
@@ -51,18 +52,22 @@ class RowOptions:
 
 def row_options(rows: SamplingRows, vocab_size: int) -> RowOptions:
     """What the options of each row mean in numbers; see `RowOptions`."""
-    greedy = rows.temperature <= 0
-    temperature = np.where(greedy, np.float32(1), rows.temperature.clip(_MIN_TEMPERATURE, _MAX_TEMPERATURE))
-    with np.errstate(divide="ignore"):
-        min_difference = (temperature * np.log(rows.min_p.astype(np.float64))).astype(np.float32)
+    temperature = np.minimum(np.maximum(rows.temperature, _MIN_TEMPERATURE), _MAX_TEMPERATURE)
     return RowOptions(
         keys=noise.row_keys(rows.seed, rows.choice, rows.position),
-        greedy=greedy,
-        inverse_temperature=np.float32(1) / temperature,
-        top_k=rows.top_k.clip(1, vocab_size).astype(np.int64),
-        share=np.rint(rows.top_p.astype(np.float64) * (1 << SHARE_BITS)).astype(np.int64),
-        min_difference=min_difference,
+        greedy=rows.temperature <= 0,
+        inverse_temperature=(np.float32(1) / temperature).astype(np.float32, copy=False),
+        top_k=np.minimum(np.maximum(rows.top_k, 1), vocab_size).astype(np.int64),
+        share=np.rint(rows.top_p * np.float64(1 << SHARE_BITS)).astype(np.int64),
+        min_difference=_min_differences(rows.min_p, temperature),
     )
+
+
+def _min_differences(min_p: Float32s, temperature: Float32s) -> Float32s:
+    if not min_p.any():
+        return np.full(min_p.size, -np.inf, np.float32)
+    with np.errstate(divide="ignore"):
+        return (temperature * np.log(min_p.astype(np.float64))).astype(np.float32)
 
 
 def first_allowed(rows: SamplingRows) -> Int32s:
@@ -70,7 +75,7 @@ def first_allowed(rows: SamplingRows) -> Int32s:
     if rows.allowed is None:
         return np.zeros(rows.logits_index.size, np.int32)
     bits = np.unpackbits(np.ascontiguousarray(rows.allowed).view(np.uint8), axis=1, bitorder="little")
-    return bits.argmax(axis=1).astype(np.int32)
+    return np.asarray(bits.argmax(axis=1), np.int32)
 
 
 def log_probabilities(differences: Float32s, total: Int64s) -> Float32s:

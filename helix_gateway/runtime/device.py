@@ -1,0 +1,72 @@
+"""Which device computes, and how much memory it has left: nothing outside this room names a device.
+
+Knows nothing about models.
+"""
+
+import importlib
+from types import ModuleType
+from pathlib import Path
+
+import psutil
+import torch
+
+from helix_gateway.core.errors import ModelLoadError
+
+
+def get_device(name: str = "auto") -> torch.device:
+    """The device of that name, or for ``"auto"`` the best there is: cuda (rocm too), directml, mps, xpu, cpu.
+
+    Raises:
+        ModelLoadError: the device that was asked for is not there.
+    """
+    if name != "auto":
+        return _named(name)
+    for candidate in ("cuda", "directml", "mps", "xpu"):
+        if _is_there(candidate):
+            return _named(candidate)
+    return torch.device("cpu")
+
+
+def _is_there(name: str) -> bool:
+    if name == "cuda":
+        return torch.cuda.is_available()
+    if name == "directml":
+        directml = _directml()
+        return directml is not None and bool(directml.is_available())
+    if name == "mps":
+        return torch.backends.mps.is_available()
+    return name == "cpu" or (hasattr(torch, "xpu") and torch.xpu.is_available())
+
+
+def _named(name: str) -> torch.device:
+    if not _is_there(name):
+        raise ModelLoadError(f"This machine has no {name} device that torch can use; try --device auto.")
+    if name == "directml":
+        device: torch.device = _directml().device()
+        return device
+    return torch.device(name)
+
+
+def _directml() -> ModuleType | None:
+    try:
+        return importlib.import_module("torch_directml")
+    except ImportError:
+        return None
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that the device could still give, as far as it tells; on a CPU bounded by the cgroup's limit."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    available = int(psutil.virtual_memory().available)
+    return min(available, _cgroup_left_bytes() or available)
+
+
+def _cgroup_left_bytes() -> int | None:
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
+    except OSError:
+        return None
+    return None if limit == "max" else max(0, int(limit) - int(used))

@@ -1,0 +1,108 @@
+"""What every `ModelService` has in common: calls become commands, events become text.
+
+Where the engine runs, and how commands get there, is the subclass's affair.
+"""
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator
+
+from helix_gateway.core.errors import EngineUnavailableError, HelixError
+from helix_gateway.core.event import TokenEvent
+from helix_gateway.service.api import GenerationCall, ServiceState, TextDelta
+from helix_gateway.service.messages import Alive, Cancel, Command, Events, LoadFailed, Ready, Refused, Reply, Submit
+from helix_gateway.service.requests_in_flight import RequestsInFlight, Sink
+from helix_gateway.service.seeds import seed_source
+from helix_gateway.service.settings import EngineSettings
+from helix_gateway.service.stops import ChoiceText
+from helix_gateway.text.tokenizer import Tokenizer
+
+
+class EngineClient(ABC):
+    """A `service.api.ModelService` over an engine that takes commands and answers with replies.
+
+    Args:
+        settings: the engine's.
+        tokenizer: the model's.
+    """
+
+    def __init__(self, settings: EngineSettings, tokenizer: Tokenizer) -> None:
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._in_flight = RequestsInFlight()
+        self._seeds = seed_source(settings.seed)
+        self._state: ServiceState = "starting"
+        self._ready: Ready | None = None
+
+    @abstractmethod
+    def _send(self, command: Command) -> None:
+        """Pass a command on, without waiting.  What cannot be passed on because the engine is gone is dropped."""
+
+    @abstractmethod
+    def _sink(self, queue: "asyncio.Queue[TokenEvent | HelixError]") -> Sink:
+        """A sink that fills a queue of the running event loop, from wherever this service gets its replies."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """See `ModelService`."""
+        return self._tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """See `ModelService`.  Raises EngineUnavailableError before the engine has first been ready."""
+        return self._facts().max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        """See `ModelService`.  Raises EngineUnavailableError before the engine has first been ready."""
+        return self._facts().vocab_size
+
+    @property
+    def state(self) -> ServiceState:
+        """See `ModelService`."""
+        return self._state
+
+    def draw_seed(self) -> int:
+        """See `ModelService`."""
+        return self._seeds.getrandbits(64)
+
+    def _facts(self) -> Ready:
+        if self._ready is None:
+            raise EngineUnavailableError(f"The engine is {self._state}; try again in a moment.")
+        return self._ready
+
+    async def generate(self, call: GenerationCall) -> AsyncGenerator[TextDelta, None]:
+        """See `ModelService`."""
+        if self._state != "ready":
+            raise EngineUnavailableError(f"The engine is {self._state}; try again in a moment.")
+        queue: asyncio.Queue[TokenEvent | HelixError] = asyncio.Queue()
+        request_id = call.request.request_id
+        texts = [ChoiceText(self._tokenizer, call) for _ in range(call.request.sampling.n)]
+        unfinished = len(texts)
+        self._in_flight.add(request_id, self._sink(queue))
+        try:
+            self._send(Submit(call))
+            while unfinished:
+                event = await queue.get()
+                if isinstance(event, HelixError):
+                    unfinished = 0
+                    raise event
+                unfinished -= event.finish_reason is not None
+                yield texts[event.index].take(event)
+        finally:
+            self._in_flight.remove(request_id)
+            if unfinished:
+                self._send(Cancel(request_id))
+
+    def _receive(self, reply: Reply) -> None:
+        """Act on one reply of the engine."""
+        match reply:
+            case Events(events=events):
+                self._in_flight.deliver(events)
+            case Refused():
+                self._in_flight.refuse(reply)
+            case Ready():
+                self._ready = reply
+                self._state = "ready"
+            case LoadFailed() | Alive():
+                pass

@@ -1,0 +1,185 @@
+"""Helix as a library: one model's tokenizer, engine and runner, in this process.
+
+    engine = HelixEngine()
+    print(engine.generate("The capital of France is", max_tokens=16).text)
+
+Calls from several threads, and several prompts in one call, share one continuous batch.
+"""
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, overload
+
+from helix_gateway.core.errors import HelixError, OutOfMemoryError
+from helix_gateway.core.event import FinishReason, SequenceMetrics, TokenLogprobs
+from helix_gateway.core.request import Request, SamplingParams
+from helix_gateway.runtime.model_source import resolve
+from helix_gateway.service.api import GenerationCall, StopStrings, TextDelta
+from helix_gateway.service.in_process import InProcessService
+from helix_gateway.service.settings import EngineSettings
+from helix_gateway.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(slots=True)
+class Choice:
+    """One answer to a prompt."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    metrics: SequenceMetrics | None = None
+
+
+@dataclass(slots=True)
+class GenerationResult:
+    """All answers to one prompt; ``text``, ``token_ids``, ``finish_reason`` and ``metrics`` are the first one's."""
+
+    prompt_token_ids: list[int]
+    choices: list[Choice]
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+
+    @property
+    def text(self) -> str:
+        """The first answer's text."""
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The first answer's tokens."""
+        return self.choices[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the first answer ended."""
+        return self.choices[0].finish_reason
+
+    @property
+    def metrics(self) -> SequenceMetrics:
+        """The first answer's figures: queue time, time to first token, times of tokens, cached tokens."""
+        metrics = self.choices[0].metrics
+        if metrics is None:
+            raise HelixError("The answer has not ended, so it has no figures yet.")
+        return metrics
+
+
+class HelixEngine:
+    """One model in this process.
+
+    Args:
+        model: as for ``helix serve``: a GGUF file, a folder, a hub id; None for the default model.
+        settings: fields of `EngineSettings`, such as ``dtype="bfloat16"`` or ``max_num_seqs=16``.
+
+    Raises:
+        ModelLoadError: in one line, what is wrong with the model or the device.
+    """
+
+    def __init__(self, model: str | None = None, **settings: Any) -> None:
+        self._service = InProcessService(EngineSettings(model_path=resolve(model), **settings))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._service.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self._service.max_model_len
+
+    @overload
+    def generate(self, prompt: str, /, **options: Any) -> GenerationResult: ...
+    @overload
+    def generate(self, prompts: Sequence[Prompt], /, **options: Any) -> list[GenerationResult]: ...
+    def generate(self, prompt: str | Sequence[Prompt], /, **options: Any) -> GenerationResult | list[GenerationResult]:
+        """Answer one prompt, or many in one batch.
+
+        Args:
+            prompt: text, or a list of prompts, each text or token ids.
+            options: fields of `SamplingParams` (``temperature``, ``max_tokens``, ``seed``, …), and ``stop``,
+                ``include_stop_str_in_output``, ``skip_special_tokens``, ``priority``, ``cache_salt``.
+
+        Raises:
+            ContextLengthError: a prompt leaves no room for an answer.
+            HelixError: the engine failed while answering.
+        """
+        many = [prompt] if isinstance(prompt, str) else list(prompt)
+        results = asyncio.run(self._generate_all(many, options))
+        return results[0] if isinstance(prompt, str) else results
+
+    async def _generate_all(self, prompts: Sequence[Prompt], options: dict[str, Any]) -> list[GenerationResult]:
+        return await asyncio.gather(*(self._generate_one(prompt, options) for prompt in prompts))
+
+    async def _generate_one(self, prompt: Prompt, options: dict[str, Any]) -> GenerationResult:
+        call = self._call(prompt, options)
+        result = GenerationResult(
+            call.request.prompt_token_ids, [Choice() for _ in range(call.request.sampling.n)]
+        )
+        async for delta in self._service.generate(call):
+            _raise_failure(delta)
+            _add(result, delta)
+        return result
+
+    async def generate_stream(self, prompt: Prompt, /, **options: Any) -> AsyncGenerator[TextDelta, None]:
+        """Answer one prompt piece by piece, as tokens are accepted; options as for `generate`.
+
+        Closing the iterator ends the request.
+        """
+        async with aclosing(self._service.generate(self._call(prompt, options))) as stream:
+            async for delta in stream:
+                _raise_failure(delta)
+                yield delta
+
+    def _call(self, prompt: Prompt, options: dict[str, Any]) -> GenerationCall:
+        options = dict(options)
+        stop = options.pop("stop", ())
+        stop_strings = StopStrings(
+            strings=(stop,) if isinstance(stop, str) else tuple(stop),
+            include_in_output=options.pop("include_stop_str_in_output", False),
+            skip_special_tokens=options.pop("skip_special_tokens", True),
+        )
+        request_fields = {name: options.pop(name) for name in ("priority", "cache_salt") if name in options}
+        options.setdefault("seed", self._service.draw_seed())
+        request = Request(
+            request_id=uuid.uuid4().hex,
+            prompt_token_ids=self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt),
+            sampling=SamplingParams(**options),
+            **request_fields,
+        )
+        return GenerationCall(request=request, stop=stop_strings)
+
+    def close(self) -> None:
+        """Stop the engine and free its memory."""
+        self._service.close()
+
+    def __enter__(self) -> "HelixEngine":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _raise_failure(delta: TextDelta) -> None:
+    if delta.error is not None:
+        kind = OutOfMemoryError if delta.error.startswith("Out of memory") else HelixError
+        raise kind(delta.error)
+
+
+def _add(result: GenerationResult, delta: TextDelta) -> None:
+    choice = result.choices[delta.index]
+    choice.text += delta.text
+    choice.token_ids += delta.token_ids
+    choice.logprobs += delta.logprobs or []
+    result.prompt_logprobs = delta.prompt_logprobs or result.prompt_logprobs
+    choice.finish_reason = delta.finish_reason
+    choice.stop_reason = delta.stop_reason
+    choice.metrics = delta.metrics

@@ -1,0 +1,123 @@
+"""One engine with all that its process holds for it: the model on its device, and the tokenizer for stop strings.
+
+Knows nothing about who calls, or through what.
+"""
+
+from typing import Any
+
+import structlog
+
+from helix_gateway.core.errors import ContextLengthError, HelixError, ModelLoadError, QueueFullError
+from helix_gateway.core.event import TokenEvent
+from helix_gateway.core.request import Request, SamplingParams
+from helix_gateway.engine.engine import ChoiceHooks, Engine, EngineLimits
+from helix_gateway.runtime.factory import LoadedRunner, load_runner
+from helix_gateway.service.api import GenerationCall
+from helix_gateway.service.messages import Refused
+from helix_gateway.service.settings import EngineSettings
+from helix_gateway.service.stops import stop_condition
+from helix_gateway.text.tokenizer import Tokenizer
+
+log = structlog.get_logger(__name__)
+
+_DEFAULT_STEP_TOKENS_CPU = 256
+_DEFAULT_STEP_TOKENS = 2048
+
+
+class EngineHost:
+    """Loads what the settings name, and passes calls on to the engine.
+
+    Args:
+        settings: what to load, and its bounds.
+        tokenizer: the model's; loaded here where None.
+
+    Raises:
+        ModelLoadError: in one line, what is wrong with the model or the device.
+    """
+
+    def __init__(self, settings: EngineSettings, tokenizer: Tokenizer | None = None) -> None:
+        self._tokenizer = tokenizer or Tokenizer.load(settings.model_path)
+        loaded = load_runner(
+            settings.model_path,
+            device=settings.device,
+            dtype=settings.dtype,
+            block_size=settings.block_size,
+            kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
+            max_tokens_in_use=settings.max_num_seqs * (settings.max_model_len or 2**20),
+        )
+        self.vocab_size = loaded.runner.vocab_size
+        self._engine = Engine(
+            loaded.runner,
+            _limits(settings, loaded),
+            eos_token_ids=frozenset(self._tokenizer.eos_token_ids),
+            enable_prefix_caching=settings.enable_prefix_caching,
+        )
+        if self._engine.max_model_len < 2:
+            raise ModelLoadError("The KV cache's memory does not hold even two tokens; raise --kv-cache-memory.")
+        self._warm_up()
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self._engine.max_model_len
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would do anything."""
+        return self._engine.has_work()
+
+    @property
+    def engine(self) -> Engine[Any]:
+        """For looking into, in tests and on demand."""
+        return self._engine
+
+    def submit(self, call: GenerationCall) -> Refused | None:
+        """Take a call, or say why not."""
+        request = call.request
+        hooks = [ChoiceHooks(stop=stop_condition(self._tokenizer, call)) for _ in range(request.sampling.n)]
+        try:
+            self._engine.submit(request, hooks)
+        except HelixError as error:
+            return _refusal(request.request_id, error)
+        return None
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; nothing happens if it has ended already."""
+        self._engine.cancel(request_id)
+
+    def step(self) -> list[TokenEvent]:
+        """Compute one step."""
+        return self._engine.step()
+
+    def _warm_up(self) -> None:
+        """Serve one tiny request, so that no client waits for kernels to be compiled."""
+        sampling = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=2, ignore_eos=True, logprobs=1, n=2)
+        self._engine.submit(Request(request_id="warm-up", prompt_token_ids=[0], sampling=sampling))
+        while self._engine.has_work():
+            for event in self._engine.step():
+                if event.error is not None:
+                    raise ModelLoadError(f"The model loads but does not run: {event.error}")
+
+
+def _limits(settings: EngineSettings, loaded: LoadedRunner) -> EngineLimits:
+    model_len = loaded.context_length
+    wished = settings.max_model_len or model_len
+    if wished > model_len:
+        raise ModelLoadError(f"--max-model-len {wished} is more than the {model_len} tokens that this model was made for.")
+    default_tokens = _DEFAULT_STEP_TOKENS_CPU if loaded.device_type == "cpu" else _DEFAULT_STEP_TOKENS
+    return EngineLimits(
+        max_model_len=wished,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens or max(default_tokens, settings.max_num_seqs),
+        max_queue_len=settings.max_queue_len,
+    )
+
+
+def _refusal(request_id: str, error: HelixError) -> Refused:
+    if isinstance(error, ContextLengthError):
+        return Refused(
+            request_id, "context_length", str(error), prompt_tokens=error.prompt_tokens, max_model_len=error.max_model_len
+        )
+    if isinstance(error, QueueFullError):
+        return Refused(request_id, "queue_full", str(error), retry_after_s=error.retry_after_s)
+    return Refused(request_id, "invalid", str(error))

@@ -1,0 +1,74 @@
+"""The loop that turns an engine: take commands, compute a step, tell, again; asleep when there is nothing to do.
+
+The same loop runs in a thread of this process and in a process of its own: it is given an `Inbox` to read and a
+function to tell.  Knows nothing about queues, sockets or text.
+"""
+
+from collections.abc import Callable
+from time import monotonic
+from typing import Protocol
+
+import structlog
+
+from helix_gateway.service.host import EngineHost
+from helix_gateway.service.messages import Alive, Command, Events, Reply, Submit
+
+log = structlog.get_logger(__name__)
+
+ALIVE_INTERVAL_S = 1.0
+"""A loop that has told nothing for this long says that it is alive."""
+
+
+class Closed(Exception):
+    """Nobody will send commands any more."""
+
+
+class Inbox(Protocol):
+    """Where commands come from."""
+
+    def receive(self, timeout_s: float) -> list[Command]:
+        """All commands there are, waiting up to ``timeout_s`` for the first.  Raises Closed at the end."""
+
+
+Tell = Callable[[Reply], None]
+
+
+def run_loop(host: EngineHost, inbox: Inbox, tell: Tell, *, batch_window_s: float = 0.0) -> None:
+    """Turn the engine until the inbox is closed.
+
+    Args:
+        batch_window_s: how long an idle engine waits after a request for company before its first step.
+    """
+    last_told = monotonic()
+    try:
+        while True:
+            idle = not host.has_work
+            commands = inbox.receive(ALIVE_INTERVAL_S if idle else 0.0)
+            _obey(host, commands, tell)
+            if idle and host.has_work and batch_window_s:
+                _gather(host, inbox, tell, until=monotonic() + batch_window_s)
+            events = host.step() if host.has_work else []
+            if events:
+                tell(Events(events))
+            elif monotonic() - last_told > ALIVE_INTERVAL_S:
+                tell(Alive())
+            else:
+                continue
+            last_told = monotonic()
+    except Closed:
+        log.debug("engine_loop_closed")
+
+
+def _gather(host: EngineHost, inbox: Inbox, tell: Tell, *, until: float) -> None:
+    while (left := until - monotonic()) > 0:
+        _obey(host, inbox.receive(left), tell)
+
+
+def _obey(host: EngineHost, commands: list[Command], tell: Tell) -> None:
+    for command in commands:
+        if isinstance(command, Submit):
+            refused = host.submit(command.call)
+            if refused is not None:
+                tell(refused)
+        else:
+            host.cancel(command.request_id)

@@ -1,0 +1,66 @@
+"""What crosses between whoever wants tokens and the loop that makes them: commands one way, replies the other.
+
+Plain data that msgspec can write; the same objects serve a thread's queue and another process's socket.
+"""
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from helix_gateway.core.event import TokenEvent
+from helix_gateway.service.api import GenerationCall
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """Take a request."""
+
+    call: GenerationCall
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """End a request; its events stop, its blocks come back."""
+
+    request_id: str
+
+
+Command: TypeAlias = Submit | Cancel
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The model is loaded and warm; requests are served from now on."""
+
+    max_model_len: int
+    vocab_size: int
+
+
+class LoadFailed(msgspec.Struct, frozen=True, tag=True):
+    """The model cannot be loaded; the loop ends."""
+
+    message: str
+
+
+class Events(msgspec.Struct, frozen=True, tag=True):
+    """What a step had to tell."""
+
+    events: list[TokenEvent]
+
+
+RefusalKind = Literal["context_length", "queue_full", "invalid"]
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """A request was not taken."""
+
+    request_id: str
+    kind: RefusalKind
+    message: str
+    prompt_tokens: int = 0
+    max_model_len: int = 0
+    retry_after_s: float = 0.0
+
+
+class Alive(msgspec.Struct, frozen=True, tag=True):
+    """The loop is turning: sent when nothing else was for a while."""
+
+
+Reply: TypeAlias = Ready | LoadFailed | Events | Refused | Alive

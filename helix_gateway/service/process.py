@@ -1,0 +1,225 @@
+"""The engine in its own process, kept alive: started, listened to, missed when it dies or hangs, started again.
+
+Python's lock is never shared between the gateway's loop and the engine's.  When the engine dies, requests in flight
+end with an error, and later ones are refused until a new engine is ready; the gateway stays up.
+"""
+
+import asyncio
+import contextlib
+import os
+import sys
+from asyncio.subprocess import PIPE, Process
+
+import msgspec
+import structlog
+import zmq
+import zmq.asyncio
+
+from helix_gateway.core.errors import HelixError, ModelLoadError
+from helix_gateway.core.event import TokenEvent
+from helix_gateway.runtime.cpu.threads import engine_environment
+from helix_gateway.service.client import EngineClient
+from helix_gateway.service.engine_process import Assignment
+from helix_gateway.service.messages import Command, LoadFailed, Ready, Reply
+from helix_gateway.service.requests_in_flight import Sink
+from helix_gateway.service.settings import EngineSettings
+from helix_gateway.service.wire import Endpoints, command_encoder, reply_decoder
+from helix_gateway.text.tokenizer import Tokenizer
+
+log = structlog.get_logger(__name__)
+
+HEARTBEAT_TIMEOUT_S = 60.0
+"""A ready engine that has said nothing for so long hangs; the longest step must be shorter."""
+_RESTART_PAUSE_S = (0.0, 1.0, 5.0, 15.0)
+"""Before the first, second, … start in a row that comes to nothing; the last goes on."""
+
+
+class ProcessService(EngineClient):
+    """A model served by a process of its own.
+
+    Args:
+        settings: the engine's.
+        tokenizer: the model's, for this side.
+        heartbeat_timeout_s: after how long a silence an engine is ended and replaced.
+    """
+
+    def __init__(
+        self, settings: EngineSettings, tokenizer: Tokenizer, *, heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S
+    ) -> None:
+        super().__init__(settings, tokenizer)
+        self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._link: _EngineLink | None = None
+        self._keeper: asyncio.Task[None] | None = None
+
+    @property
+    def engine_pid(self) -> int | None:
+        """The engine's process, while there is one."""
+        return None if self._link is None else self._link.process.pid
+
+    async def start(self) -> None:
+        """Start the engine and wait until it is ready.
+
+        Raises:
+            ModelLoadError: it cannot be loaded; in one line, why.
+        """
+        link = await _start_engine(self._settings)
+        try:
+            self._receive(await link.first_reply())
+        except BaseException:
+            await link.close()
+            raise
+        self._link = link
+        self._keeper = asyncio.create_task(self._keep())
+
+    async def stop(self) -> None:
+        """End the engine; requests in flight end with an error.  May be called twice."""
+        self._state = "stopped"
+        if self._keeper is not None:
+            self._keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._keeper
+        self._in_flight.fail_all("The server is shutting down.")
+
+    def _send(self, command: Command) -> None:
+        if self._link is not None:
+            self._link.send(command)
+
+    def _sink(self, queue: "asyncio.Queue[TokenEvent | HelixError]") -> Sink:
+        return queue.put_nowait
+
+    async def _keep(self) -> None:
+        """Listen to the engine, and replace it whenever it ends."""
+        try:
+            while True:
+                await self._listen()
+                self._state = "restarting"
+                self._in_flight.fail_all("The engine died while serving this request; it is being restarted.")
+                await self._restart()
+        finally:
+            if self._link is not None:
+                await self._link.close()
+                self._link = None
+
+    async def _listen(self) -> None:
+        """Pass replies on until the engine ends or hangs."""
+        link = self._link
+        if link is None:
+            return
+        try:
+            while True:
+                self._receive(await link.reply(self._heartbeat_timeout_s))
+        except EngineGone as gone:
+            log.error("engine_gone", reason=str(gone), requests=len(self._in_flight))
+        self._link = None
+        await link.close()
+
+    async def _restart(self) -> None:
+        attempt = 0
+        while self._link is None:
+            await asyncio.sleep(_RESTART_PAUSE_S[min(attempt, len(_RESTART_PAUSE_S) - 1)])
+            attempt += 1
+            link = await _start_engine(self._settings)
+            try:
+                ready = await link.first_reply()
+            except ModelLoadError as error:
+                log.error("engine_restart_failed", attempt=attempt, reason=str(error))
+                await link.close()
+            except BaseException:
+                await link.close()
+                raise
+            else:
+                self._link = link
+                self._receive(ready)
+                log.info("engine_restarted", attempt=attempt)
+
+
+class EngineGone(Exception):
+    """The engine's process ended or hangs; the message says which."""
+
+
+class _EngineLink:
+    """One engine process and the sockets to it."""
+
+    def __init__(
+        self, process: Process, commands: "zmq.Socket[bytes]", replies: zmq.asyncio.Socket, endpoints: Endpoints
+    ) -> None:
+        self.process = process
+        self._commands = commands
+        self._replies = replies
+        self._endpoints = endpoints
+        self._ended = asyncio.ensure_future(process.wait())
+
+    def send(self, command: Command) -> None:
+        """Pass a command on, without waiting; to an engine that is gone it is dropped."""
+        with contextlib.suppress(zmq.ZMQError):
+            self._commands.send(command_encoder.encode(command), zmq.NOBLOCK)
+
+    async def first_reply(self) -> Ready:
+        """Wait for the model to be loaded.  Raises ModelLoadError if it cannot be."""
+        try:
+            reply = await self.reply(timeout_s=None)
+        except EngineGone as gone:
+            raise ModelLoadError(f"The engine ended while loading the model: {gone}.") from None
+        if isinstance(reply, LoadFailed):
+            raise ModelLoadError(reply.message)
+        assert isinstance(reply, Ready), reply
+        return reply
+
+    async def reply(self, timeout_s: float | None) -> Reply:
+        """The next reply.  Raises EngineGone."""
+        if not await self._replies.poll(0):
+            await self._wait(timeout_s)
+        return reply_decoder.decode(await self._replies.recv())
+
+    async def _wait(self, timeout_s: float | None) -> None:
+        arrival = asyncio.ensure_future(self._replies.poll())
+        try:
+            await asyncio.wait({arrival, self._ended}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if arrival.done():
+                return
+            if self._ended.done():
+                raise EngineGone(_how_it_ended(self._ended.result()))
+            raise EngineGone(f"it has said nothing for {timeout_s:.0f} s")
+        finally:
+            arrival.cancel()
+
+    async def close(self) -> None:
+        """End the process and remove the sockets."""
+        if self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.kill()
+        await self._ended
+        self._commands.close(linger=0)
+        self._replies.close(linger=0)
+        self._endpoints.close()
+
+
+def _how_it_ended(code: int) -> str:
+    return f"signal {-code} ended it" if code < 0 else f"exit code {code}"
+
+
+async def _start_engine(settings: EngineSettings) -> _EngineLink:
+    endpoints = Endpoints()
+    commands: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+    replies: zmq.asyncio.Socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
+    # Nothing may be lost to a full queue; an engine that does not read is replaced, and its requests with it.
+    commands.setsockopt(zmq.SNDHWM, 0)
+    replies.setsockopt(zmq.RCVHWM, 0)
+    commands.bind(endpoints.commands)
+    replies.bind(endpoints.replies)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "helix_gateway.service.engine_process",
+        stdin=PIPE,
+        stdout=sys.stderr,
+        env={**os.environ, **engine_environment()},
+    )
+    assert process.stdin is not None
+    assignment = Assignment(settings, _bound_to(commands), _bound_to(replies))
+    process.stdin.write(msgspec.json.encode(assignment) + b"\n")
+    return _EngineLink(process, commands, replies, endpoints)
+
+
+def _bound_to(socket: "zmq.Socket[bytes] | zmq.asyncio.Socket") -> str:
+    return socket.getsockopt_string(zmq.LAST_ENDPOINT)
