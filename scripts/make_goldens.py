@@ -12,10 +12,10 @@ import json
 from pathlib import Path
 
 import torch
+from rich.progress import track
 
 from helix_gateway.runtime.loading import load_model
 from helix_gateway.runtime.model_source import resolve
-from helix_gateway.runtime.progress import terminal_bar
 from helix_gateway.text.tokenizer import Tokenizer
 
 OUT = Path(__file__).resolve().parent.parent / "compat_tests" / "data" / "smollm2_greedy.json"
@@ -62,10 +62,8 @@ def main() -> None:
     model = load_model(path, device=torch.device("cpu"), dtype=torch.float32)
     prompts = choose_prompts(parser.parse_args().prompts, tokenizer)
     goldens = []
-    with terminal_bar("Answering", len(prompts)) as report:
-        for prompt in prompts:
-            goldens.append(answer(model, prompt, list(tokenizer.eos_token_ids)))
-            report(1)
+    for prompt in track(prompts, "Answering"):
+        goldens.append(answer(model, prompt, list(tokenizer.eos_token_ids)))
     OUT.write_text(json.dumps({"new_tokens": NEW_TOKENS, "goldens": goldens}, separators=(",", ":")) + "\n")
 
 

@@ -8,8 +8,6 @@ import pytest
 from conftest import chat_body, running
 from fake_service import FakeService
 
-from helix_gateway.gateway.prompts import TRIAL_CHARACTERS_PER_TOKEN
-
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MB = 10**6
 
@@ -92,26 +90,24 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def time_limit_s():
-    """A tenth of a second, for the fastest of three tries: machines that run tests are busy."""
-    return 0.1
+LIMIT_S = 0.1
+"""Processor time of server and client together, for the best of three tries: machines that run tests are busy."""
 
 
 @pytest.mark.parametrize("path, body, param, code", CASES.values(), ids=CASES.keys())
-async def test_bad_bodies_are_refused_by_name_in_a_tenth_of_a_second(gateway, time_limit_s, path, body, param, code):
+async def test_bad_bodies_are_refused_by_name_in_a_tenth_of_a_second(gateway, path, body, param, code):
     times = []
     for _ in range(3):
-        started = time.perf_counter()
+        started = time.process_time()
         status, answer = await gateway.answer(path, body)
-        times.append(time.perf_counter() - started)
+        times.append(time.process_time() - started)
         error = answer["error"]
         assert status == 400
         assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
         assert len(error["message"]) < 500
-        if times[-1] < time_limit_s:
+        if times[-1] < LIMIT_S:
             break
-    assert min(times) < time_limit_s
+    assert min(times) < LIMIT_S
     assert gateway.service.calls == []
 
 
@@ -138,7 +134,7 @@ async def test_a_prompt_far_too_long_is_never_tokenised_whole():
         status, body = await gateway.answer(COMPLETIONS, {"prompt": "ab " * MB})
         assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
         assert "at least" in body["error"]["message"]
-        assert service.tokenizer.encoded_characters == 1000 * TRIAL_CHARACTERS_PER_TOKEN
+        assert service.tokenizer.encoded_characters < 10_000
 
 
 async def test_others_are_served_while_a_long_prompt_is_read(gateway):

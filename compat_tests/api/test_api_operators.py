@@ -2,11 +2,11 @@
 
 import asyncio
 import json
-import signal
 import socket
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import structlog
@@ -165,17 +165,35 @@ SERVER = """
     from helix_gateway.gateway.server import run
     from helix_gateway.gateway.settings import GatewaySettings
     settings = GatewaySettings(port={port})
-    sys.exit(run(create_app(settings, {{"tiny": FakeService()}}), settings))
+    app = create_app(settings, {{"tiny": FakeService()}})
+    async def start():
+        pass
+    {more}
+    sys.exit(run(app, settings, start))
+"""
+
+LOADING_FOREVER = """
+    import asyncio
+    async def tidy(app):
+        yield
+        print("tidied up", flush=True)
+    app.cleanup_ctx.append(tidy)
+    async def start():
+        print("loading", flush=True)
+        await asyncio.Event().wait()
+"""
+
+FAILING_TO_LOAD = """
+    async def start():
+        raise SystemExit("helix: no such model")
 """
 
 
-def start_server(port):
-    tests = str(__import__("pathlib").Path(__file__).parent)
-    code = textwrap.dedent(SERVER.format(tests=tests, port=port))
+def start_server(port, more=""):
+    code = textwrap.dedent(SERVER.format(tests=str(Path(__file__).parent), port=port, more=more.lstrip()))
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM cannot be sent there")
 def test_the_server_says_where_it_listens_and_stops_when_told_to():
     with start_server(0) as server:
         line = server.stdout.readline()
@@ -185,5 +203,20 @@ def test_the_server_says_where_it_listens_and_stops_when_told_to():
         assert (second.returncode, out) == (1, "")
         assert err.count("\n") == 1
         assert "in use" in err
-        server.send_signal(signal.SIGTERM)
+        server.terminate()
         assert server.wait(timeout=20) == 0
+
+
+def test_a_server_that_is_still_loading_stops_when_told_to():
+    with start_server(0, LOADING_FOREVER) as server:
+        assert server.stdout.readline() == "loading\n"
+        server.terminate()
+        out, _ = server.communicate(timeout=20)
+        assert (server.returncode, out) == (0, "tidied up\n")
+
+
+def test_a_server_whose_model_cannot_be_loaded_ends_with_the_reason():
+    with start_server(0, FAILING_TO_LOAD) as server:
+        out, err = server.communicate(timeout=20)
+        assert (server.returncode, out) == (1, "")
+        assert err.splitlines()[-1] == "helix: no such model"

@@ -34,12 +34,13 @@ def start_server(*arguments, timeout_s=READY_TIMEOUT_S):
     listening = threading.Event()
 
     def read():
-        for line in process.stdout:
-            server.lines.append(line.rstrip())
-            found = re.search(r"http://127\.0\.0\.1:\d+", line)
-            if found and not server.url:
-                server.url = found[0]
-                listening.set()
+        with process.stdout:
+            for line in process.stdout:
+                server.lines.append(line.rstrip())
+                found = re.search(r"http://127\.0\.0\.1:\d+", line)
+                if found and not server.url:
+                    server.url = found[0]
+                    listening.set()
         listening.set()
 
     threading.Thread(target=read, daemon=True).start()

@@ -83,8 +83,8 @@ def many_rows(count, vocab_size, **options):
 def edited(logits, row):
     """The row's logits after edits and mask, NaN as -inf."""
     x = np.where(np.isnan(logits), -np.inf, logits).astype(np.float32)
-    for token, (scale, shift) in row.edits.items():
-        scale, shift = np.float32(scale), np.float32(shift)
+    for token, edit in row.edits.items():
+        scale, shift = (np.float32(number) for number in edit)
         x[token] = (x[token] / scale if x[token] > 0 else x[token] * scale) + shift
     if row.allowed is not None:
         x[[t for t in range(x.size) if t not in row.allowed]] = -np.inf

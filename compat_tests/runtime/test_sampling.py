@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampling_reference import Row, edited, many_rows, reference_token, sampling_rows
 
-from helix_gateway.runtime.sampling import make_sampler
+from helix_gateway.core.errors import HelixError
+from helix_gateway.runtime import sampling
+from helix_gateway.runtime.sampling import make_sampler, torch_sampler
 from helix_gateway.runtime.sampling.cpu_sampler import CpuSampler
 from helix_gateway.runtime.sampling.torch_sampler import TorchSampler
 
@@ -24,9 +26,30 @@ def kind(request):
     return request.param
 
 
-def test_cpu_gets_the_compiled_sampler_and_others_torch_operators():
+def test_a_cpu_gets_the_compiled_sampler_and_others_torch_operators(monkeypatch):
+    monkeypatch.setattr(sampling, "TorchSampler", lambda device, vocab_size: (device.type, vocab_size))
     assert isinstance(make_sampler(CPU, 10), CpuSampler)
-    assert isinstance(make_sampler(torch.device("meta"), 10), TorchSampler)
+    assert make_sampler(torch.device("mps"), 10) == ("mps", 10)
+
+
+def test_a_device_that_divides_integers_through_float_shifts_instead(monkeypatch):
+    monkeypatch.setattr(torch_sampler, "by_division", lambda x, bits: (x.float() / 2**bits).long())
+    assert torch_sampler.exact_shift(CPU) is torch_sampler.by_shift
+
+
+def test_a_device_without_division_shifts_instead(monkeypatch):
+    def missing(x, bits):
+        raise NotImplementedError
+
+    monkeypatch.setattr(torch_sampler, "by_division", missing)
+    assert torch_sampler.exact_shift(CPU) is torch_sampler.by_shift
+
+
+def test_a_device_that_can_do_neither_is_refused(monkeypatch):
+    for name in ("by_division", "by_shift"):
+        monkeypatch.setattr(torch_sampler, name, lambda x, bits: x)
+    with pytest.raises(HelixError, match="64-bit integers"):
+        torch_sampler.exact_shift(CPU)
 
 
 # ---- equality with the definition ----

@@ -76,6 +76,22 @@ def test_logprobs_need_only_listed_operators():
     assert not missing(recorder.seen)
 
 
+def test_no_product_has_a_boolean_which_directml_would_answer_with_booleans():
+    operands = set()
+
+    class Operands(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__ in {"mul", "mul_", "add", "add_", "sub", "sub_"}:
+                operands.update(a.dtype for a in args if isinstance(a, torch.Tensor))
+            return func(*args, **(kwargs or {}))
+
+    sampler = TorchSampler(torch.device("cpu"), 40)
+    with Operands():
+        sampler.sample(torch.randn(1, 40), sampling_rows([Row(top_k=3, top_p=0.5), Row(allowed={1})], 40))
+        sampler.logprobs(torch.randn(1, 40), np.zeros(1, np.int32), np.ones(1, np.int32), 5)
+    assert operands == {torch.float32, torch.int64}
+
+
 def test_nothing_is_computed_in_float64_which_few_devices_have():
     kinds = set()
 

@@ -7,7 +7,7 @@ how any of them works.
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -151,17 +151,27 @@ def _run(engine: EngineSettings, gateway: GatewaySettings) -> int:
     from helix_gateway.gateway.app import create_app
     from helix_gateway.gateway.server import run
     from helix_gateway.service.process import ProcessService
+    from helix_gateway.telemetry.logging import configure_logging
     from helix_gateway.text.tokenizer import Tokenizer
 
+    configure_logging()
+    typer.echo(f"Loading {gateway.served_model_names[0]} ...", err=True)
     service = ProcessService(engine, Tokenizer.load(engine.model_path))
-
-    async def engine_process(_app: object) -> AsyncIterator[None]:
-        try:
-            await service.start()
-            yield
-        finally:
-            await service.stop()
-
     app = create_app(gateway, dict.fromkeys(gateway.served_model_names, service))
-    app.cleanup_ctx.append(engine_process)
-    return run(app, gateway)
+
+    async def stopping(_app: object) -> AsyncIterator[None]:
+        yield
+        await service.stop()
+
+    async def start() -> None:
+        await asyncio.gather(service.start(), asyncio.to_thread(_render_once, service.tokenizer))
+
+    app.cleanup_ctx.append(stopping)
+    return run(app, gateway, start)
+
+
+def _render_once(tokenizer: "Tokenizer") -> None:
+    """Let happen now what the first conversation would have to wait for: imports, and the template's compilation."""
+    # A model without a template, or whose template wants something else, is served all the same.
+    with contextlib.suppress(InvalidRequestError):
+        tokenizer.render_chat([{"role": "user", "content": "."}])

@@ -62,7 +62,7 @@ def _spellings(path: str) -> tuple[str, ...]:
 
 
 async def _workers(app: web.Application) -> AsyncIterator[None]:
-    with ThreadPoolExecutor(app[SETTINGS].worker_threads, thread_name_prefix="helix-gateway") as pool:
-        app[WORKERS] = pool
-        yield
-        pool.shutdown(wait=False, cancel_futures=True)
+    pool = ThreadPoolExecutor(app[SETTINGS].worker_threads, thread_name_prefix="helix-gateway")
+    app[WORKERS] = pool
+    yield
+    pool.shutdown(wait=False, cancel_futures=True)

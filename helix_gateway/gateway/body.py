@@ -6,6 +6,7 @@ about what the fields mean.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -26,9 +27,7 @@ Schema = TypeVar("Schema", bound=WireModel)
 _read_envelope = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _read_value = msgspec.json.Decoder().decode
 _msgspec_path = re.compile(r" - at `\$(?P<path>.*)`$")
-_lone_surrogate = re.compile(
-    rb"(?<!\\)(?:\\\\)*\\u[dD](?:[89aAbB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|[c-fC-F][0-9a-fA-F]{2})"
-)
+_half_pair = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +89,7 @@ def _read_field(name: str, raw: msgspec.Raw, size: int, schema: type[WireModel])
     return read_json(raw, _read_value, name)
 
 
-def read_json(data: Any, read: Any, path: str) -> Any:
+def read_json(data: bytes | msgspec.Raw, read: Callable[[Any], Any], path: str) -> Any:
     """Decode ``data`` with ``read``; what is wrong with it becomes a 400 that names the place below ``path``.
 
     Raises:
@@ -106,16 +105,19 @@ def read_json(data: Any, read: Any, path: str) -> Any:
         found = _msgspec_path.search(str(error))
         if found:
             path = (path + found["path"].replace("[...]", "")).lstrip(".")
-        problem = _json_problem(error, data)
+        problem = _json_problem(error, memoryview(data))
     raise ApiError.bad_request(f"`{path}` {problem}." if path else f"The body {problem}.", param=path or None)
 
 
-def _json_problem(error: msgspec.DecodeError, data: Any) -> str:
-    if _lone_surrogate.search(data):
+def _json_problem(error: msgspec.DecodeError, data: memoryview) -> str:
+    message = str(error)
+    truncated = "truncated" in message
+    # A half pair at the very end reads as an input cut short: the other half is missed first.
+    if "surrogate" in message or (truncated and _half_pair.search(data[-32:])):
         return "holds half of a surrogate pair (a \\u escape between d800 and dfff that stands alone)"
     if isinstance(error, msgspec.ValidationError):
-        message = _msgspec_path.sub("", str(error))
+        message = _msgspec_path.sub("", message)
         return "cannot be read: " + message[:1].lower() + message[1:].replace("`", "")
-    if "truncated" in str(error):
+    if truncated:
         return "is not valid JSON: it ends too early" if len(data) else "is empty; a JSON object is expected"
-    return "is not valid JSON: " + str(error).removeprefix("JSON is malformed: ")
+    return "is not valid JSON: " + message.removeprefix("JSON is malformed: ")

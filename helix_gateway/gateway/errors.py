@@ -28,7 +28,7 @@ class GenerationFailedError(Exception):
     """The engine gave up on one sequence; its message is one clear line."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class ApiError(Exception):
     """A status and the fields of OpenAI's error object."""
 

@@ -24,8 +24,8 @@ MAX_PROMPTS = 1024
 """Prompts of one completions request."""
 MAX_PROMPT_IDS = 1024 * 1024
 """Token ids over all prompts of one request."""
-TRIAL_CHARACTERS_PER_TOKEN = 8
-"""A prompt longer than this for each token of the context is tokenised in part first."""
+SUSPECT_BYTES_PER_TOKEN = 8
+"""A prompt of more bytes than this for each token of the context hardly fits: it is tokenised in part first."""
 TRIAL_SLACK_TOKENS = 64
 """Tokens that cutting a text may add at the cut, generously."""
 
@@ -129,19 +129,20 @@ def encode_bounded(served: ServedModel, text: str, param: str, *, add_special_to
         InvalidRequestError: ``context_length_exceeded``.
     """
     encode, limit = served.service.tokenizer.encode, served.service.max_model_len
-    trial = limit * TRIAL_CHARACTERS_PER_TOKEN
-    while trial < len(text):
-        at_least = len(encode(text[:trial], add_special_tokens=False)) - TRIAL_SLACK_TOKENS
-        if at_least >= limit:
-            raise _at_least(at_least, limit, param)
-        trial *= 4
+    if len(text) * 4 > limit * SUSPECT_BYTES_PER_TOKEN and len(text.encode()) > limit * SUSPECT_BYTES_PER_TOKEN:
+        trial = limit
+        while trial < len(text):
+            at_least = len(encode(text[:trial], add_special_tokens=False)) - TRIAL_SLACK_TOKENS
+            if at_least >= limit:
+                raise _at_least(at_least, limit, param)
+            trial *= 2
     return encode(text, add_special_tokens=add_special_tokens)
 
 
 def _refuse_hopeless(served: ServedModel, texts: Sequence[str], param: str) -> None:
     """Without tokenising anything: no token is longer than the longest."""
     limit = served.service.max_model_len
-    if sum(map(len, texts)) <= limit * TRIAL_CHARACTERS_PER_TOKEN:
+    if sum(map(len, texts)) <= limit * SUSPECT_BYTES_PER_TOKEN:
         return
     at_least = sum(map(served.service.tokenizer.least_tokens, texts))
     if at_least >= limit:

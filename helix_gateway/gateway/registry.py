@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from helix_gateway import __version__
 from helix_gateway.core.errors import EngineUnavailableError
 from helix_gateway.gateway.errors import ApiError
 from helix_gateway.gateway.token_texts import TokenTexts
@@ -26,8 +27,8 @@ class ServedModel:
 
     @property
     def fingerprint(self) -> str:
-        """OpenAI's ``system_fingerprint``: the same for as long as the same model is served."""
-        return "fp_" + hashlib.sha256(f"{self.name} {self.created}".encode()).hexdigest()[:12]
+        """OpenAI's ``system_fingerprint``: the same for as long as model and version are."""
+        return "fp_" + hashlib.sha256(f"{self.name} {__version__}".encode()).hexdigest()[:12]
 
 
 class ModelRegistry:

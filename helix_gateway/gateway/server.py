@@ -8,8 +8,8 @@ import errno
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import structlog
@@ -20,6 +20,9 @@ from helix_gateway.gateway.settings import GatewaySettings
 from helix_gateway.gateway.state import new_request_id
 
 BACKLOG = 1024
+
+Start = Callable[[], Awaitable[object]]
+"""Makes the services ready."""
 
 _log = structlog.get_logger("helix.server")
 
@@ -138,30 +141,40 @@ async def listening(
         await runner.cleanup()
 
 
-async def serve(app: web.Application, settings: GatewaySettings, sockets: Sequence[socket.socket]) -> None:
-    """Serve until SIGINT or SIGTERM."""
-    stopped = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        try:
-            loop.add_signal_handler(name, stopped.set)
-        except NotImplementedError:  # Windows: Ctrl-C comes as KeyboardInterrupt
-            break
-    async with listening(app, settings, sockets) as where:
-        sys.stdout.write(f"Helix listens on {' and '.join(where)}\n")
-        sys.stdout.flush()
-        await stopped.wait()
+async def serve(app: web.Application, settings: GatewaySettings, sockets: Sequence[socket.socket], start: Start) -> None:
+    """Serve until SIGINT or SIGTERM, which also end a start that is still loading.
+
+    Health and readiness are answered from the beginning; where to go is printed once ``start`` has come to its end.
+    """
+    _cancel_when_told_to_stop()
+    with suppress(asyncio.CancelledError):
+        async with listening(app, settings, sockets) as where:
+            await start()
+            sys.stdout.write(f"Helix listens on {' and '.join(where)}\n")
+            sys.stdout.flush()
+            await asyncio.Event().wait()
 
 
-def run(app: web.Application, settings: GatewaySettings) -> int:
-    """Bind, serve until told to stop, and answer with the exit code."""
+def _cancel_when_told_to_stop() -> None:
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    with suppress(NotImplementedError):  # Windows has none: there Ctrl-C comes as KeyboardInterrupt
+        for name in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(name, task.cancel)
+
+
+def run(app: web.Application, settings: GatewaySettings, start: Start) -> int:
+    """Bind, start what is served, serve until told to stop, and answer with the exit code.
+
+    What ``start`` raises ends the server and is raised here.
+    """
     try:
         sockets = bind(settings)
     except BindError as error:
         sys.stderr.write(f"helix: {error}\n")
         return 1
     try:
-        run_event_loop(serve(app, settings, sockets))
+        run_event_loop(serve(app, settings, sockets, start))
     except KeyboardInterrupt:
         return 130
     finally:

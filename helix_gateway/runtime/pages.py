@@ -45,11 +45,6 @@ class GroupLayout:
         """What the engine knows of this group."""
         return KVGroup(self.group.name, self.tokens_per_block, self.group.shape.window)
 
-    def unit_place(self, run: int, layer: int) -> tuple[int, int]:
-        """(slice, element within the slice's part of a page) of a run's unit; ``layer`` counts within the group."""
-        slice_index, place = divmod(run * len(self.group.layers) + layer, self.units_per_slice)
-        return slice_index, place * self.unit_elements
-
 
 @dataclass(frozen=True, slots=True)
 class PageLayout:
@@ -100,47 +95,51 @@ class Arena:
     """The memory of all pages, one tensor of one dtype.
 
     Slice-major: a slice of all pages is consecutive memory, so that consecutive pages of a layer are; what suits a CPU.
-    Page-major: a page is consecutive memory; what suits devices that gather pages.
+    Page-major: a page is consecutive memory, and so are its units; what suits devices that gather pages.
     """
 
-    def __init__(self, layout: PageLayout, memory: torch.Tensor, page_stride: int, slice_stride: int) -> None:
+    def __init__(self, layout: PageLayout, memory: torch.Tensor, slice_stride: int | None) -> None:
+        """See `slice_major` and `page_major`, which make one."""
         self.layout = layout
         self.memory = memory
         """[num_pages * page_elements]"""
-        self.page_stride = page_stride
-        """Elements from one page to the next, within a slice."""
         self._slice_stride = slice_stride
+        """Elements from one slice to the next; None where units follow one another, whatever the slices."""
 
     @classmethod
     def slice_major(cls, layout: PageLayout, num_pages: int, dtype: torch.dtype) -> "Arena":
         """Memory on the CPU, taken from the system only as pages are first written."""
         memory = torch.empty(num_pages * layout.page_elements, dtype=dtype)
-        return cls(layout, memory, layout.slice_elements, num_pages * layout.slice_elements)
+        return cls(layout, memory, num_pages * layout.slice_elements)
 
     @classmethod
     def page_major(cls, layout: PageLayout, num_pages: int, dtype: torch.dtype, device: torch.device) -> "Arena":
         """Memory on any device, zeroed: what was never written must not be NaN, since masked scores read it."""
-        memory = torch.zeros(num_pages * layout.page_elements, dtype=dtype, device=device)
-        return cls(layout, memory, layout.page_elements, layout.slice_elements)
+        return cls(layout, torch.zeros(num_pages * layout.page_elements, dtype=dtype, device=device), None)
 
     @property
     def num_pages(self) -> int:
         """How many pages there are."""
         return self.memory.numel() // self.layout.page_elements
 
-    def unit_offsets(self, group: GroupLayout) -> Int64s:
+    @property
+    def page_stride(self) -> int:
+        """Elements from a unit of one page to the same unit of the next."""
+        return self.layout.page_elements if self._slice_stride is None else self.layout.slice_elements
+
+    def unit_offsets(self, layout: GroupLayout) -> Int64s:
         """[layers of the group, runs], where each unit of page 0 begins, in elements."""
-        places = [
-            [group.unit_place(run, layer) for run in range(group.runs)] for layer in range(len(group.group.layers))
-        ]
-        return np.array(
-            [[slice_index * self._slice_stride + offset for slice_index, offset in row] for row in places], np.int64
-        )
+        layers = len(layout.group.layers)
+        numbers = np.arange(layers)[:, None] + layers * np.arange(layout.runs)
+        if self._slice_stride is None:
+            return numbers * layout.unit_elements
+        slices, places = np.divmod(numbers, layout.units_per_slice)
+        return slices * self._slice_stride + places * layout.unit_elements
 
     def copy_pages(self, copies: Iterable[tuple[int, int]]) -> None:
         """Copy whole pages, (source, destination) each, one after another."""
-        layout = self.layout
-        strides = (self.page_stride, self._slice_stride, 1)
-        pages = self.memory.as_strided((self.num_pages, layout.slices, layout.slice_elements), strides)
+        # Consecutive elements of a page, and how many stretches of them there are.
+        piece = self.page_stride
+        pages = self.memory.view(self.layout.page_elements // piece, self.num_pages, piece)
         for source, destination in copies:
-            pages[destination].copy_(pages[source])
+            pages[:, destination].copy_(pages[:, source])

@@ -14,12 +14,14 @@ from helix_gateway.core.errors import OutOfMemoryError
 from helix_gateway.core.kv import KVGroup
 from helix_gateway.core.step import Int32s, LogprobRows, SamplingRows, StepBatch
 from helix_gateway.runtime import paged_attention
-from helix_gateway.runtime.cpu.attention import CpuPagedAttention
+from helix_gateway.runtime.cpu.attention import CPU_KV_DTYPES, CpuPagedAttention
 from helix_gateway.runtime.groups import group_layers
 from helix_gateway.runtime.pages import Arena, PageLayout, lay_out_pages
 from helix_gateway.runtime.paged_attention import PagedAttention, PagedLayer
 from helix_gateway.runtime.probe import AttentionLayer, find_attention_layers
 from helix_gateway.runtime.rotary import install_rotary_tables
+from helix_gateway.runtime.sampling import make_sampler
+from helix_gateway.runtime.torch_attention import TorchPagedAttention
 from helix_gateway.runtime.sampling import make_sampler
 
 
@@ -131,8 +133,11 @@ class _WantedRows:
 def _make_attention(
     layout: PageLayout, num_pages: int, layers: Sequence[AttentionLayer], device: torch.device, dtype: torch.dtype
 ) -> tuple[Arena, PagedAttention]:
-    arena = Arena.slice_major(layout, num_pages, dtype)
-    return arena, CpuPagedAttention(arena, [layer.heads for layer in layers])
+    if device.type == "cpu" and dtype in CPU_KV_DTYPES:
+        arena = Arena.slice_major(layout, num_pages, dtype)
+        return arena, CpuPagedAttention(arena, [layer.heads for layer in layers])
+    arena = Arena.page_major(layout, num_pages, dtype, device)
+    return arena, TorchPagedAttention(arena)
 
 
 def _pages_in(layout: PageLayout, dtype: torch.dtype, memory_bytes: int | None) -> int:

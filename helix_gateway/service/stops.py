@@ -18,8 +18,14 @@ def stop_condition(tokenizer: Tokenizer, call: GenerationCall) -> StopCondition 
     """The engine's side: None where the call has no stop strings, so that nothing is detokenised there."""
     if not call.stop.strings:
         return None
-    detokenizer = tokenizer.detokenizer(skip_special_tokens=call.stop.skip_special_tokens)
+    detokenizer = _detokenizer(tokenizer, call)
     return StopStringCondition(call.stop.strings, _ExemptDetokenizer(detokenizer, call.request.sampling.min_tokens))
+
+
+def _detokenizer(tokenizer: Tokenizer, call: GenerationCall) -> Detokenizer:
+    return tokenizer.detokenizer(
+        skip_special_tokens=call.stop.skip_special_tokens, after=call.request.prompt_token_ids
+    )
 
 
 class _ExemptDetokenizer:
@@ -45,7 +51,7 @@ class ChoiceText:
     """The client's side: one choice's events as text that nothing can take back."""
 
     def __init__(self, tokenizer: Tokenizer, call: GenerationCall) -> None:
-        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=call.stop.skip_special_tokens)
+        self._detokenizer = _detokenizer(tokenizer, call)
         self._filter = StopStringFilter(call.stop.strings, include_in_output=call.stop.include_in_output)
         self._num_exempt = call.request.sampling.min_tokens
 

@@ -1,4 +1,4 @@
-r"""Encodes with tiktoken where that is certain to give what the reference tokenizer gives, about ten times as fast.
+r"""Encodes with tiktoken where that is certain to give what the reference tokenizer gives, several times as fast.
 
 tiktoken merges any two neighbours whose joined bytes are a token, the lowest id first; a BPE merges the pairs on its
 list, in the list's order.  These are the same when (a) ids of what the merges make never fall along the list, and

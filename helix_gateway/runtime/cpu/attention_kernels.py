@@ -138,7 +138,7 @@ def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
     pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
     function_type = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
     function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
-    builder.call(function, [pointer, ir.Constant(_I32, 0), ir.Constant(_I32, 3), ir.Constant(_I32, 1)])
+    builder.call(function, [pointer, ir.Constant(_I32, 0), ir.Constant(_I32, 2), ir.Constant(_I32, 1)])
 
 
 @intrinsic(prefer_literal=True)

@@ -3,6 +3,10 @@
 Knows nothing about sequences, pages or what the logits came from.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numba
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -12,7 +16,9 @@ from helix_gateway.runtime.cpu.threads import configure_threads
 from helix_gateway.runtime.sampling import cpu_kernels
 from helix_gateway.runtime.sampling.options import log_probabilities, row_options
 
-_NO_SCRATCH = np.empty((0, 0), np.float32)
+# A second thread is woken for more tokens than these; one alone takes 40 microseconds for them, and where other
+# processes want the cores a thread may come a whole time slice late (measured: benchmarks/sampling_bench.py).
+_TOKENS_ALONE = 1 << 17
 
 
 class CpuSampler:
@@ -25,8 +31,6 @@ class CpuSampler:
     def __init__(self, vocab_size: int) -> None:
         configure_threads()  # before the first parallel region
         self._vocab_size = vocab_size
-        self._blocks = -(-vocab_size // cpu_kernels.BLOCK)
-        self._nothing_banned = np.empty((0, 0), np.uint32)
 
     def sample(self, logits: torch.Tensor, rows: SamplingRows) -> Int32s:
         """Choose one token for each sampling row.
@@ -40,25 +44,19 @@ class CpuSampler:
         """
         count = rows.logits_index.size
         out = np.empty(count, np.int32)
-        if count == 0:
-            return out
         options = row_options(rows, self._vocab_size)
-        copied = rows.allowed is not None or rows.edits.rows.size > 0
-        cpu_kernels.sample_rows(
-            logits.contiguous().numpy(),
-            rows.logits_index,
+        numbers = (
             options.keys,
             options.greedy,
             options.inverse_temperature,
             options.top_k,
             options.share,
             options.min_difference,
-            _edits_by_row(rows.edits, count),
-            self._nothing_banned if rows.allowed is None else rows.allowed,
-            self._scratch(count) if copied else _NO_SCRATCH,
-            self._maxima(count),
-            out,
         )
+        allowed = np.empty((count, 0), np.uint32) if rows.allowed is None else rows.allowed
+        edits = _edits_by_row(rows.edits, count)
+        with self._threads(count):
+            cpu_kernels.sample_rows(_array(logits), rows.logits_index, numbers, edits, allowed, out)
         return out
 
     def logprobs(self, logits: torch.Tensor, logits_index: Int32s, token_ids: Int32s, top: int) -> LogprobRows:
@@ -74,18 +72,10 @@ class CpuSampler:
         totals, ranks = np.empty(n, np.int64), np.empty(n, np.int32)
         differences, top_differences = np.empty(n, np.float32), np.empty((n, top), np.float32)
         top_ids = np.empty((n, top), np.int32)
-        cpu_kernels.logprob_rows(
-            logits.contiguous().numpy(),
-            logits_index,
-            token_ids,
-            self._scratch(n),
-            self._maxima(n),
-            totals,
-            differences,
-            ranks,
-            top_ids,
-            top_differences,
-        )
+        with self._threads(n):
+            cpu_kernels.logprob_rows(
+                _array(logits), logits_index, token_ids, totals, differences, ranks, top_ids, top_differences
+            )
         return LogprobRows(
             logprobs=log_probabilities(differences[:, None], totals[:, None])[:, 0],
             ranks=ranks,
@@ -93,11 +83,24 @@ class CpuSampler:
             top_logprobs=log_probabilities(top_differences, totals[:, None]),
         )
 
-    def _scratch(self, rows: int) -> Float32s:
-        return np.empty((rows, self._vocab_size), np.float32)
+    @contextmanager
+    def _threads(self, rows: int) -> Iterator[None]:
+        """As many threads as these rows deserve."""
+        threads = numba.get_num_threads()
+        if rows * self._vocab_size > _TOKENS_ALONE or threads == 1:
+            yield
+            return
+        numba.set_num_threads(1)
+        try:
+            yield
+        finally:
+            numba.set_num_threads(threads)
 
-    def _maxima(self, rows: int) -> Float32s:
-        return np.empty((rows, self._blocks), np.float32)
+
+def _array(logits: torch.Tensor) -> Float32s:
+    """The same memory as numpy sees it, or a copy where it is not contiguous."""
+    array: Float32s = logits.detach().contiguous().numpy()
+    return array
 
 
 def _edits_by_row(edits: LogitEdits, count: int) -> tuple[npt.NDArray[np.int64], Int32s, Float32s, Float32s]:

@@ -3,15 +3,18 @@
 The device narrows each row to a few candidates in float32; the host decides between those in float64, with the noise
 of `noise.gumbel`, so that no device's logarithm decides which token is said.  Rows that leave tokens out (top-k,
 top-p, min-p) are sorted whole, and masks over the sorted row say what is kept.  Hashes and masses are computed in
-int64, where they never wrap.  Knows nothing about sequences, pages or what the logits came from.
+int64, where they never wrap.  Booleans mask and never multiply: on DirectML a product with one is a boolean
+(DirectML issue 737).  Knows nothing about sequences, pages or what the logits came from.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from helix_gateway.core.errors import HelixError
 from helix_gateway.core.step import Int32s, LogitEdits, LogprobRows, SamplingRows, UInt32s
 from helix_gateway.runtime.sampling import noise
 from helix_gateway.runtime.sampling.options import (
@@ -30,22 +33,56 @@ _WORD = 0xFFFFFFFF
 _SERIES_BELOW = 0.05
 
 
-def hash_tokens(token_ids: torch.Tensor, first_key: torch.Tensor, second_key: torch.Tensor) -> torch.Tensor:
-    """`noise.hash_tokens` in multiply, xor, divide and mask.
+Shift = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+def by_division(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """``x >> bits`` of int64 that is not negative, for devices without shifts."""
+    return x // (1 << bits)
+
+
+def by_shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """``x >> bits``, for devices whose integer division goes through float."""
+    return x >> bits
+
+
+def exact_shift(device: torch.device) -> Shift:
+    """The way of shifting right under which this device hashes to the host's bits.
+
+    Raises:
+        HelixError: no way does; noise would not be what a seed says.
+    """
+    ids, keys = np.arange(64, dtype=np.int32)[None], np.array([[0x9E3779B9], [0xFFFFFFFF]], np.uint32)
+    expected, wide = noise.hash_tokens(ids, keys).tolist(), (1 << 58) + (1 << SHARE_BITS) - 1
+    first, second, tokens, total = (torch.tensor(v).to(device) for v in (*keys.tolist(), ids.tolist(), [wide]))
+    for shift in (by_division, by_shift):
+        try:
+            hashes = hash_tokens(tokens, first.unsqueeze(1), second.unsqueeze(1), shift).cpu().tolist()
+            if hashes == expected and shift(total, SHARE_BITS).cpu().tolist() == [wide >> SHARE_BITS]:
+                return shift
+        except RuntimeError:  # the device has no such operator
+            continue
+    raise HelixError(f"The device {device} neither divides nor shifts 64-bit integers exactly; run with --device cpu.")
+
+
+def hash_tokens(
+    token_ids: torch.Tensor, first_key: torch.Tensor, second_key: torch.Tensor, shift: Shift = by_division
+) -> torch.Tensor:
+    """`noise.hash_tokens` in multiply, xor, shift and mask.
 
     Args:
         token_ids: int64 [n or 1, candidates].
         first_key, second_key: int64 [n, 1], each below 2**32.
+        shift: how this device shifts right.
 
     Returns:
         int64 [n, candidates], each below 2**32.
     """
-    shifts = [1 << s for s in noise.SHIFTS]
     x = token_ids ^ first_key
-    x = ((x ^ (x // shifts[0])) * noise.MULTIPLIERS[0]) & _WORD
-    x = ((x ^ (x // shifts[1]) ^ second_key) * noise.MULTIPLIERS[1]) & _WORD
-    x = ((x ^ (x // shifts[2])) * noise.MULTIPLIERS[2]) & _WORD
-    return x ^ (x // shifts[3])
+    x = ((x ^ shift(x, noise.SHIFTS[0])) * noise.MULTIPLIERS[0]) & _WORD
+    x = ((x ^ shift(x, noise.SHIFTS[1]) ^ second_key) * noise.MULTIPLIERS[1]) & _WORD
+    x = ((x ^ shift(x, noise.SHIFTS[2])) * noise.MULTIPLIERS[2]) & _WORD
+    return x ^ shift(x, noise.SHIFTS[3])
 
 
 def gumbel(hashes: torch.Tensor) -> torch.Tensor:
@@ -95,7 +132,8 @@ class TorchSampler:
         self._device = device
         self._vocab_size = vocab_size
         self._ids = torch.arange(vocab_size, device=device).unsqueeze(0)
-        self._bits = torch.tensor([1 << b for b in range(32)], device=device)
+        self._bits = torch.tensor([1 << b for b in range(32)]).to(device)
+        self._shift = exact_shift(device)
 
     def sample(self, logits: torch.Tensor, rows: SamplingRows) -> Int32s:
         """Choose one token for each sampling row.
@@ -130,7 +168,8 @@ class TorchSampler:
         x = self._values(logits, logits_index)
         ranked = self._ranked(x, x.amax(dim=1, keepdim=True))
         ids, differences = ranked.token_ids, ranked.differences
-        rank = ((ids == self._column(token_ids)) * self._ids).sum(dim=1, keepdim=True)
+        ranks = self._ids.repeat(ids.shape[0], 1)
+        rank = ranks.masked_fill_(ids != self._column(token_ids), 0).sum(dim=1, keepdim=True)
         total = masses(differences).sum(dim=1, keepdim=True).cpu().numpy()
         return LogprobRows(
             logprobs=log_probabilities(differences.gather(1, rank).cpu().numpy(), total).squeeze(1),
@@ -159,8 +198,8 @@ class TorchSampler:
             self._apply(x, rows.edits)
         if rows.allowed is not None:
             words = self._on_device(rows.allowed).unsqueeze(2)
-            allowed = ((words // self._bits) & 1).reshape(x.shape[0], -1)[:, : self._vocab_size]
-            x.masked_fill_(allowed == 0, -torch.inf)
+            banned = ((words & self._bits) == 0).reshape(x.shape[0], -1)[:, : self._vocab_size]
+            x.masked_fill_(banned, -torch.inf)
         return x
 
     def _apply(self, x: torch.Tensor, edits: LogitEdits) -> None:
@@ -172,8 +211,8 @@ class TorchSampler:
 
     def _first_of(self, x: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
         """The lowest id of each row's greatest value, int64 [n]."""
-        back_to_front = (self._vocab_size - 1) - self._ids
-        return (self._vocab_size - 1) - ((x == top) * back_to_front).amax(dim=1)
+        back_to_front = ((self._vocab_size - 1) - self._ids).repeat(x.shape[0], 1)
+        return (self._vocab_size - 1) - back_to_front.masked_fill_(x != top, 0).amax(dim=1)
 
     def _differences(self, x: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
         """``x - top``; 0 for the greatest even where they are infinite, -inf in a row that has nothing."""
@@ -202,25 +241,24 @@ class TorchSampler:
         d = ranked.differences
         kept = (d >= self._column(options.min_difference)) & (self._ids < self._column(options.top_k))
         kept &= d > -torch.inf
-        mass = masses(d * factor) * kept
+        mass = masses(d * factor).masked_fill_(~kept, 0)
         before = mass.cumsum(dim=1) - mass
-        needed = _share_of(mass.sum(dim=1, keepdim=True), self._column(options.share))
+        needed = self._share_of(mass.sum(dim=1, keepdim=True), self._column(options.share))
         return kept & ((before < needed) | (self._ids == 0))
 
     def _candidates(self, ranked: _Ranked, kept: torch.Tensor, factor: torch.Tensor, keys: UInt32s) -> _Candidates:
         scaled = ranked.differences * factor
-        hashes = hash_tokens(ranked.token_ids, self._column(keys[0]), self._column(keys[1]))
+        hashes = hash_tokens(ranked.token_ids, self._column(keys[0]), self._column(keys[1]), self._shift)
         score = (scaled + gumbel(hashes)).masked_fill_(~kept, -torch.inf)
         best = score.topk(min(_CANDIDATES, self._vocab_size), dim=1)[1]
         ids = ranked.token_ids.expand(scaled.shape[0], -1).gather(1, best)
         return _Candidates(ids.cpu().numpy(), scaled.gather(1, best).cpu().numpy(), kept.gather(1, best).cpu().numpy())
 
-
-def _share_of(total: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """``ceil(total * share / 2**30)`` without a product beyond 63 bits."""
-    one = 1 << SHARE_BITS
-    whole, rest = total // one, total & (one - 1)
-    return whole * share + (rest * share + (one - 1)) // one
+    def _share_of(self, total: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+        """``ceil(total * share / 2**30)`` without a product beyond 63 bits."""
+        below_one = (1 << SHARE_BITS) - 1
+        rest = (total & below_one) * share + below_one
+        return self._shift(total, SHARE_BITS) * share + self._shift(rest, SHARE_BITS)
 
 
 def _decide(candidates: _Candidates, keys: UInt32s) -> npt.NDArray[np.int64]:
