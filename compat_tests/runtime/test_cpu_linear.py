@@ -346,3 +346,33 @@ def test_threads_are_as_many_as_the_quota_allows(monkeypatch, tmp_path):
         environment = threads.engine_environment()
         assert environment["OMP_NUM_THREADS"] == environment["NUMBA_NUM_THREADS"] == str(cores)
         assert ("OMP_PROC_BIND" in environment) == bound
+
+
+OPENMP_IN_USE = """
+import torch, numba
+from numba import njit, prange
+from helix_gateway.runtime.cpu.threads import configure_threads
+configure_threads()
+
+@njit(parallel=True)
+def touch(values):
+    for i in prange(len(values)):
+        values[i] += 1
+
+touch(torch.zeros(4).numpy())
+print(numba.threading_layer(), {line.split()[-1] for line in open("/proc/self/maps") if "gomp" in line})
+"""
+
+
+def test_a_system_without_openmp_uses_that_of_torch(monkeypatch, tmp_path):
+    monkeypatch.setattr(threads, "_loads", lambda library: False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    environment = os.environ | threads.engine_environment()
+    if "LD_LIBRARY_PATH" not in environment:  # a torch without libgomp, or not Linux
+        return
+    command = [sys.executable, "-c", OPENMP_IN_USE]
+    answer = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    layer, files = answer.split(maxsplit=1)
+    assert layer == "omp"
+    assert str(Path(torch.__file__).parent) in files
+    assert files.count("gomp") == 1

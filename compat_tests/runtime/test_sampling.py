@@ -54,7 +54,7 @@ def test_a_device_that_can_do_neither_is_refused(monkeypatch):
 
 # ---- equality with the definition ----
 
-VOCABULARIES = (1, 2, 5, 31, 32, 33, 255, 256, 257, 700, 1500)
+VOCABULARIES = (1, 2, 5, 31, 32, 33, 127, 128, 129, 257, 700, 1500)
 
 
 @st.composite

@@ -20,12 +20,11 @@ LANES = 16
 TILE_CHANNELS = 32
 """Output channels whose weights lie together: two vectors."""
 
+_LINE_BYTES = 64
+
 _I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 _F32 = ir.FloatType()
 _F32S, _I32S, _I16S = (ir.VectorType(element, LANES) for element in (_F32, _I32, _I16))
-
-# Weights are fetched this many bytes before they are used (measured: benchmarks/cpu_linear.py).
-_PREFETCH_BYTES = 4096
 
 
 def _call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
@@ -209,6 +208,8 @@ class _TileOperands:
     x: ir.Value
     x_stride: ir.Value
     tile: ir.Value
+    ahead: ir.Value
+    ahead_stride: ir.Value
     inputs: ir.Value
     bias: ir.Value
     out: ir.Value
@@ -222,10 +223,10 @@ def _emit_rows(emitter: _Emitter, kind: type[_TileKind], rows: int, vectors: Seq
     x_rows = [emitter.offset(to.x, builder.mul(to.x_stride, ir.Constant(_I64, r)), 4) for r in range(rows)]
 
     def one_input(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-        at = emitter.offset(to.tile, k, kind.step_bytes)
-        for line in range(0, kind.step_bytes, 64):
-            emitter.prefetch(emitter.offset(at, _PREFETCH_BYTES + line))
-        weights = kind.weights(emitter, at, vectors)
+        ahead = builder.add(to.ahead, builder.mul(to.ahead_stride, k))
+        for line in range(0, kind.step_bytes, _LINE_BYTES):
+            emitter.prefetch(emitter.offset(ahead, line))
+        weights = kind.weights(emitter, emitter.offset(to.tile, k, kind.step_bytes), vectors)
         spread = [emitter.splat(emitter.load(emitter.offset(row, k, 4), _F32, 4)) for row in x_rows]
         pairs = [(x, w) for x in spread for w in weights]
         return [emitter.fma(x, w, s) for (x, w), s in zip(pairs, sums)]
@@ -244,7 +245,21 @@ def _emit_rows(emitter: _Emitter, kind: type[_TileKind], rows: int, vectors: Seq
 
 @intrinsic(prefer_literal=True)
 def multiply_tile(  # type: ignore[no-untyped-def]
-    typing_context, bits, max_rows, registers, rows, x, x_stride, tile, inputs, bias, out, out_stride, channels
+    typing_context,
+    bits,
+    max_rows,
+    registers,
+    rows,
+    x,
+    x_stride,
+    tile,
+    ahead,
+    ahead_stride,
+    inputs,
+    bias,
+    out,
+    out_stride,
+    channels,
 ):
     """Rows of activations times one tile of weights, plus bias: ``out[r, c] = sum over k of x[r, k] * w[c, k] + b[c]``.
 
@@ -258,7 +273,9 @@ def multiply_tile(  # type: ignore[no-untyped-def]
         registers: 16-lane vectors that the processor can hold.
         rows: 1 to ``max_rows``.
         x: float32, rows ``x_stride`` elements apart.
-        tile: [inputs, 32], 64-byte aligned, as `linear.py` packs it; up to 4 KB behind it is prefetched, never read.
+        tile: [inputs, 32], 64-byte aligned, as `linear.py` packs it.
+        ahead: what to prefetch at the first input, and ``ahead_stride`` bytes further at each next one; as many bytes
+            as an input's weights.  Never read, so it may be any address.
         bias: float32 [32], 64-byte aligned.
         out: rows ``out_stride`` elements apart; only the first ``channels`` of the tile are written.
     """
@@ -281,4 +298,4 @@ def multiply_tile(  # type: ignore[no-untyped-def]
         builder.position_at_end(done)
         return context.get_dummy_value()
 
-    return types.void(*literals, *[types.int64] * 9), emit
+    return types.void(*literals, *[types.int64] * 11), emit

@@ -1,7 +1,7 @@
 """What compiled sampling asks of one row of logits: its greatest, counts, ties, cuts and masses, without a sort.
 
 Tokens are ranked by (logit descending, id ascending); a `cut` is the logit and the id of the last token of a prefix of
-that order.  A row is looked at in blocks of 256 tokens, whose maxima are found once: whoever asks for what lies above a
+that order.  A row is looked at in blocks of 128 tokens, whose maxima are found once: whoever asks for what lies above a
 logit reads only the blocks that reach it.  NaN counts as -inf: every comparison with it is false.  Slices of blocks
 stand where an index into the row could stand, since numba then knows that no index is negative and LLVM loads whole
 vectors.  Knows nothing about noise, options or threads.
@@ -16,7 +16,7 @@ from helix_gateway.runtime.cpu.math import exp_f32
 from helix_gateway.runtime.cpu.microkernels import bits_of, float_of
 from helix_gateway.runtime.sampling import options
 
-BLOCK = 256
+BLOCK = 128
 """Tokens looked at together (measured: benchmarks/sampling_bench.py)."""
 
 NOTHING = np.float32(-np.inf)
@@ -189,7 +189,7 @@ def whole_mass(x, top, factor):  # type: ignore[no-untyped-def]
 
 @njit
 def _block_masses(block, top, factor, upper, lower):  # type: ignore[no-untyped-def]
-    """As `masses`, of one block; 256 halves of at most 2**20 fit an int32."""
+    """As `masses`, of one block; its sum of halves, each at most 2**20, fits an int32."""
     upper_high = upper_low = lower_high = lower_low = _NONE
     for i in range(block.size):
         logit = block[i]

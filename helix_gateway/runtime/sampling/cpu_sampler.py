@@ -16,8 +16,8 @@ from helix_gateway.runtime.cpu.threads import configure_threads
 from helix_gateway.runtime.sampling import cpu_kernels
 from helix_gateway.runtime.sampling.options import log_probabilities, row_options
 
-# A second thread is woken for more tokens than these; one alone takes 40 microseconds for them, and where other
-# processes want the cores a thread may come a whole time slice late (measured: benchmarks/sampling_bench.py).
+# A second thread is woken for more tokens than these; one alone needs 0.1 ms for them, and where other processes
+# want the cores a thread may come a whole time slice, 8 to 16 ms, late (measured: benchmarks/sampling_bench.py).
 _TOKENS_ALONE = 1 << 17
 
 
