@@ -163,7 +163,7 @@ class Activity:
         self._thread = threading.Thread(target=self._draw, daemon=True)
         self._start = 0.0
 
-    def __enter__(self) -> Activity:  # noqa: PYI034 - Self is newer than Python 3.10
+    def __enter__(self) -> Activity:
         """Begin to show it."""
         self._start = time.monotonic()
         if not self._live:

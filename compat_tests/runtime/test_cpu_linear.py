@@ -336,7 +336,12 @@ def test_a_second_process_finds_compiled_code_and_a_read_only_package_is_no_hind
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
+THREAD_VARIABLES = ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "OMP_PROC_BIND", "GOMP_SPINCOUNT")
+
+
 def test_threads_are_as_many_as_the_quota_allows(monkeypatch, tmp_path):
+    for name in THREAD_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(threads, "_affinity", lambda: 8)
     quota = tmp_path / "cpu.max"
     monkeypatch.setattr(threads, "_CGROUP_V2", quota)
@@ -346,6 +351,18 @@ def test_threads_are_as_many_as_the_quota_allows(monkeypatch, tmp_path):
         environment = threads.engine_environment()
         assert environment["OMP_NUM_THREADS"] == environment["NUMBA_NUM_THREADS"] == str(cores)
         assert ("OMP_PROC_BIND" in environment) == bound
+
+
+def test_threads_are_as_many_as_the_user_asked_for(monkeypatch):
+    for name in THREAD_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(threads, "_affinity", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    environment = threads.engine_environment()
+    assert environment["NUMBA_NUM_THREADS"] == "3"
+    assert not environment.keys() & {"OMP_NUM_THREADS", "OMP_PROC_BIND"}
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "2")
+    assert threads.wanted_threads() == 2
 
 
 OPENMP_IN_USE = """

@@ -18,7 +18,6 @@ from helix_gateway.gateway.settings import GatewaySettings
 from helix_gateway.service.settings import DeviceName, DTypeName, EngineSettings
 
 if TYPE_CHECKING:
-    from helix_gateway.service.process import ProcessService
     from helix_gateway.text.tokenizer import Tokenizer
 
 _DEFAULT = EngineSettings(model_path="")
@@ -155,7 +154,8 @@ def _run(engine: EngineSettings, gateway: GatewaySettings) -> int:
     from helix_gateway.text.tokenizer import Tokenizer
 
     configure_logging()
-    typer.echo(f"Loading {gateway.served_model_names[0]} ...", err=True)
+    name = gateway.served_model_names[0]
+    typer.echo(f"Loading {name} (the first start takes longer: kernels are compiled for this processor)", err=True)
     service = ProcessService(engine, Tokenizer.load(engine.model_path))
     app = create_app(gateway, dict.fromkeys(gateway.served_model_names, service))
 

@@ -91,6 +91,11 @@ class Engine(Generic[Logits]):
         self.last_output: SpeculativeOutput | None = None
 
     @property
+    def running(self) -> tuple[Sequence, ...]:
+        """The sequences of the batch."""
+        return tuple(self._scheduler.running)
+
+    @property
     def num_running(self) -> int:
         """Sequences of the batch."""
         return len(self._scheduler.running)

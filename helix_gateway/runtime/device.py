@@ -4,8 +4,8 @@ Knows nothing about models.
 """
 
 import importlib
-from types import ModuleType
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 import torch
@@ -41,10 +41,9 @@ def _is_there(name: str) -> bool:
 def _named(name: str) -> torch.device:
     if not _is_there(name):
         raise ModelLoadError(f"This machine has no {name} device that torch can use; try --device auto.")
-    if name == "directml":
-        device: torch.device = _directml().device()
-        return device
-    return torch.device(name)
+    directml = _directml() if name == "directml" else None
+    device: torch.device = torch.device(name) if directml is None else directml.device()
+    return device
 
 
 def _directml() -> ModuleType | None:

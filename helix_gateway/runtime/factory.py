@@ -56,8 +56,13 @@ def load_runner(
     memory = kv_cache_memory_bytes or int(free_memory_bytes(where) * _KV_SHARE)
     try:
         runner = TransformersRunner(
-            model, device=where, dtype=wanted, block_size=block_size, kv_memory_bytes=memory
+            model,
+            device=where,
+            dtype=wanted,
+            block_size=block_size,
+            kv_memory_bytes=memory,
+            max_tokens=None if kv_cache_memory_bytes else max_tokens_in_use,
         )
     except OutOfMemoryError as error:
         raise ModelLoadError(f"The KV cache does not fit: {error}") from error
-    return LoadedRunner(runner, int(model.config.get_text_config().max_position_embeddings), where.type)
+    return LoadedRunner(runner, runner.context_length, where.type)

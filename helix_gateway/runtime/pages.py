@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from helix_gateway.core.errors import OutOfMemoryError
 from helix_gateway.core.kv import KVGroup
 from helix_gateway.runtime.groups import LayerGroup
 
@@ -88,7 +89,27 @@ def _lay_out_group(group: LayerGroup, slices: int, slice_elements: int, block_si
         units_per_slice = slice_elements // (unit_tokens * group.shape.elements_per_token)
         return GroupLayout(group, unit_tokens, units_per_slice, slices * units_per_slice // len(group.layers))
 
-    return max(map(with_unit, range(1, block_size + 1)), key=lambda layout: (layout.tokens_per_block, layout.unit_tokens))
+    return max(
+        map(with_unit, range(1, block_size + 1)), key=lambda layout: (layout.tokens_per_block, layout.unit_tokens)
+    )
+
+
+def pages_in(layout: PageLayout, dtype: torch.dtype, memory_bytes: int | None, max_tokens: int | None) -> int:
+    """How many pages to take: what the memory holds, but no more than ``max_tokens`` need in every group.
+
+    Raises:
+        ValueError: no memory is given.
+        OutOfMemoryError: not one page fits.
+    """
+    if memory_bytes is None:
+        raise ValueError("an arena needs a number of pages, or its memory in bytes")
+    page_bytes = layout.page_elements * dtype.itemsize
+    if memory_bytes < page_bytes:
+        raise OutOfMemoryError(f"the KV pool has {memory_bytes} bytes, but one page of this model takes {page_bytes}")
+    pages = memory_bytes // page_bytes
+    if max_tokens is None:
+        return pages
+    return min(pages, sum(-(-max_tokens // group.tokens_per_block) for group in layout.groups))
 
 
 class Arena:
@@ -134,7 +155,8 @@ class Arena:
         if self._slice_stride is None:
             return numbers * layout.unit_elements
         slices, places = np.divmod(numbers, layout.units_per_slice)
-        return slices * self._slice_stride + places * layout.unit_elements
+        offsets: Int64s = slices * self._slice_stride + places * layout.unit_elements
+        return offsets
 
     def copy_pages(self, copies: Iterable[tuple[int, int]]) -> None:
         """Copy whole pages, (source, destination) each, one after another."""

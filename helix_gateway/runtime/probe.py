@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from helix_gateway.core.errors import ModelLoadError
 from helix_gateway.runtime.groups import LayerShape
 
 _NAME = "helix_probe"
-_TOKENS = 3
 # Arguments of an attention function that change nothing here: no training, no cache, positions already applied.
 _HARMLESS = frozenset({"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions"})
 _HONOURED = frozenset({"scaling", "softcap", "sliding_window"})
@@ -56,7 +55,7 @@ class _Recorder:
     calls: list[_Call] = field(default_factory=list)
 
 
-def find_attention_layers(model: nn.Module) -> tuple[tuple[AttentionLayer, ...], int]:
+def find_attention_layers(model: PreTrainedModel) -> tuple[tuple[AttentionLayer, ...], int]:
     """Attention layers in the order in which the model calls them, and how many logits a row has.
 
     Raises:
@@ -64,31 +63,30 @@ def find_attention_layers(model: nn.Module) -> tuple[tuple[AttentionLayer, ...],
             attention does not do.
     """
     name = type(model).__name__
-    positions = torch.arange(_TOKENS)
-    calls, logits = _probe(model, torch.tensor([1, 2, 3]), positions)
+    calls, logits = _probe(name, model, [1, 2, 3])
     _check_layers(name, model, calls)
-    others, _ = _probe(model, torch.tensor([4, 2, 5]), positions)
+    others, _ = _probe(name, model, [4, 2, 5])
     _check_rows_alone(name, calls, others)
     layers = tuple(AttentionLayer(call.module, _shape_of(name, call), call.query.shape[1]) for call in calls)
     return layers, int(logits.shape[-1])
 
 
-def _probe(model: nn.Module, token_ids: torch.Tensor, positions: torch.Tensor) -> tuple[list[_Call], torch.Tensor]:
+def _probe(name: str, model: PreTrainedModel, token_ids: list[int]) -> tuple[list[_Call], torch.Tensor]:
     """Run the model with self-only attention; a 2-D mask keeps transformers from looking for packed sequences."""
     device = next(model.parameters()).device
+    ids = torch.tensor([token_ids], device=device)
+    positions = torch.arange(len(token_ids), device=device)[None]
     recorder = _Recorder()
-    with _recording(model, recorder), torch.inference_mode():
-        output = model(
-            input_ids=token_ids[None].to(device),
-            position_ids=positions[None].to(device),
-            attention_mask=torch.ones(1, len(token_ids), dtype=torch.long, device=device),
-            use_cache=False,
-        )
+    try:
+        with _recording(model, recorder), torch.inference_mode():
+            output = model(input_ids=ids, position_ids=positions, attention_mask=torch.ones_like(ids), use_cache=False)
+    except Exception as error:
+        raise ModelLoadError(f"{name} is not served: a trial run fails with {type(error).__name__}: {error}") from error
     return recorder.calls, output.logits
 
 
 @contextmanager
-def _recording(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+def _recording(model: PreTrainedModel, recorder: _Recorder) -> Iterator[None]:
     """Route the model's attention into the recorder."""
 
     def attention(
@@ -117,10 +115,14 @@ def _keep_mask_function(*, mask_function: MaskFunction, **_: Any) -> MaskFunctio
     return mask_function
 
 
-def _check_layers(name: str, model: nn.Module, calls: list[_Call]) -> None:
+def _check_layers(name: str, model: PreTrainedModel, calls: list[_Call]) -> None:
+    if getattr(model, "_is_stateful", False):
+        raise ModelLoadError(
+            f"{name} is not served: it keeps a recurrent state, which pages of keys and values do not hold."
+        )
     layers = model.config.get_text_config().num_hidden_layers
     modules = {id(call.module) for call in calls}
-    if getattr(model, "_is_stateful", False) or len(calls) != layers or len(modules) != layers:
+    if len(calls) != layers or len(modules) != layers:
         raise ModelLoadError(
             f"{name} is not served: {len(modules)} of its {layers} layers run their attention through transformers' "
             "AttentionInterface, once each; layers with a recurrent state or an attention of their own need an adapter "

@@ -2,7 +2,7 @@
 
 transformers computes cosines and sines for the positions of a step: vector code and its scalar rest differ in the last
 bit, so a row's numbers would depend on how many rows are beside it.  A table filled in blocks of fixed size does not,
-and costs a step one look-up.  Knows nothing about attention; regimes that change with length are in `context.py`.
+and costs a step one look-up.  Knows nothing about attention, nor how long a sequence may grow.
 """
 
 from typing import Any
@@ -17,9 +17,11 @@ _BLOCK = 256
 class RotaryTable(nn.Module):
     """Stands in for a model's rotary embedding: ``(cos, sin)``, each [1, num_tokens, dim], looked up by position."""
 
-    def __init__(self, embedding: nn.Module) -> None:
+    def __init__(self, embedding: nn.Module, max_positions: int) -> None:
+        """Positions from ``max_positions`` on are never computed: a regime that changes there shall not show before."""
         super().__init__()
         self.embedding = embedding
+        self._max_positions = max_positions
         self._tables: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         self._longest = 0
 
@@ -27,7 +29,9 @@ class RotaryTable(nn.Module):
         """Make positions below ``num_positions`` available; a step's positions are known before it starts."""
         self._longest = max(self._longest, num_positions)
 
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *kind: Any, **named: Any) -> tuple[torch.Tensor, ...]:
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor, *kind: Any, **named: Any
+    ) -> tuple[torch.Tensor, ...]:
         """``x`` tells dtype and device; further arguments (Gemma's layer type) choose among tables."""
         key = (x.dtype, *kind, *sorted(named.items()))
         if key not in self._tables or len(self._tables[key][0]) < self._longest:
@@ -35,26 +39,29 @@ class RotaryTable(nn.Module):
         flat = position_ids.reshape(-1)
         return tuple(table.index_select(0, flat)[None] for table in self._tables[key])
 
-    def _filled(self, x: torch.Tensor, kind: tuple[Any, ...], named: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _filled(
+        self, x: torch.Tensor, kind: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tables of at least the reserved length; doubled, so that a growing context seldom fills one again."""
         blocks = 1
         while blocks * _BLOCK < self._longest:
             blocks *= 2
+        length = min(blocks * _BLOCK, self._max_positions)
         parts = [
-            self.embedding(x, torch.arange(first, first + _BLOCK, device=x.device)[None], *kind, **named)
-            for first in range(0, blocks * _BLOCK, _BLOCK)
+            self.embedding(x, torch.arange(first, min(first + _BLOCK, length), device=x.device)[None], *kind, **named)
+            for first in range(0, length, _BLOCK)
         ]
         cosines, sines = zip(*parts, strict=True)
         return torch.cat(cosines, 1)[0], torch.cat(sines, 1)[0]
 
 
-def install_rotary_tables(model: nn.Module) -> tuple[RotaryTable, ...]:
+def install_rotary_tables(model: nn.Module, max_positions: int) -> tuple[RotaryTable, ...]:
     """Replace every rotary embedding of a model (found by its ``inv_freq`` buffers) by a table."""
     tables = []
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if not isinstance(parent, RotaryTable) and _is_rotary(child):
-                table = RotaryTable(child)
+                table = RotaryTable(child, max_positions)
                 setattr(parent, name, table)
                 tables.append(table)
     return tuple(tables)

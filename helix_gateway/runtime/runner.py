@@ -4,67 +4,79 @@ The flat batch goes through the model as one sequence of ``num_tokens``; what be
 (`paged_attention.py`).  Logits are computed for the wanted rows only.  Knows nothing about requests or schedules.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from helix_gateway.core.errors import OutOfMemoryError
 from helix_gateway.core.kv import KVGroup
 from helix_gateway.core.step import Int32s, LogprobRows, SamplingRows, StepBatch
 from helix_gateway.runtime import paged_attention
+from helix_gateway.runtime.context import context_length
 from helix_gateway.runtime.cpu.attention import CPU_KV_DTYPES, CpuPagedAttention
 from helix_gateway.runtime.groups import group_layers
-from helix_gateway.runtime.pages import Arena, PageLayout, lay_out_pages
 from helix_gateway.runtime.paged_attention import PagedAttention, PagedLayer
+from helix_gateway.runtime.pages import Arena, PageLayout, lay_out_pages, pages_in
 from helix_gateway.runtime.probe import AttentionLayer, find_attention_layers
 from helix_gateway.runtime.rotary import install_rotary_tables
 from helix_gateway.runtime.sampling import make_sampler
 from helix_gateway.runtime.torch_attention import TorchPagedAttention
-from helix_gateway.runtime.sampling import make_sampler
+
+AttentionMaker = Callable[
+    [PageLayout, int, Sequence[AttentionLayer], torch.device, torch.dtype], tuple[Arena, PagedAttention]
+]
+"""(layout, num_pages, layers, device, dtype) to the arena and what attends over it."""
 
 
 class TransformersRunner:
     """`core.protocols.ModelRunner` over a loaded ``ForCausalLM``.
 
     The model is changed for good: its attention reads the runner's pages, its rotary embeddings become tables.
+
+    Args:
+        model: on ``device``, its floating-point weights of ``dtype``, which is also that of keys and values.
+        block_size: tokens of the largest KV group in a page.
+        num_pages: pages of the arena; None: as many as ``kv_memory_bytes`` hold.
+        kv_memory_bytes: memory that the arena may take, where ``num_pages`` is None.
+        max_tokens: more pages than so many tokens need are never taken, where ``num_pages`` is None.
+        attention: makes the arena and what attends over it.
+
+    Raises:
+        ModelLoadError: the model does something that paged attention cannot serve.
+        OutOfMemoryError: the arena does not fit the device, or not one page fits ``kv_memory_bytes``.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         *,
         device: torch.device,
         dtype: torch.dtype,
         block_size: int = 16,
         num_pages: int | None = None,
         kv_memory_bytes: int | None = None,
+        max_tokens: int | None = None,
+        attention: AttentionMaker | None = None,
     ) -> None:
-        """Probe the model and take the arena's memory.
-
-        Args:
-            model: on ``device``, its floating-point weights of ``dtype``.
-            block_size: tokens of the largest KV group in a page.
-            num_pages: pages of the arena; or else
-            kv_memory_bytes: memory that the arena may take.
-
-        Raises:
-            ModelLoadError: the model does something that paged attention cannot serve.
-            OutOfMemoryError: the arena does not fit the device, or not one page fits ``kv_memory_bytes``.
-        """
-        self._model = model.eval()
+        model.train(mode=False)
+        self._model = model
         self._device = device
         layers, self._vocab_size = find_attention_layers(model)
         layout = lay_out_pages(group_layers([layer.shape for layer in layers]), block_size)
-        pages = _pages_in(layout, dtype, kv_memory_bytes) if num_pages is None else num_pages
+        if num_pages is None:
+            num_pages = pages_in(layout, dtype, kv_memory_bytes, max_tokens)
         with _memory_errors_named():
-            self._arena, self._attention = _make_attention(layout, pages, layers, device, dtype)
+            make = attention or device_attention
+            self._arena, self._attention = make(layout, num_pages, layers, device, dtype)
         for number, layer in enumerate(layers):
             paged_attention.attach(layer.module, PagedLayer(self._attention, number))
         model.set_attn_implementation(paged_attention.NAME)
-        self._rotary = install_rotary_tables(model)
-        self._wanted = _WantedRows(model.get_output_embeddings())
+        self.context_length = context_length(model.config)
+        """Tokens that one sequence may have."""
+        self._rotary = install_rotary_tables(model, self.context_length)
+        self._wanted = _WantedRows(_output_embedding(model))
         self._sampler = make_sampler(device, self._vocab_size)
 
     @property
@@ -103,7 +115,8 @@ class TransformersRunner:
                 position_ids=self._indices(batch.positions)[None],
                 use_cache=False,
             )
-            return output.logits[0].float()
+            logits: torch.Tensor = output.logits[0].float()
+            return logits
 
     def sample(self, logits: torch.Tensor, rows: SamplingRows) -> Int32s:
         """See `ModelRunner`."""
@@ -119,45 +132,49 @@ class TransformersRunner:
         return torch.from_numpy(numbers).to(self._device, torch.long)
 
 
+def _output_embedding(model: PreTrainedModel) -> torch.nn.Module:
+    head: torch.nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return head
+
+
 class _WantedRows:
     """Lets only the wanted rows through to the output embedding, whatever the architecture does around it."""
 
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, head: torch.nn.Module) -> None:
         self.rows = torch.zeros(0, dtype=torch.long)
         head.register_forward_pre_hook(self._select)
 
-    def _select(self, module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def _select(self, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (arguments[0].index_select(1, self.rows), *arguments[1:])
 
 
-def _make_attention(
+def device_attention(
     layout: PageLayout, num_pages: int, layers: Sequence[AttentionLayer], device: torch.device, dtype: torch.dtype
 ) -> tuple[Arena, PagedAttention]:
-    if device.type == "cpu" and dtype in CPU_KV_DTYPES:
-        arena = Arena.slice_major(layout, num_pages, dtype)
-        return arena, CpuPagedAttention(arena, [layer.heads for layer in layers])
+    """What is fastest on the device: compiled code on a CPU, torch operators elsewhere."""
+    if device.type != "cpu" or dtype not in CPU_KV_DTYPES:
+        return torch_attention(layout, num_pages, layers, device, dtype)
+    arena = Arena.slice_major(layout, num_pages, dtype)
+    return arena, CpuPagedAttention(arena, [layer.heads for layer in layers])
+
+
+def torch_attention(
+    layout: PageLayout, num_pages: int, layers: Sequence[AttentionLayer], device: torch.device, dtype: torch.dtype
+) -> tuple[Arena, PagedAttention]:
+    """Plain torch operators, on any device: the reference."""
     arena = Arena.page_major(layout, num_pages, dtype, device)
     return arena, TorchPagedAttention(arena)
 
 
-def _pages_in(layout: PageLayout, dtype: torch.dtype, memory_bytes: int | None) -> int:
-    """How many pages fit; at least one must."""
-    if memory_bytes is None:
-        raise ValueError("a runner needs num_pages or kv_memory_bytes")
-    page_bytes = layout.page_elements * dtype.itemsize
-    if memory_bytes < page_bytes:
-        raise OutOfMemoryError(f"the KV pool has {memory_bytes} bytes, but one page of this model takes {page_bytes}")
-    return memory_bytes // page_bytes
-
-
 @contextmanager
 def _memory_errors_named() -> Iterator[None]:
-    """torch's ways of saying that a device is full, as the one error that the engine knows."""
+    """The ways of torch to say that a device is full, as the one error that the engine knows."""
     try:
         yield
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(str(error)) from error
     except RuntimeError as error:
-        if not any(words in str(error).lower() for words in ("out of memory", "not enough memory", "can't allocate memory")):
+        said = str(error).lower()
+        if not any(words in said for words in ("out of memory", "not enough memory", "can't allocate memory")):
             raise
         raise OutOfMemoryError(str(error)) from error

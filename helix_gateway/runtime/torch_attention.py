@@ -8,7 +8,6 @@ Within a unit (see `pages.py`) a token is consecutive: its keys [kv_heads, key_d
 about models or requests.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,7 +84,7 @@ class TorchPagedAttention:
             count, longest = bucket.mask.shape[0], bucket.mask.shape[3]
             q = flat.index_select(0, bucket.rows).view(count, longest, shape.kv_heads, -1, shape.key_dim)
             tokens = stored.index_select(0, bucket.pages).view(count, -1, shape.elements_per_token)
-            keys, values = tokens.split([shape.kv_heads * shape.key_dim, shape.kv_heads * shape.value_dim], 2)
+            keys, values = tokens.tensor_split([shape.kv_heads * shape.key_dim], 2)
             outputs.append(_attend_bucket(q, keys, values, bucket.mask, scaling, softcap))
         joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return joined.index_select(0, step.order).view(1, rows, query.shape[1], shape.value_dim)
@@ -167,7 +166,9 @@ def _fill_bucket(
     distance = positions[:, :, None] - keys[:, None, :]
     seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
     mask = np.where(seen, np.float32(0), np.float32(-np.inf))[:, None, None]
-    return _Bucket(_to_device(rows.ravel(), device), _to_device(pages.ravel(), device), torch.from_numpy(mask).to(device))
+    return _Bucket(
+        _to_device(rows.ravel(), device), _to_device(pages.ravel(), device), torch.from_numpy(mask).to(device)
+    )
 
 
 def _to_device(numbers: Int64s | Int32s, device: torch.device) -> torch.Tensor:

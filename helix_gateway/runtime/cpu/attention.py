@@ -271,7 +271,9 @@ def _add_edge(kind, shape, positions, values, first, last, base, work, p, step, 
         if start < stop:
             row = token * group
             at = values + start * dims * kind.itemsize
-            _add_span(kind, dims, group, p + row * step + start - base, step, at, stop - start, sums + row * dims, work, 0)
+            _add_span(
+                kind, dims, group, p + row * step + start - base, step, at, stop - start, sums + row * dims, work, 0
+            )
 
 
 @njit(cache=True)
@@ -351,9 +353,7 @@ def _write_layer(kind, shape, offsets, plan, key, value):  # type: ignore[no-unt
     """Write all rows' keys and values, each thread some rows."""
     threads, rows = len(plan.bounds) - 1, len(plan.positions)
     for thread in prange(threads):
-        _write_rows(
-            kind, shape, offsets, plan, rows * thread // threads, rows * (thread + 1) // threads, key, value
-        )
+        _write_rows(kind, shape, offsets, plan, rows * thread // threads, rows * (thread + 1) // threads, key, value)
 
 
 @njit(parallel=True, nogil=True, cache=True)

@@ -187,7 +187,9 @@ def add_values(typing_context, kind, rows, p, p_step, values, value_step, count,
         span = _Span(kind, num_rows, p, p_step, values, value_step, count, sums, sum_step, ahead)
         full = builder.udiv(vectors, ir.Constant(_I64, width))
         with builder.if_then(builder.icmp_signed(">", full, ir.Constant(_I64, 0))):
-            _loop(builder, full, [], lambda index, _: _emit_values(builder, span, _scaled(builder, index, width), width))
+            _loop(
+                builder, full, [], lambda index, _: _emit_values(builder, span, _scaled(builder, index, width), width)
+            )
         done = _scaled(builder, full, width)
         with builder.if_then(builder.icmp_signed("<", done, vectors)):
             _emit_values(builder, span, done, 1)
@@ -223,7 +225,9 @@ def _emit_values(builder: ir.IRBuilder, span: _Span, first: ir.Value, width: int
     weights = [_at(builder, span.p, row, span.p_step) for row in row_numbers]
     columns = [builder.add(first, ir.Constant(_I64, vector)) for vector in range(width)]
     places = [
-        _at(builder, _at(builder, span.sums, row, span.sum_step), column, 64) for row in row_numbers for column in columns
+        _at(builder, _at(builder, span.sums, row, span.sum_step), column, 64)
+        for row in row_numbers
+        for column in columns
     ]
 
     def body(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:

@@ -48,17 +48,26 @@ def _cgroup_quota() -> float:
         return math.inf
 
 
+def wanted_threads() -> int:
+    """What the user asked for (``NUMBA_NUM_THREADS`` or ``OMP_NUM_THREADS``), else `usable_cores`."""
+    asked = os.environ.get("NUMBA_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else usable_cores()
+
+
 def engine_environment() -> dict[str, str]:
     """Environment variables for a process that will run compiled code, to be set before it starts.
 
-    OpenMP reads them when it is loaded.  Threads are bound to cores, since waking an unbound one after an idle spell
-    can cost milliseconds, except under a cgroup quota: there every container would be bound to the same first cores.
-    Binding narrows the affinity mask of the process's first thread, so the number of cores is told, not found out.
+    What the user has set already is not among them.  OpenMP reads them when it is loaded.  Threads are bound to cores,
+    since the system wakes an unbound one on the core of the thread that waits for it (measured: 65 ms a pass in place
+    of 23 where 20 ms of idleness lie between), except under a cgroup quota: there every container would be bound to
+    the same first cores.  Binding narrows the affinity mask of the process's first thread, and of all that it starts
+    later, so the number of cores is told, not found out.
     """
-    cores = usable_cores()
+    cores = wanted_threads()
     environment = {"OMP_NUM_THREADS": str(cores), "NUMBA_NUM_THREADS": str(cores), "GOMP_SPINCOUNT": str(_SPIN_COUNT)}
     if cores == _affinity():
         environment["OMP_PROC_BIND"] = "true"
+    environment = {name: value for name, value in environment.items() if name not in os.environ}
     if sys.platform == "linux" and not _loads(_OPENMP_OF_NUMBA):
         environment.update(_openmp_of_torch())
     return environment
@@ -81,28 +90,27 @@ def _openmp_of_torch() -> dict[str, str]:
     libraries = sorted((Path(torch.origin).parent / "lib").glob("libgomp*")) if torch and torch.origin else []
     if not libraries:
         return {}
-    folder = platformdirs.user_cache_path("helix", appauthor=False) / "openmp"
+    link = platformdirs.user_cache_path("helix", appauthor=False) / "openmp" / _OPENMP_OF_NUMBA
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        link = folder / _OPENMP_OF_NUMBA
-        link.unlink(missing_ok=True)
-        link.symlink_to(libraries[0])
+        if link.resolve() != libraries[0].resolve():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(libraries[0])
     except OSError:  # numba's own work queue will do
         return {}
-    return {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")]))}
+    return {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(link.parent), os.environ.get("LD_LIBRARY_PATH")]))}
 
 
 @cache
 def configure_threads() -> int:
     """Give compiled code its threads and return how many; the first call does it, before the first parallel kernel.
 
-    The number is ``NUMBA_NUM_THREADS`` where that is set (see `engine_environment`), else `usable_cores`.  OpenMP is
-    taken where it loads: numba's own work queue needs 110 microseconds for a parallel region.
+    The number is that of `wanted_threads`, which an engine's process is told by its environment.  OpenMP is taken where
+    it loads: numba's own work queue needs 110 microseconds for a parallel region.
     """
     import numba
 
     numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
-    most: int = numba.config.NUMBA_NUM_THREADS
-    count = most if "NUMBA_NUM_THREADS" in os.environ else min(most, usable_cores())
+    count: int = min(wanted_threads(), numba.config.NUMBA_NUM_THREADS)
     numba.set_num_threads(count)
     return count

@@ -1,0 +1,51 @@
+"""What can go wrong before anything is served is one clear line and an exit code, never a traceback."""
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+
+def serve(*arguments):
+    command = [sys.executable, "-m", "helix_gateway", "serve", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("helix: ")]
+    assert "Traceback" not in done.stderr
+    assert done.returncode != 0
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def test_a_port_in_use(smollm2_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"{port}" in serve(smollm2_path, "--port", str(port))
+
+
+def test_a_model_that_is_not_there():
+    assert "no-such-file.gguf" in serve("/no-such-file.gguf")
+
+
+@pytest.mark.parametrize("size", [0, 1000, 5_000_000])
+def test_a_model_file_that_is_cut_short(smollm2_path, tmp_path, size):
+    broken = tmp_path / "broken.gguf"
+    with open(smollm2_path, "rb") as whole:
+        broken.write_bytes(whole.read(size))
+    assert "broken.gguf" in serve(str(broken), "--port", "0")
+
+
+def test_a_folder_that_holds_no_model(tmp_path):
+    assert str(tmp_path) in serve(str(tmp_path), "--port", "0")
+
+
+def test_a_context_longer_than_the_model_was_made_for(smollm2_path):
+    assert "8192" in serve(smollm2_path, "--port", "0", "--max-model-len", "9000")
+
+
+def test_a_cache_that_does_not_hold_a_page(smollm2_path):
+    assert "page" in serve(smollm2_path, "--port", "0", "--kv-cache-memory", "1KiB")
+
+
+def test_a_device_that_is_not_there(smollm2_path):
+    assert "cuda" in serve(smollm2_path, "--port", "0", "--device", "cuda")

@@ -1,0 +1,139 @@
+"""Compiled attention over pages: equal to the formula, and each row's bits a matter of its own sequence alone."""
+
+import numpy as np
+import pytest
+import torch
+
+from helix_gateway.core.step import StepBatch
+from helix_gateway.runtime.cpu.attention import CpuPagedAttention
+from helix_gateway.runtime.groups import LayerShape, group_layers
+from helix_gateway.runtime.pages import Arena, lay_out_pages
+from helix_gateway.runtime.torch_attention import TorchPagedAttention
+
+CPU = torch.device("cpu")
+LENGTHS = (37, 5, 90)
+LAYERS = 2
+SCALING = 0.2
+
+
+def formula(query, key, value, window, softcap):
+    """Attention [rows, heads, dim] of one sequence, in float64."""
+    group = query.shape[0] // key.shape[0]
+    query, key, value = query.double(), key.double(), value.double()
+    scores = query @ key.repeat_interleave(group, 0).transpose(1, 2) * SCALING
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    distance = torch.arange(len(scores[0]))[:, None] - torch.arange(len(scores[0]))
+    hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    return (weights @ value.repeat_interleave(group, 0)).transpose(0, 1)
+
+
+class Case:
+    """Random queries, keys and values of some sequences, attended in chunks over scattered pages."""
+
+    def __init__(self, heads, kv_heads, key_dim, value_dim, window=None, softcap=None, dtype=torch.float32):
+        self.heads, self.softcap, self.dtype = heads, softcap, dtype
+        self.shape = LayerShape(kv_heads, key_dim, value_dim, window)
+        source = torch.Generator().manual_seed(0)
+        self.rows = [
+            [torch.randn(count, length, dim, generator=source).to(dtype) for length in LENGTHS]
+            for count, dim in ((heads, key_dim), (kv_heads, key_dim), (kv_heads, value_dim))
+        ]
+
+    def wanted(self):
+        return [formula(*rows, self.shape.window, self.softcap) for rows in zip(*self.rows)]
+
+    def attend(self, block_size, chunk, device_independent=False):
+        layout = lay_out_pages(group_layers([self.shape] * LAYERS), block_size)
+        blocks = [-(-length // block_size) for length in LENGTHS]
+        if device_independent:
+            arena = Arena.page_major(layout, sum(blocks) + 1, self.dtype, CPU)
+            attention = TorchPagedAttention(arena)
+        else:
+            arena = Arena.slice_major(layout, sum(blocks) + 1, self.dtype)
+            attention = CpuPagedAttention(arena, [self.heads] * LAYERS)
+            arena.memory.fill_(float("nan"))  # what is not written must not be read
+        pages = iter(np.random.default_rng(chunk).permutation(sum(blocks)) + 1)
+        table = np.zeros((len(LENGTHS), max(blocks)), np.int32)
+        for row, count in enumerate(blocks):
+            table[row, :count] = [next(pages) for _ in range(count)]
+        outputs = [[] for _ in LENGTHS]
+        for first in range(0, max(LENGTHS), chunk):
+            spans = [(s, first, min(first + chunk, n)) for s, n in enumerate(LENGTHS) if first < n]
+            attention.begin(step_of(spans, table))
+            query, key, value = (torch.cat([rows[s][:, a:b] for s, a, b in spans], 1)[None] for rows in self.rows)
+            for layer in range(LAYERS):
+                out = attention.attend(layer, query, key, value, SCALING, self.softcap)
+            row = 0
+            for s, a, b in spans:
+                outputs[s].append(out[0, row : row + b - a])
+                row += b - a
+        return [torch.cat(parts) for parts in outputs]
+
+
+def step_of(spans, table):
+    positions = np.concatenate([np.arange(a, b, dtype=np.int32) for _, a, b in spans])
+    return StepBatch(
+        token_ids=positions,
+        positions=positions,
+        cu_seqlens=np.cumsum([0] + [b - a for _, a, b in spans]).astype(np.int32),
+        context_lens=np.array([b for *_, b in spans], np.int32),
+        block_tables=(table[[s for s, *_ in spans]],),
+        logits_rows=positions[:0],
+    )
+
+
+CASES = {
+    "grouped heads": Case(9, 3, 64, 64),
+    "one head a group": Case(4, 4, 8, 16),
+    "many heads a group, odd dims": Case(14, 2, 20, 24),
+    "large heads": Case(4, 1, 256, 256),
+    "different dims": Case(8, 2, 96, 128),
+    "window": Case(6, 2, 32, 32, window=7),
+    "window of one": Case(2, 2, 16, 16, window=1),
+    "softcap": Case(4, 2, 32, 32, softcap=3.0),
+    "bfloat16": Case(6, 2, 64, 64, dtype=torch.bfloat16),
+    "bfloat16, all at once": Case(10, 2, 24, 24, window=20, softcap=3.0, dtype=torch.bfloat16),
+}
+CUTS = [(16, 64), (16, 1), (1, 7), (5, 90), (24, 13), (32, 4)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_the_formula_whatever_the_blocks_and_chunks_bit_for_bit(name):
+    case = CASES[name]
+    wanted = case.wanted()
+    first = None
+    for block_size, chunk in CUTS:
+        got = case.attend(block_size, chunk)
+        tolerance = 1e-5 if case.dtype == torch.float32 else 0.02
+        for mine, theirs in zip(got, wanted):
+            torch.testing.assert_close(mine.double(), theirs, rtol=tolerance, atol=tolerance)
+        first = first or got
+        for mine, theirs in zip(got, first):
+            assert torch.equal(mine, theirs), (block_size, chunk)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_torch_path_agrees(name):
+    case = CASES[name]
+    tolerance = 1e-5 if case.dtype == torch.float32 else 0.05
+    for block_size, chunk in ((16, 64), (5, 7)):
+        for mine, theirs in zip(case.attend(block_size, chunk, device_independent=True), case.wanted()):
+            torch.testing.assert_close(mine.double(), theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_threads_change_no_bit(monkeypatch):
+    case, outputs = CASES["grouped heads"], []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr("helix_gateway.runtime.cpu.attention.configure_threads", lambda count=threads: count)
+        outputs.append(case.attend(16, 30))
+    for others in outputs[1:]:
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(others, outputs[0]))
+
+
+def test_scores_that_overflow_an_exponential_do_no_harm():
+    case = Case(2, 1, 16, 16)
+    case.rows[0] = [rows * 1000 for rows in case.rows[0]]
+    for mine, theirs in zip(case.attend(16, 30), case.wanted()):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-4)
