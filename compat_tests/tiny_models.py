@@ -1,8 +1,7 @@
 """Tiny random models of every architecture that Helix is tested with: a few thousand parameters, made in the test.
 
 `TINY_MODELS` maps a name to ``make(seed) -> (config, model)``.  Weights are scaled up from transformers' initialisation,
-so that logits differ clearly from token to token and the best one is seldom a near tie.  Widths of activations are
-multiples of 64, as they are in models that people run.
+so that logits differ clearly from token to token and the best one is seldom a near tie.
 """
 
 from collections.abc import Callable
@@ -62,7 +61,10 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("opt", {**_LLAMA_LIKE, "ffn_dim": 128, "word_embed_proj_dim": 64}),
     "olmo2": ("olmo2", _LLAMA_LIKE),
     "starcoder2": ("starcoder2", {**_LLAMA_LIKE, "sliding_window": 11}),
-    "granite": ("granite", {**_LLAMA_LIKE, "logits_scaling": 2.0, "attention_multiplier": 0.3, "residual_multiplier": 0.5}),
+    "granite": (
+        "granite",
+        {**_LLAMA_LIKE, "logits_scaling": 2.0, "attention_multiplier": 0.3, "residual_multiplier": 0.5},
+    ),
     "cohere": ("cohere", {**_LLAMA_LIKE, "logit_scale": 0.5, "use_qk_norm": True}),
 }
 

@@ -28,14 +28,6 @@ def full_forward(model, sequences):
     return [model(torch.tensor(tokens[None], dtype=torch.long)).logits[0] for tokens in sequences]
 
 
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_logits_are_those_of_transformers_and_not_a_bit_depends_on_how_steps_are_cut(name):
     _, model = TINY_MODELS[name](1)
@@ -52,6 +44,29 @@ def test_logits_are_those_of_transformers_and_not_a_bit_depends_on_how_steps_are
             assert torch.equal(mine, theirs), cut
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "phi", "cohere"])
+def test_rows_that_fill_no_vector_do_not_depend_on_the_batch_either(kind):
+    options = {
+        "vocab_size": 256,
+        "hidden_size": 60,
+        "intermediate_size": 100,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 20,
+        "max_position_embeddings": 512,
+        "sliding_window": 9,
+        "eos_token_id": 2,
+    }
+    _, model = make_model(kind, options, 0)
+    sequences = random_sequences(LENGTHS)
+    pack_linears(model)
+    together = Feeder(make_runner(copy.deepcopy(model)), sequences).run(64, 4)
+    for chunk, at_once in ((1, 3), (7, 1)):
+        for mine, theirs in zip(Feeder(make_runner(copy.deepcopy(model), 5), sequences).run(chunk, at_once), together):
+            assert torch.equal(mine, theirs)
+
+
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_the_path_of_other_devices_gives_the_same_logits(name):
     _, model = TINY_MODELS[name](2)
@@ -66,6 +81,7 @@ def test_the_path_of_other_devices_gives_the_same_logits(name):
 def test_groups_of_different_shapes_share_one_pool_of_pages(attention):
     options = {
         "vocab_size": 256,
+        "vocab_size_per_layer_input": 256,
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 5,

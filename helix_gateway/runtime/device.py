@@ -12,6 +12,8 @@ import torch
 
 from helix_gateway.core.errors import ModelLoadError
 
+_CGROUP = Path("/sys/fs/cgroup")
+
 
 def get_device(name: str = "auto") -> torch.device:
     """The device of that name, or for ``"auto"`` the best there is: cuda (rocm too), directml, mps, xpu, cpu.
@@ -59,13 +61,17 @@ def free_memory_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
     available = int(psutil.virtual_memory().available)
-    return min(available, _cgroup_left_bytes() or available)
+    left = _cgroup_left_bytes()
+    return available if left is None else min(available, left)
 
 
 def _cgroup_left_bytes() -> int | None:
+    """What the cgroup (version 2) still grants, file pages that it could drop included; None without a limit."""
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
+        limit, used = ((_CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        statistics = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
     except OSError:
         return None
-    return None if limit == "max" else max(0, int(limit) - int(used))
+    if limit == "max":
+        return None
+    return max(0, int(limit) - int(used) + int(statistics.get("inactive_file", 0)))

@@ -45,11 +45,11 @@ def load_runner(
     """
     where = get_device(device)
     wanted = resolve_dtype(path, dtype)
+    if where.type == "cpu":
+        # torch's own team of threads, spinning beside ours, makes a product of 50 µs take 8 ms; it is not even started.
+        torch.set_num_threads(1)
     model = load_model(path, device=where, dtype=wanted)
     if where.type == "cpu":
-        # torch's own team of threads, spinning beside ours, makes a product of 50 µs take 8 ms; with the products
-        # and attention in our kernels there is too little left for it.
-        torch.set_num_threads(1)
         from helix_gateway.runtime.cpu.linear import pack_linears
 
         pack_linears(model)

@@ -63,6 +63,10 @@ def find_attention_layers(model: PreTrainedModel) -> tuple[tuple[AttentionLayer,
             attention does not do.
     """
     name = type(model).__name__
+    if getattr(model, "_is_stateful", False):
+        raise ModelLoadError(
+            f"{name} is not served: it keeps a recurrent state, which pages of keys and values do not hold."
+        )
     calls, logits = _probe(name, model, [1, 2, 3])
     _check_layers(name, model, calls)
     others, _ = _probe(name, model, [4, 2, 5])
@@ -81,7 +85,8 @@ def _probe(name: str, model: PreTrainedModel, token_ids: list[int]) -> tuple[lis
         with _recording(model, recorder), torch.inference_mode():
             output = model(input_ids=ids, position_ids=positions, attention_mask=torch.ones_like(ids), use_cache=False)
     except Exception as error:
-        raise ModelLoadError(f"{name} is not served: a trial run fails with {type(error).__name__}: {error}") from error
+        said = str(error).partition("\n")[0]
+        raise ModelLoadError(f"{name} is not served: a trial run fails with {type(error).__name__}: {said}") from error
     return recorder.calls, output.logits
 
 
@@ -116,10 +121,6 @@ def _keep_mask_function(*, mask_function: MaskFunction, **_: Any) -> MaskFunctio
 
 
 def _check_layers(name: str, model: PreTrainedModel, calls: list[_Call]) -> None:
-    if getattr(model, "_is_stateful", False):
-        raise ModelLoadError(
-            f"{name} is not served: it keeps a recurrent state, which pages of keys and values do not hold."
-        )
     layers = model.config.get_text_config().num_hidden_layers
     modules = {id(call.module) for call in calls}
     if len(calls) != layers or len(modules) != layers:
@@ -152,8 +153,9 @@ def _shape_of(name: str, call: _Call) -> LayerShape:
         raise ModelLoadError(f"{name} is not served: its attention asks for {', '.join(unknown)}.")
     window = _window_of(name, call.mask)
     told = call.arguments.get("sliding_window")
-    if told is not None and window is not None and told != window:
-        raise ModelLoadError(f"{name} is not served: a layer's mask spans {window} tokens, its attention {told}.")
+    if told is not None and told != window:
+        spans = "all tokens" if window is None else f"{window} tokens"
+        raise ModelLoadError(f"{name} is not served: a layer's mask spans {spans}, its attention asks for {told}.")
     return LayerShape(call.key.shape[1], call.key.shape[3], call.value.shape[3], window)
 
 

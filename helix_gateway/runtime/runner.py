@@ -15,6 +15,7 @@ from helix_gateway.core.kv import KVGroup
 from helix_gateway.core.step import Int32s, LogprobRows, SamplingRows, StepBatch
 from helix_gateway.runtime import paged_attention
 from helix_gateway.runtime.context import context_length
+from helix_gateway.runtime.cpu.activations import keep_rows_apart
 from helix_gateway.runtime.cpu.attention import CPU_KV_DTYPES, CpuPagedAttention
 from helix_gateway.runtime.groups import group_layers
 from helix_gateway.runtime.paged_attention import PagedAttention, PagedLayer
@@ -33,7 +34,8 @@ AttentionMaker = Callable[
 class TransformersRunner:
     """`core.protocols.ModelRunner` over a loaded ``ForCausalLM``.
 
-    The model is changed for good: its attention reads the runner's pages, its rotary embeddings become tables.
+    The model is changed for good: its attention reads the runner's pages, its rotary embeddings become tables,
+    and on a CPU its activations keep rows apart.
 
     Args:
         model: on ``device``, its floating-point weights of ``dtype``, which is also that of keys and values.
@@ -76,6 +78,8 @@ class TransformersRunner:
         self.context_length = context_length(model.config)
         """Tokens that one sequence may have."""
         self._rotary = install_rotary_tables(model, self.context_length)
+        if device.type == "cpu":
+            keep_rows_apart(model)
         self._wanted = _WantedRows(_output_embedding(model))
         self._sampler = make_sampler(device, self._vocab_size)
 
@@ -151,11 +155,16 @@ class _WantedRows:
 def device_attention(
     layout: PageLayout, num_pages: int, layers: Sequence[AttentionLayer], device: torch.device, dtype: torch.dtype
 ) -> tuple[Arena, PagedAttention]:
-    """What is fastest on the device: compiled code on a CPU, torch operators elsewhere."""
+    """What is fastest on the device: compiled code on a CPU (torch is then left one thread), torch operators elsewhere."""
     if device.type != "cpu" or dtype not in CPU_KV_DTYPES:
         return torch_attention(layout, num_pages, layers, device, dtype)
     arena = Arena.slice_major(layout, num_pages, dtype)
-    return arena, CpuPagedAttention(arena, [layer.heads for layer in layers])
+    attention = CpuPagedAttention(arena, [layer.heads for layer in layers])
+    # What torch computes here is small: a team of its own, spinning beside ours, makes a product of 50 µs take 8 ms, and
+    # would cut elementwise operators at places that depend on the batch.  Said once compiled code has run: where both
+    # use one OpenMP library, numba's start sets the number for torch too.
+    torch.set_num_threads(1)
+    return arena, attention
 
 
 def torch_attention(

@@ -432,6 +432,24 @@ class CpuPagedAttention:
                 self._layers[layer] = _Layer(self._plan_number(number, shape), shape, offsets[place].copy())
         self._plans: list[Plan] = []
         self._works: Float32s = np.empty((1, 1), np.float32)
+        self._warm_up(arena, heads)
+
+    def _warm_up(self, arena: Arena, heads: Sequence[int]) -> None:
+        """Compile everything (or load it from the cache) now, not under the first long prompt; writes to page 0."""
+        zero, one = np.zeros(1, np.int32), np.ones(1, np.int32)
+        tables = tuple(np.zeros((1, 1), np.int32) for _ in arena.layout.groups)
+        self.begin(StepBatch(zero, zero, np.array([0, 1], np.int32), one, tables, zero[:0]))
+        known, shape = self._layers[0], arena.layout.groups[0].group.shape
+        query, key, value = (
+            torch.zeros(1, count, 1, dim, dtype=self._dtype)
+            for count, dim in (
+                (heads[0], shape.key_dim),
+                (shape.kv_heads, shape.key_dim),
+                (shape.kv_heads, shape.value_dim),
+            )
+        )
+        _write_layer(self._kind, known.shape, known.offsets, self._plans[known.plan], _source(key), _source(value))
+        self.attend(0, query, key, value, 1.0, None)
 
     def _plan_number(self, group: int, shape: Int64s) -> int:
         """Layers of one group and one number of query heads share a plan."""
