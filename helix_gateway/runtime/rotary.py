@@ -33,11 +33,15 @@ class RotaryTable(nn.Module):
         self, x: torch.Tensor, position_ids: torch.Tensor, *kind: Any, **named: Any
     ) -> tuple[torch.Tensor, ...]:
         """``x`` tells dtype and device; further arguments (Gemma's layer type) choose among tables."""
+        flat = position_ids.reshape(-1)
+        return tuple(table.index_select(0, flat)[None] for table in self.tables(x, *kind, **named))
+
+    def tables(self, x: torch.Tensor, *kind: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The whole tables, each [num_positions, dim], as far as is reserved."""
         key = (x.dtype, *kind, *sorted(named.items()))
         if key not in self._tables or len(self._tables[key][0]) < self._longest:
             self._tables[key] = self._filled(x, kind, named)
-        flat = position_ids.reshape(-1)
-        return tuple(table.index_select(0, flat)[None] for table in self._tables[key])
+        return self._tables[key]
 
     def _filled(
         self, x: torch.Tensor, kind: tuple[Any, ...], named: dict[str, Any]

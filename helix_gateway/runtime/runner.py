@@ -7,6 +7,8 @@ The flat batch goes through the model as one sequence of ``num_tokens``; what be
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
+import structlog
 import torch
 from transformers import PreTrainedModel
 
@@ -17,6 +19,7 @@ from helix_gateway.runtime import paged_attention
 from helix_gateway.runtime.context import context_length
 from helix_gateway.runtime.cpu.activations import keep_rows_apart
 from helix_gateway.runtime.cpu.attention import CPU_KV_DTYPES, CpuPagedAttention
+from helix_gateway.runtime.cpu.llama import find_llama_step
 from helix_gateway.runtime.groups import group_layers
 from helix_gateway.runtime.paged_attention import PagedAttention, PagedLayer
 from helix_gateway.runtime.pages import Arena, PageLayout, lay_out_pages, pages_in
@@ -25,10 +28,16 @@ from helix_gateway.runtime.rotary import install_rotary_tables
 from helix_gateway.runtime.sampling import make_sampler
 from helix_gateway.runtime.torch_attention import TorchPagedAttention
 
+log = structlog.get_logger(__name__)
+
 AttentionMaker = Callable[
     [PageLayout, int, Sequence[AttentionLayer], torch.device, torch.dtype], tuple[Arena, PagedAttention]
 ]
 """(layout, num_pages, layers, device, dtype) to the arena and what attends over it."""
+
+
+_AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 0.15}
+"""Largest difference between the compiled step's logits and transformers', as a share of the largest logit."""
 
 
 class TransformersRunner:
@@ -82,6 +91,9 @@ class TransformersRunner:
             keep_rows_apart(model)
         self._wanted = _WantedRows(_output_embedding(model))
         self._sampler = make_sampler(device, self._vocab_size)
+        self._compute: Callable[[StepBatch], torch.Tensor] = self._through_transformers
+        if device.type == "cpu":
+            self._take_shortcut()
 
     @property
     def kv_groups(self) -> Sequence[KVGroup]:
@@ -111,16 +123,32 @@ class TransformersRunner:
         """Logits [num_rows, vocab_size], float32, on the runner's device."""
         with _memory_errors_named(), torch.inference_mode():
             self._attention.begin(batch)
-            for table in self._rotary:
-                table.reserve(int(batch.context_lens.max()))
-            self._wanted.rows = self._indices(batch.logits_rows)
-            output = self._model(
-                input_ids=self._indices(batch.token_ids)[None],
-                position_ids=self._indices(batch.positions)[None],
-                use_cache=False,
-            )
-            logits: torch.Tensor = output.logits[0].float()
-            return logits
+            return self._compute(batch).float()
+
+    def _through_transformers(self, batch: StepBatch) -> torch.Tensor:
+        for table in self._rotary:
+            table.reserve(int(batch.context_lens.max()))
+        self._wanted.rows = self._indices(batch.logits_rows)
+        output = self._model(
+            input_ids=self._indices(batch.token_ids)[None],
+            position_ids=self._indices(batch.positions)[None],
+            use_cache=False,
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def _take_shortcut(self) -> None:
+        """Compute through the compiled step from now on, if the model has one that agrees with transformers' own."""
+        step = find_llama_step(self._model, self._attention, self._rotary)
+        if step is None:
+            return
+        trial = _trial_batch(self._vocab_size, self.kv_groups)
+        wanted = self.forward(trial)
+        self._compute = step
+        difference = float((self.forward(trial) - wanted).abs().max() / wanted.abs().max())
+        if difference > _AGREEMENT[self._model.dtype]:
+            log.warning("compiled_step_refused", model=type(self._model).__name__, difference=difference)
+            self._compute = self._through_transformers
 
     def sample(self, logits: torch.Tensor, rows: SamplingRows) -> Int32s:
         """See `ModelRunner`."""
@@ -187,3 +215,17 @@ def _memory_errors_named() -> Iterator[None]:
         if not any(words in said for words in ("out of memory", "not enough memory", "can't allocate memory")):
             raise
         raise OutOfMemoryError(str(error)) from error
+
+
+def _trial_batch(vocab_size: int, groups: Sequence[KVGroup]) -> StepBatch:
+    """A few tokens of one sequence in page 0."""
+    count = min(3, *(group.tokens_per_block for group in groups))
+    rows = np.arange(count, dtype=np.int32)
+    return StepBatch(
+        token_ids=(rows * 7919 + 11) % vocab_size,
+        positions=rows,
+        cu_seqlens=np.array([0, count], np.int32),
+        context_lens=np.array([count], np.int32),
+        block_tables=tuple(np.zeros((1, 1), np.int32) for _ in groups),
+        logits_rows=rows,
+    )

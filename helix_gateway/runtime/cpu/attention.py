@@ -10,7 +10,7 @@ Within a unit (see `pages.py`) keys lie as [kv_heads, key_dim, unit_tokens], so 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -413,6 +413,18 @@ class _Layer(NamedTuple):
     """[runs], where the layer's units of page 0 begin, in elements."""
 
 
+class UniformStep(NamedTuple):
+    """What one step's attention is for layers that are all alike, for whoever computes them in one call."""
+
+    kind: Any
+    """The arena, as numpy has it."""
+    plan: Plan
+    shape: Int64s
+    offsets: Int64s
+    """[num_layers, runs]"""
+    works: Float32s
+
+
 class CpuPagedAttention:
     """`PagedAttention` over a slice-major arena in float32 or bfloat16."""
 
@@ -430,6 +442,7 @@ class CpuPagedAttention:
             for place, layer in enumerate(layout.group.layers):
                 shape = _describe(arena, layout, heads[layer])
                 self._layers[layer] = _Layer(self._plan_number(number, shape), shape, offsets[place].copy())
+        self._offsets = np.array([self._layers[layer].offsets for layer in range(len(heads))], np.int64)
         self._plans: list[Plan] = []
         self._works: Float32s = np.empty((1, 1), np.float32)
         self._warm_up(arena, heads)
@@ -458,6 +471,16 @@ class CpuPagedAttention:
                 return number
         self._planned.append((group, shape))
         return len(self._planned) - 1
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all layers have one shape and one plan."""
+        return len(self._planned) == 1
+
+    def step(self) -> UniformStep:
+        """The step that `begin` has prepared, of a model that `is_uniform`."""
+        (plan,) = self._plans
+        return UniformStep(self._kind, plan, self._layers[0].shape, self._offsets, self._works)
 
     def begin(self, batch: StepBatch) -> None:
         """Cut the step's rows into tiles and deal them to the threads."""

@@ -1,0 +1,163 @@
+"""All layers of a Llama-like model as one compiled call: norms, products, rotary, attention and gate, in float32 sums.
+
+Through transformers' modules a step of a small model is mostly Python between short products; here there is none.
+The residual stream and all activations stay float32, products and attention are those of `products.py` and
+`attention.py`, so a row's bits depend on its own sequence alone.  Which models this fits is `llama.py`'s affair.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import carray, njit, prange
+
+from helix_gateway.runtime.cpu.attention import _attend_item, _write_rows
+from helix_gateway.runtime.cpu.attention_kernels import load_element, store_element
+from helix_gateway.runtime.cpu.math import exp_f32
+from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS, float32s_at
+from helix_gateway.runtime.cpu.products import BlockShape, _multiply_tiles
+
+QKV, OUT, GATE_UP, DOWN = range(4)
+"""The products of a layer, in their order."""
+FIELDS = 10
+"""Addresses that describe a layer: tiles and bias of each product, then the weights of the two norms."""
+_NORMS = 8
+
+_ONE = np.float32(1.0)
+# Numbers of an element-wise stage below which a parallel region costs more than it saves.
+_SERIAL = 1 << 13
+
+
+@njit(cache=True)
+def norm_row(hidden, weight, eps, out):  # type: ignore[no-untyped-def]
+    """Root-mean-square norm of one row (Zhang and Sennrich 2019), summed in eight chains whatever else is computed."""
+    size = len(hidden)
+    sums = np.zeros(8, np.float32)
+    for i in range(0, size // 8 * 8, 8):
+        for lane in range(8):
+            sums[lane] += hidden[i + lane] * hidden[i + lane]
+    for i in range(size // 8 * 8, size):
+        sums[0] += hidden[i] * hidden[i]
+    total = ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]))
+    scale = _ONE / np.sqrt(total / np.float32(size) + eps)
+    for i in range(size):
+        out[i] = weight[i] * (hidden[i] * scale)
+
+
+@njit(cache=True)
+def _add_row(kind, hidden, address):  # type: ignore[no-untyped-def]
+    """Add a product's row to the residual stream."""
+    for i in range(len(hidden)):
+        hidden[i] += load_element(kind, address + i * kind.itemsize)
+
+
+@njit(cache=True)
+def _gate_row(kind, address, count, out):  # type: ignore[no-untyped-def]
+    """``silu(gate) * up`` of a row that holds ``count`` gates, then as many ups (Shazeer 2020)."""
+    for i in range(count):
+        gate = load_element(kind, address + i * kind.itemsize)
+        up = load_element(kind, address + (count + i) * kind.itemsize)
+        out[i] = gate / (_ONE + exp_f32(-gate)) * up
+
+
+@njit(cache=True)
+def _widen_row(kind, address, count, out):  # type: ignore[no-untyped-def]
+    for i in range(count):
+        out[i] = load_element(kind, address + i * kind.itemsize)
+
+
+@njit(cache=True)
+def _prepare(kind, stage, first, last, layer, eps, hidden, wide, product, attended, inputs):  # type: ignore[no-untyped-def]
+    """The input of one product for some rows: residual and norm, attention's output, or the gate."""
+    width = hidden.shape[1]
+    for row in range(first, last):
+        if stage == OUT:
+            _widen_row(kind, attended + row * inputs * kind.itemsize, inputs, wide[row])
+        elif stage == DOWN:
+            _gate_row(kind, product + 2 * row * inputs * kind.itemsize, inputs, wide[row])
+        else:
+            if stage == GATE_UP or layer[_NORMS + 2] != 0:
+                _add_row(kind, hidden[row], product + row * width * kind.itemsize)
+            norm = carray(float32s_at(layer[_NORMS + stage // 2]), (width,))
+            norm_row(hidden[row], norm, eps, wide[row])
+
+
+@njit(cache=True)
+def _rotate_rows(kind, first, last, product, channels, heads, dim, positions, cosines, sines):  # type: ignore[no-untyped-def]
+    """Rotary embedding of queries and keys, in place (Su et al. 2021, halves as transformers pairs them)."""
+    half, size = dim // 2, kind.itemsize
+    for row in range(first, last):
+        position = positions[row]
+        for head in range(heads):
+            low = product + (row * channels + head * dim) * size
+            high = low + half * size
+            for i in range(half):
+                a, b = load_element(kind, low + i * size), load_element(kind, high + i * size)
+                store_element(kind, low + i * size, a * cosines[position, i] - b * sines[position, i])
+                rotated = b * cosines[position, half + i] + a * sines[position, half + i]
+                store_element(kind, high + i * size, rotated)
+
+
+@cache
+def compiled_layers(bits: int, shape: BlockShape) -> Callable[..., None]:
+    """``run(kind, threads, plan, shape, offsets, layers, sizes, scaling, eps, hidden, wide, product, attended,
+    cosines, sines, works)``: hidden float32 [rows, width] goes through all layers in place.
+
+    layers int64 [num_layers, FIELDS + 1], the last field 0 for the first layer; sizes int64 [4, 2], inputs and channels
+    of each product; kind, plan, shape, offsets [num_layers, runs] and works as attention has them; wide float32
+    scratch; product and attended addresses of scratch in the weights' dtype.
+    """
+    return _layers(bits, shape.max_rows, shape.registers)
+
+
+# Closures hold integers alone, as in `products.py`.
+
+
+def _layers(bits: int, max_rows: int, registers: int) -> Any:
+    @njit(nogil=True, cache=True, parallel=True)
+    def run(  # type: ignore[no-untyped-def]
+        kind, threads, plan, shape, offsets, layers, sizes, scaling, eps, hidden, wide, product, attended,
+        cosines, sines, works,
+    ):
+        rows, size = hidden.shape[0], kind.itemsize
+        kv_heads, group, dim = shape[3], shape[4], shape[5]
+        heads, channels = kv_heads * group, sizes[QKV, 1]
+        query = (product, channels, dim)
+        key = (product + heads * dim * size, channels, dim)
+        value = (product + (heads + kv_heads) * dim * size, channels, dim)
+        for number in range(layers.shape[0]):
+            layer = layers[number]
+            for stage in range(4):
+                inputs, channels = sizes[stage, 0], sizes[stage, 1]
+                if stage == OUT:
+                    qkv = sizes[QKV, 1]
+                    for thread in prange(threads):
+                        first, last = rows * thread // threads, rows * (thread + 1) // threads
+                        _rotate_rows(
+                            kind, first, last, product, qkv, heads + kv_heads, dim, plan.positions, cosines, sines
+                        )
+                        _write_rows(kind, shape, offsets[number], plan, first, last, key, value)
+                    for thread in prange(threads):
+                        for item in range(plan.bounds[thread], plan.bounds[thread + 1]):
+                            _attend_item(
+                                kind, shape, offsets[number], plan, item, query, scaling, np.float32(0), attended,
+                                works[thread],
+                            )
+                if rows * inputs < _SERIAL:
+                    _prepare(kind, stage, 0, rows, layer, eps, hidden, wide, product, attended, inputs)
+                else:
+                    for thread in prange(threads):
+                        first, last = rows * thread // threads, rows * (thread + 1) // threads
+                        _prepare(kind, stage, first, last, layer, eps, hidden, wide, product, attended, inputs)
+                count = (channels + TILE_CHANNELS - 1) // TILE_CHANNELS
+                for thread in prange(threads):
+                    first, last = count * thread // threads, count * (thread + 1) // threads
+                    _multiply_tiles(
+                        bits, max_rows, registers, first, last, rows, wide.ctypes.data, wide.shape[1],
+                        layer[2 * stage], inputs, layer[2 * stage + 1], product, channels,
+                    )
+        for row in range(rows):
+            _add_row(kind, hidden[row], product + row * hidden.shape[1] * size)
+
+    return run

@@ -1,0 +1,187 @@
+"""Finds models whose layers are Llama's, and runs a whole step of them through `layers.py`.
+
+Found by structure, not by name: the modules of a layer must be those of a Llama, packed, and the compiled step must
+then agree with transformers' own forward on a few tokens.  What does not fit, or does not agree, is served through
+transformers' modules as before.  Knows nothing about batches beyond their flat arrays.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import structlog
+import torch
+from torch import nn
+
+from helix_gateway.core.step import StepBatch
+from helix_gateway.runtime.cpu.attention import CpuPagedAttention
+from helix_gateway.runtime.cpu.layers import FIELDS, compiled_layers, norm_row
+from helix_gateway.runtime.cpu.linear import PackedLinear, PackedWeight
+from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS
+from helix_gateway.runtime.cpu.products import host_shape
+from helix_gateway.runtime.cpu.threads import configure_threads
+from helix_gateway.runtime.rotary import RotaryTable
+
+log = structlog.get_logger(__name__)
+
+_GAP = 16
+"""Elements between rows of activations, so that rows of 1,024 do not all fall on the same cache lines."""
+_LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+class LlamaStep:
+    """The forward of a Llama-like model over the pages of its attention.
+
+    Args:
+        model: a transformers ``ForCausalLM`` that `is_llama_like`; its layers' weights are joined in place.
+        attention: the runner's.
+        rotary: the table that the model's rotary embedding has become.
+    """
+
+    def __init__(self, model: Any, attention: CpuPagedAttention, rotary: RotaryTable) -> None:
+        base = model.base_model
+        self._attention = attention
+        self._rotary = rotary
+        self._embedding: nn.Module = base.embed_tokens
+        self._head: PackedLinear = model.get_output_embeddings()
+        self._dtype: torch.dtype = self._head.weight_tiles.dtype
+        self._norm = base.norm.weight.detach().float().numpy()
+        self._eps = np.float32(base.norm.variance_epsilon)
+        self._scaling = float(base.layers[0].self_attn.scaling)
+        self._kept: list[torch.Tensor] = []
+        """Memory that the compiled step knows by address only."""
+        self._layers = np.array([self._describe(layer, number) for number, layer in enumerate(base.layers)], np.int64)
+        first = base.layers[0]
+        products = (
+            (first.self_attn.q_proj, first.self_attn.k_proj, first.self_attn.v_proj),
+            (first.self_attn.o_proj,),
+            (first.mlp.gate_proj, first.mlp.up_proj),
+            (first.mlp.down_proj,),
+        )
+        self._sizes = np.array(
+            [[parts[0].in_features, sum(part.out_features for part in parts)] for parts in products], np.int64
+        )
+        self._run = compiled_layers(self._head.weight_tiles.bits, host_shape())
+
+    def _describe(self, layer: Any, number: int) -> list[int]:
+        attention, mlp = layer.self_attn, layer.mlp
+        fields = []
+        for parts in (
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            (attention.o_proj,),
+            (mlp.gate_proj, mlp.up_proj),
+            (mlp.down_proj,),
+        ):
+            fields += [_join(parts).data_ptr(), self._keep(torch.cat([part.bias_values for part in parts]))]
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            fields.append(self._keep(norm.weight.detach().float().contiguous()))
+        assert len(fields) == FIELDS
+        return [*fields, number]
+
+    def _keep(self, tensor: torch.Tensor) -> int:
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def __call__(self, batch: StepBatch) -> torch.Tensor:
+        """Logits [num_rows, vocab_size] of ``batch.logits_rows``, in the weights' dtype."""
+        ids = torch.from_numpy(batch.token_ids).long()
+        hidden = self._embedding(ids).float().contiguous().numpy()
+        self._through_layers(hidden, int(batch.context_lens.max()))
+        wanted = np.empty((len(batch.logits_rows), hidden.shape[1]), np.float32)
+        for place, row in enumerate(batch.logits_rows):
+            norm_row(hidden[row], self._norm, self._eps, wanted[place])
+        return self._head.weight_tiles.multiply(torch.from_numpy(wanted).to(self._dtype), self._head.bias_values)
+
+    def _through_layers(self, hidden: np.ndarray[Any, np.dtype[np.float32]], longest: int) -> None:
+        rows, step = len(hidden), self._attention.step()
+        product = torch.empty(rows * int(self._sizes[:, 1].max()), dtype=self._dtype)
+        attended = torch.empty(rows * int(self._sizes[1, 0]), dtype=self._dtype)
+        wide = np.empty((rows, int(self._sizes[:, 0].max()) + _GAP), np.float32)
+        cosines, sines = self._angles(longest)
+        self._run(
+            step.kind,
+            configure_threads(),
+            step.plan,
+            step.shape,
+            step.offsets,
+            self._layers,
+            self._sizes,
+            self._scaling,
+            self._eps,
+            hidden,
+            wide,
+            product.data_ptr(),
+            attended.data_ptr(),
+            cosines,
+            sines,
+            step.works,
+        )
+
+    def _angles(self, longest: int) -> tuple[Any, Any]:
+        self._rotary.reserve(longest)
+        cosines, sines = self._rotary.tables(torch.empty(0))
+        return cosines.numpy(), sines.numpy()
+
+
+def find_llama_step(model: Any, attention: object, rotary: Sequence[RotaryTable]) -> LlamaStep | None:
+    """The compiled step of a model whose structure it fits, else None."""
+    if not isinstance(attention, CpuPagedAttention) or not attention.is_uniform or len(rotary) != 1:
+        return None
+    if not is_llama_like(model):
+        return None
+    return LlamaStep(model, attention, rotary[0])
+
+
+def is_llama_like(model: Any) -> bool:
+    """Whether every layer has exactly the parts of a Llama's, all packed."""
+    base, head = getattr(model, "base_model", None), model.get_output_embeddings()
+    needed = ("embed_tokens", "layers", "norm")
+    if not all(hasattr(base, name) for name in needed) or not isinstance(head, PackedLinear):
+        return False
+    return _is_norm(base.norm) and all(_is_llama_layer(layer) for layer in base.layers)
+
+
+def _is_llama_layer(layer: Any) -> bool:
+    return (
+        _parts(layer) == _LAYER_PARTS
+        and _parts(layer.self_attn) == _ATTENTION_PARTS
+        and _parts(layer.mlp) == _MLP_PARTS
+        and all(_is_whole(part) for part in (*layer.self_attn.children(), *layer.mlp.children()) if part is not layer.mlp.act_fn)
+        and _is_silu(layer.mlp.act_fn)
+        and _is_norm(layer.input_layernorm)
+        and _is_norm(layer.post_attention_layernorm)
+        and isinstance(getattr(layer.self_attn, "scaling", None), float)
+    )
+
+
+def _parts(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_children()}
+
+
+def _is_whole(part: nn.Module) -> bool:
+    """Packed, and of whole tiles, so that several can be joined."""
+    return isinstance(part, PackedLinear) and part.out_features % TILE_CHANNELS == 0
+
+
+def _is_norm(module: Any) -> bool:
+    return hasattr(module, "variance_epsilon") and isinstance(getattr(module, "weight", None), torch.Tensor)
+
+
+def _is_silu(activation: Any) -> bool:
+    x = torch.linspace(-4, 4, 9)
+    return torch.equal(activation(x), nn.functional.silu(x))
+
+
+def _join(parts: Sequence[PackedLinear]) -> torch.Tensor:
+    """Tiles of several products one after another; each part goes on as a view of them, so nothing is held twice."""
+    weights: list[PackedWeight] = [part.weight_tiles for part in parts]
+    if len(weights) == 1:
+        return weights[0].tiles
+    joined = torch.cat([weight.tiles for weight in weights])
+    first = 0
+    for weight in weights:
+        weight.tiles = joined[first : first + len(weight.tiles)]
+        first += len(weight.tiles)
+    return joined
