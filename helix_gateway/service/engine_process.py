@@ -73,7 +73,8 @@ def main() -> None:
 
 
 def _end_with_parent() -> None:
-    while sys.stdin.buffer.read(1):
+    # Past Python's buffer: its lock, held by a reader, would spoil an orderly exit.
+    while os.read(0, 1):
         pass
     os._exit(_EXIT_ORPHANED)
 

@@ -6,6 +6,7 @@ Python's lock is shared with whoever else runs here; `process.py` is what serves
 import asyncio
 import queue
 import threading
+from concurrent.futures import Future
 
 from helix_gateway.core.errors import HelixError
 from helix_gateway.core.event import TokenEvent
@@ -47,7 +48,7 @@ class ThreadInbox:
 
 
 class InProcessService(EngineClient):
-    """A model served by a thread of this process; loads it at once.
+    """A model served by a thread of this process; returns once it is loaded.
 
     Raises:
         ModelLoadError: in one line, what is wrong with the model or the device.
@@ -56,14 +57,23 @@ class InProcessService(EngineClient):
     def __init__(self, settings: EngineSettings, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(settings, tokenizer or Tokenizer.load(settings.model_path))
         self._inbox = ThreadInbox()
-        self.host = EngineHost(settings, self._tokenizer)
-        self._receive(Ready(self.host.max_model_len, self.host.vocab_size))
+        self._loaded: Future[EngineHost] = Future()
         self._thread = threading.Thread(target=self._run, name="helix-engine", daemon=True)
         self._thread.start()
+        self.host = self._loaded.result()
 
     def _run(self) -> None:
+        # Loaded here too: OpenMP gives each thread that ever computes a team of its own, and with more teams than
+        # cores it lets their threads fall asleep between two products.
         try:
-            run_loop(self.host, self._inbox, self._receive, batch_window_s=self._settings.batch_window_ms / 1e3)
+            host = EngineHost(self._settings, self._tokenizer)
+        except BaseException as error:
+            self._loaded.set_exception(error)
+            return
+        self._receive(Ready(host.max_model_len, host.vocab_size))
+        self._loaded.set_result(host)
+        try:
+            run_loop(host, self._inbox, self._receive, batch_window_s=self._settings.batch_window_ms / 1e3)
         finally:
             self._state = "stopped"
             self._in_flight.fail_all("The engine has stopped.")
