@@ -28,7 +28,9 @@ BYTES_PER_TOKEN = {"float32": 30 * 2 * 3 * 64 * 4, "bfloat16": 30 * 2 * 3 * 64 *
 def submit(host, number, length):
     prompt = [1000 + (number * 7919 + i * 31) % 30000 for i in range(length)]
     sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
-    refused = host.submit(GenerationCall(request=Request(request_id=str(number), prompt_token_ids=prompt, sampling=sampling)))
+    refused = host.submit(
+        GenerationCall(request=Request(request_id=str(number), prompt_token_ids=prompt, sampling=sampling))
+    )
     assert refused is None, refused
 
 
@@ -57,11 +59,17 @@ def main():
     parser.add_argument("--out", type=Path, default=report.RESULTS)
     options = parser.parse_args()
     path = resolve(options.model)
-    roomy = EngineSettings(model_path=path, dtype=options.dtype, kv_cache_memory_bytes=2 << 30, enable_prefix_caching=False)
+    roomy = EngineSettings(
+        model_path=path, dtype=options.dtype, kv_cache_memory_bytes=2 << 30, enable_prefix_caching=False
+    )
     _, use, _ = run(roomy, len(PROMPT_TOKENS))
     memory = CONTIGUOUS_SEQUENCES * CONTEXT * BYTES_PER_TOKEN[options.dtype]
     tight = EngineSettings(
-        model_path=path, dtype=options.dtype, kv_cache_memory_bytes=memory, max_num_seqs=256, enable_prefix_caching=False
+        model_path=path,
+        dtype=options.dtype,
+        kv_cache_memory_bytes=memory,
+        max_num_seqs=256,
+        enable_prefix_caching=False,
     )
     running, _, preemptions = run(tight, 3 * len(PROMPT_TOKENS))
     results = {

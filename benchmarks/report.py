@@ -63,7 +63,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     Console(width=140).print(table)
 
 
-def save(name: str, results: Mapping[str, Any], plot: Callable[[Any], None] | None = None, *, folder: Path = RESULTS) -> None:
+def save(
+    name: str, results: Mapping[str, Any], plot: Callable[[Any], None] | None = None, *, folder: Path = RESULTS
+) -> None:
     """Write ``name.json``, and ``name.png`` as ``plot`` draws it on matplotlib's axes."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {

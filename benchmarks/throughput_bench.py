@@ -92,7 +92,9 @@ def show(results):
 def plot(results):
     def draw(axes):
         for result in results:
-            axes.plot(STREAMS, [result["helix"][streams] for streams in STREAMS], marker="o", label=f"Helix {result['dtype']}")
+            axes.plot(
+                STREAMS, [result["helix"][streams] for streams in STREAMS], marker="o", label=f"Helix {result['dtype']}"
+            )
             axes.axhline(result["transformers_1"], linestyle=":", color="grey")
         axes.set_xscale("log", base=2)
         axes.set_xticks(STREAMS, STREAMS)

@@ -65,7 +65,9 @@ def answers_of(model, prompts, block_size, budget, max_num_seqs, memory, caching
     groups = make_runner(copy.deepcopy(model), block_size, 1).kv_groups
     pages = sum(-(-longest // group.tokens_per_block) + 1 for group in groups)
     runner = make_runner(model, block_size, int(pages * memory) + 1)
-    limits = EngineLimits(max_model_len=256, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, max_queue_len=100)
+    limits = EngineLimits(
+        max_model_len=256, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, max_queue_len=100
+    )
     engine = Engine(runner, limits, enable_prefix_caching=caching)
     answers = Answers()
     for i, prompt in enumerate(prompts):

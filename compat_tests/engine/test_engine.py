@@ -26,7 +26,11 @@ from helix_gateway.engine.depth import FixedDepth
 from helix_gateway.engine.engine import ChoiceHooks
 
 sampling_options = st.fixed_dictionaries(
-    {"temperature": st.sampled_from([0.0, 0.7, 1.5]), "seed": st.integers(0, 2**64 - 1), "max_tokens": st.integers(1, 14)},
+    {
+        "temperature": st.sampled_from([0.0, 0.7, 1.5]),
+        "seed": st.integers(0, 2**64 - 1),
+        "max_tokens": st.integers(1, 14),
+    },
     optional={
         "n": st.integers(1, 3),
         "repetition_penalty": st.sampled_from([0.8, 1.3]),
@@ -50,7 +54,9 @@ requests = st.lists(st.tuples(prompts, sampling_options, st.integers(-1, 1)), mi
 
 
 def make_requests(drawn):
-    return [request(f"r{i}", prompt, priority=priority, **options) for i, (prompt, options, priority) in enumerate(drawn)]
+    return [
+        request(f"r{i}", prompt, priority=priority, **options) for i, (prompt, options, priority) in enumerate(drawn)
+    ]
 
 
 def assert_same(answers, wanted):
@@ -102,7 +108,12 @@ def test_everybody_gets_what_they_would_get_alone(
 
 
 @settings(deadline=None, max_examples=40)
-@given(drawn=requests, groups=st.sampled_from([ONE_GROUP, TWO_GROUPS]), depth=st.integers(1, 5), error_rate=st.sampled_from([0, 0.3]))
+@given(
+    drawn=requests,
+    groups=st.sampled_from([ONE_GROUP, TWO_GROUPS]),
+    depth=st.integers(1, 5),
+    error_rate=st.sampled_from([0, 0.3]),
+)
 def test_good_drafts_are_accepted_and_change_nothing(drawn, groups, depth, error_rate):
     wanted = {}
     for request_ in make_requests(drawn):

@@ -27,7 +27,9 @@ class CacheMachine(RuleBasedStateMachine):
     """Random admit, append, fork, roll back, cancel and eviction, against a plain model of the pages' contents."""
 
     @initialize(
-        groups=st.sampled_from([ONE_GROUP, TWO_GROUPS, (KVGroup("a", 2, 3), KVGroup("b", 3, None), KVGroup("c", 1, 9))]),
+        groups=st.sampled_from(
+            [ONE_GROUP, TWO_GROUPS, (KVGroup("a", 2, 3), KVGroup("b", 3, None), KVGroup("c", 1, 9))]
+        ),
         num_blocks=st.integers(6, 40),
         caching=st.booleans(),
     )
@@ -135,7 +137,5 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.cache.pool.num_referenced == 0
 
 
-CacheMachine.TestCase.settings = settings(
-    max_examples=1000 if DEEP else 80, stateful_step_count=40, deadline=None
-)
+CacheMachine.TestCase.settings = settings(max_examples=1000 if DEEP else 80, stateful_step_count=40, deadline=None)
 TestCacheUnderEveryOrderOfEvents = CacheMachine.TestCase

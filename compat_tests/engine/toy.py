@@ -92,7 +92,9 @@ ONE_GROUP = (KVGroup("full", 4, None),)
 TWO_GROUPS = (KVGroup("full", 4, None), KVGroup("window", 6, 5))
 
 
-def make_engine(num_pages=200, groups=ONE_GROUP, *, budget=16, max_num_seqs=8, max_model_len=200, runner=None, **options):
+def make_engine(
+    num_pages=200, groups=ONE_GROUP, *, budget=16, max_num_seqs=8, max_model_len=200, runner=None, **options
+):
     limits = EngineLimits(
         max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, max_queue_len=1000
     )

@@ -130,9 +130,11 @@ def feed_all(call_, tokenizer, token_ids):
         kept.append(token)
         if condition.feed([token]) is not None:
             break
-    text = ChoiceText(tokenizer, call_).take(
-        TokenEvent(request_id="r", index=0, token_ids=kept, finish_reason="stop")
-    ).text
+    text = (
+        ChoiceText(tokenizer, call_)
+        .take(TokenEvent(request_id="r", index=0, token_ids=kept, finish_reason="stop"))
+        .text
+    )
     return len(kept), text
 
 

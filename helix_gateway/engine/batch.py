@@ -126,7 +126,12 @@ def build_sampling_rows(windows: Ordered[Window], rows: Int32s, vocab_size: int)
         top_p=spread([p.top_p for p in params], np.float32),
         min_p=spread([p.min_p for p in params], np.float32),
         edits=join_edits(
-            [edits for window in windows if window.sampled_rows for edits in window.sequence.edits.along(window.draft_tokens)]
+            [
+                edits
+                for window in windows
+                if window.sampled_rows
+                for edits in window.sequence.edits.along(window.draft_tokens)
+            ]
         ),
         allowed=None,
     )

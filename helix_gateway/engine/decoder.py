@@ -17,7 +17,14 @@ from helix_gateway.core.step import Int32s, LogprobRows
 from helix_gateway.engine.batch import Window, build_sampling_rows, build_step_batch, lay_out
 from helix_gateway.engine.drafters.base import Drafter
 from helix_gateway.engine.kv_cache import PagedKVCache
-from helix_gateway.engine.plan import ScheduledSequence, SequenceOutput, SpeculativeOutput, StepOutput, StepPlan, StepTiming
+from helix_gateway.engine.plan import (
+    ScheduledSequence,
+    SequenceOutput,
+    SpeculativeOutput,
+    StepOutput,
+    StepPlan,
+    StepTiming,
+)
 from helix_gateway.engine.verification import verify
 
 

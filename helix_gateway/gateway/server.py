@@ -141,7 +141,9 @@ async def listening(
         await runner.cleanup()
 
 
-async def serve(app: web.Application, settings: GatewaySettings, sockets: Sequence[socket.socket], start: Start) -> None:
+async def serve(
+    app: web.Application, settings: GatewaySettings, sockets: Sequence[socket.socket], start: Start
+) -> None:
     """Serve until SIGINT or SIGTERM, which also end a start that is still loading.
 
     Health and readiness are answered from the beginning; where to go is printed once ``start`` has come to its end.

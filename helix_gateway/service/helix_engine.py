@@ -119,9 +119,7 @@ class HelixEngine:
 
     async def _generate_one(self, prompt: Prompt, options: dict[str, Any]) -> GenerationResult:
         call = self._call(prompt, options)
-        result = GenerationResult(
-            call.request.prompt_token_ids, [Choice() for _ in range(call.request.sampling.n)]
-        )
+        result = GenerationResult(call.request.prompt_token_ids, [Choice() for _ in range(call.request.sampling.n)])
         async for delta in self._service.generate(call):
             _raise_failure(delta)
             _add(result, delta)

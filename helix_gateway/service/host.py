@@ -103,7 +103,9 @@ def _limits(settings: EngineSettings, loaded: LoadedRunner) -> EngineLimits:
     model_len = loaded.context_length
     wished = settings.max_model_len or model_len
     if wished > model_len:
-        raise ModelLoadError(f"--max-model-len {wished} is more than the {model_len} tokens that this model was made for.")
+        raise ModelLoadError(
+            f"--max-model-len {wished} is more than the {model_len} tokens that this model was made for."
+        )
     default_tokens = _DEFAULT_STEP_TOKENS_CPU if loaded.device_type == "cpu" else _DEFAULT_STEP_TOKENS
     return EngineLimits(
         max_model_len=wished,
@@ -116,7 +118,11 @@ def _limits(settings: EngineSettings, loaded: LoadedRunner) -> EngineLimits:
 def _refusal(request_id: str, error: HelixError) -> Refused:
     if isinstance(error, ContextLengthError):
         return Refused(
-            request_id, "context_length", str(error), prompt_tokens=error.prompt_tokens, max_model_len=error.max_model_len
+            request_id,
+            "context_length",
+            str(error),
+            prompt_tokens=error.prompt_tokens,
+            max_model_len=error.max_model_len,
         )
     if isinstance(error, QueueFullError):
         return Refused(request_id, "queue_full", str(error), retry_after_s=error.retry_after_s)

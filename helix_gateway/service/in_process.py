@@ -67,7 +67,7 @@ class InProcessService(EngineClient):
         # cores it lets their threads fall asleep between two products.
         try:
             host = EngineHost(self._settings, self._tokenizer)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits for the load
             self._loaded.set_exception(error)
             return
         self._receive(Ready(host.max_model_len, host.vocab_size))
@@ -96,5 +96,3 @@ class InProcessService(EngineClient):
         """Stop the thread; requests in flight end with an error.  May be called twice."""
         self._inbox.close()
         self._thread.join()
-
-

@@ -6,7 +6,13 @@ Knows nothing about how replies arrive; safe to use from several threads.
 import threading
 from collections.abc import Callable, Iterable
 
-from helix_gateway.core.errors import ContextLengthError, EngineUnavailableError, HelixError, InvalidRequestError, QueueFullError
+from helix_gateway.core.errors import (
+    ContextLengthError,
+    EngineUnavailableError,
+    HelixError,
+    InvalidRequestError,
+    QueueFullError,
+)
 from helix_gateway.core.event import TokenEvent
 from helix_gateway.service.messages import Refused
 

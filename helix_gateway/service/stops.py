@@ -23,9 +23,7 @@ def stop_condition(tokenizer: Tokenizer, call: GenerationCall) -> StopCondition 
 
 
 def _detokenizer(tokenizer: Tokenizer, call: GenerationCall) -> Detokenizer:
-    return tokenizer.detokenizer(
-        skip_special_tokens=call.stop.skip_special_tokens, after=call.request.prompt_token_ids
-    )
+    return tokenizer.detokenizer(skip_special_tokens=call.stop.skip_special_tokens, after=call.request.prompt_token_ids)
 
 
 class _ExemptDetokenizer:

@@ -9,6 +9,6 @@ from helix_gateway.engine.sequence import Sequence
 class NoDrafter:
     """Proposes nothing, for any sequence."""
 
-    def propose(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> DraftTokens:  # noqa: ARG002
+    def propose(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> DraftTokens:
         """Empty proposals."""
         return DraftTokens([[] for _ in sequences])

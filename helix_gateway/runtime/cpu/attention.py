@@ -442,7 +442,6 @@ class CpuPagedAttention:
             for place, layer in enumerate(layout.group.layers):
                 shape = _describe(arena, layout, heads[layer])
                 self._layers[layer] = _Layer(self._plan_number(number, shape), shape, offsets[place].copy())
-        self._offsets = np.array([self._layers[layer].offsets for layer in range(len(heads))], np.int64)
         self._plans: list[Plan] = []
         self._works: Float32s = np.empty((1, 1), np.float32)
         self._warm_up(arena, heads)
@@ -480,7 +479,8 @@ class CpuPagedAttention:
     def step(self) -> UniformStep:
         """The step that `begin` has prepared, of a model that `is_uniform`."""
         (plan,) = self._plans
-        return UniformStep(self._kind, plan, self._layers[0].shape, self._offsets, self._works)
+        offsets = np.stack([self._layers[layer].offsets for layer in range(len(self._layers))])
+        return UniformStep(self._kind, plan, self._layers[0].shape, offsets, self._works)
 
     def begin(self, batch: StepBatch) -> None:
         """Cut the step's rows into tiles and deal them to the threads."""

@@ -108,7 +108,8 @@ def compiled_layers(bits: int, shape: BlockShape) -> Callable[..., None]:
     of each product; kind, plan, shape, offsets [num_layers, runs] and works as attention has them; wide float32
     scratch; product and attended addresses of scratch in the weights' dtype.
     """
-    return _layers(bits, shape.max_rows, shape.registers)
+    run: Callable[..., None] = _layers(bits, shape.max_rows, shape.registers)
+    return run
 
 
 # Closures hold integers alone, as in `products.py`.
@@ -117,8 +118,22 @@ def compiled_layers(bits: int, shape: BlockShape) -> Callable[..., None]:
 def _layers(bits: int, max_rows: int, registers: int) -> Any:
     @njit(nogil=True, cache=True, parallel=True)
     def run(  # type: ignore[no-untyped-def]
-        kind, threads, plan, shape, offsets, layers, sizes, scaling, eps, hidden, wide, product, attended,
-        cosines, sines, works,
+        kind,
+        threads,
+        plan,
+        shape,
+        offsets,
+        layers,
+        sizes,
+        scaling,
+        eps,
+        hidden,
+        wide,
+        product,
+        attended,
+        cosines,
+        sines,
+        works,
     ):
         rows, size = hidden.shape[0], kind.itemsize
         kv_heads, group, dim = shape[3], shape[4], shape[5]
@@ -141,7 +156,15 @@ def _layers(bits: int, max_rows: int, registers: int) -> Any:
                     for thread in prange(threads):
                         for item in range(plan.bounds[thread], plan.bounds[thread + 1]):
                             _attend_item(
-                                kind, shape, offsets[number], plan, item, query, scaling, np.float32(0), attended,
+                                kind,
+                                shape,
+                                offsets[number],
+                                plan,
+                                item,
+                                query,
+                                scaling,
+                                np.float32(0),
+                                attended,
                                 works[thread],
                             )
                 if rows * inputs < _SERIAL:
@@ -154,8 +177,19 @@ def _layers(bits: int, max_rows: int, registers: int) -> Any:
                 for thread in prange(threads):
                     first, last = count * thread // threads, count * (thread + 1) // threads
                     _multiply_tiles(
-                        bits, max_rows, registers, first, last, rows, wide.ctypes.data, wide.shape[1],
-                        layer[2 * stage], inputs, layer[2 * stage + 1], product, channels,
+                        bits,
+                        max_rows,
+                        registers,
+                        first,
+                        last,
+                        rows,
+                        wide.ctypes.data,
+                        wide.shape[1],
+                        layer[2 * stage],
+                        inputs,
+                        layer[2 * stage + 1],
+                        product,
+                        channels,
                     )
         for row in range(rows):
             _add_row(kind, hidden[row], product + row * hidden.shape[1] * size)

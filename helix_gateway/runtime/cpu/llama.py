@@ -136,7 +136,7 @@ def find_llama_step(model: Any, attention: object, rotary: Sequence[RotaryTable]
 
 def is_llama_like(model: Any) -> bool:
     """Whether every layer has exactly the parts of a Llama's, all packed."""
-    base, head = getattr(model, "base_model", None), model.get_output_embeddings()
+    base, head = model.base_model, model.get_output_embeddings()
     needed = ("embed_tokens", "layers", "norm")
     if not all(hasattr(base, name) for name in needed) or not isinstance(head, PackedLinear):
         return False
@@ -148,7 +148,11 @@ def _is_llama_layer(layer: Any) -> bool:
         _parts(layer) == _LAYER_PARTS
         and _parts(layer.self_attn) == _ATTENTION_PARTS
         and _parts(layer.mlp) == _MLP_PARTS
-        and all(_is_whole(part) for part in (*layer.self_attn.children(), *layer.mlp.children()) if part is not layer.mlp.act_fn)
+        and all(
+            _is_whole(part)
+            for part in (*layer.self_attn.children(), *layer.mlp.children())
+            if part is not layer.mlp.act_fn
+        )
         and _is_silu(layer.mlp.act_fn)
         and _is_norm(layer.input_layernorm)
         and _is_norm(layer.post_attention_layernorm)
