@@ -1,22 +1,20 @@
 """Output tokens a second with 1 to 16 streams, in float32 and bfloat16, beside transformers' own ``generate``.
 
-Helix runs as a library (`HelixEngine`), transformers as a plain call of ``generate`` for one stream; both in this
-process, in turn, in every repeat, on the same prompts with the same number of tokens out, greedily.  No prompt is
-used twice, so nothing is found in a cache.
+Helix runs as a library (`HelixEngine`) in this process, transformers as a plain call of ``generate`` for one stream in
+a process of its own, so that their threads do not meet; the two in turn, in every repeat, greedily, on prompts of the
+same length.  No prompt is used twice, so nothing is found in a cache.
 """
 
 import argparse
+import multiprocessing
 import random
 import statistics
 import time
 from pathlib import Path
 
 import report
-import torch
 
 from helix_gateway import HelixEngine
-from helix_gateway.runtime.cpu.threads import usable_cores
-from helix_gateway.runtime.loading import load_model
 from helix_gateway.runtime.model_source import resolve
 
 STREAMS = (1, 2, 4, 8, 16)
@@ -35,34 +33,61 @@ def helix_tokens_per_s(engine, streams, new_tokens, dice):
     return sum(len(result.token_ids) for result in results) / seconds
 
 
-@torch.inference_mode()
-def peer_tokens_per_s(model, new_tokens, dice):
-    (prompt,) = prompts(1, dice)
-    threads = torch.get_num_threads()
-    # Helix leaves torch one thread; by itself it would have taken them all.
-    torch.set_num_threads(usable_cores())
-    start = time.perf_counter()
-    model.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
-    seconds = time.perf_counter() - start
-    torch.set_num_threads(threads)
-    return new_tokens / seconds
+def serve_peer(pipe, model_name, dtype):
+    """The peer's process: answers each (prompt, tokens) with the seconds that ``generate`` took."""
+    import torch
+
+    from helix_gateway.runtime.loading import load_model
+
+    model = load_model(resolve(model_name), device=torch.device("cpu"), dtype=getattr(torch, dtype))
+    pipe.send(torch.get_num_threads())
+    while (job := pipe.recv()) is not None:
+        prompt, new_tokens = job
+        with torch.inference_mode():
+            start = time.perf_counter()
+            model.generate(
+                torch.tensor([prompt]), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False
+            )
+            pipe.send(time.perf_counter() - start)
+
+
+class Peer:
+    """transformers' generate in a process of its own."""
+
+    def __init__(self, model_name, dtype):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve_peer, args=(theirs, model_name, dtype))
+        self.process.start()
+        theirs.close()
+        self.threads = self.pipe.recv()
+
+    def tokens_per_s(self, new_tokens, dice):
+        (prompt,) = prompts(1, dice)
+        self.pipe.send((prompt, new_tokens))
+        return new_tokens / self.pipe.recv()
+
+    def close(self):
+        self.pipe.send(None)
+        self.process.join()
 
 
 def measure(dtype, options):
     dice = random.Random(options.seed)
-    path = resolve(options.model)
-    peer = load_model(path, device=torch.device("cpu"), dtype=getattr(torch, dtype))
+    peer = Peer(options.model, dtype)
     figures = {streams: [] for streams in STREAMS}
     peer_figures = []
     with HelixEngine(options.model, dtype=dtype, kv_cache_memory_bytes=2 << 30) as engine:
         helix_tokens_per_s(engine, 4, 8, dice)
-        peer_tokens_per_s(peer, 4, dice)
+        peer.tokens_per_s(4, dice)
         for _ in range(options.repeats):
             for streams in STREAMS:
                 figures[streams].append(helix_tokens_per_s(engine, streams, options.tokens, dice))
-            peer_figures.append(peer_tokens_per_s(peer, options.tokens // 2, dice))
+            peer_figures.append(peer.tokens_per_s(options.tokens, dice))
+    peer.close()
     return {
         "dtype": dtype,
+        "transformers_threads": peer.threads,
         "helix": {streams: statistics.median(values) for streams, values in figures.items()},
         "helix_all": figures,
         "transformers_1": statistics.median(peer_figures),
