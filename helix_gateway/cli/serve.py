@@ -118,6 +118,13 @@ def serve(
             "[default: pages on this machine and desktop apps]"
         ),
     ] = None,
+    allowed_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Host name that clients may call this machine by while it listens on loopback; may be given several "
+            "times.  [default: localhost and loopback addresses]"
+        ),
+    ] = None,
 ) -> None:
     """Serve a model through OpenAI's API until Ctrl-C."""
     from helix_gateway.runtime.model_source import resolve, served_name
@@ -142,6 +149,7 @@ def serve(
         served_model_names=tuple(served_model_name or [served_name(model)]),
         default_max_tokens=default_max_tokens,
         allowed_origins=tuple(allowed_origins or ()),
+        allowed_hosts=tuple(allowed_hosts or ()),
     )
     raise typer.Exit(_run(engine, gateway))
 

@@ -49,7 +49,8 @@ def _request_id(sent: str | None) -> str:
 
 
 def _log_request(request: web.Request, context: RequestContext, status: int) -> None:
-    quiet = bare_path(request) in ("/health", "/ready") and status < 400
+    # Probes come every few seconds, and a 503 while loading is what they ask for.
+    quiet = bare_path(request) in ("/health", "/ready") and status in (200, 503)
     log = _log.debug if quiet else _log.error if status >= 500 else _log.info
     log(
         "request",

@@ -5,15 +5,12 @@ function to tell.  Knows nothing about queues, sockets or text.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
 from typing import Protocol
 
-import structlog
-
 from helix_gateway.service.host import EngineHost
 from helix_gateway.service.messages import Alive, Command, Events, Reply, Submit
-
-log = structlog.get_logger(__name__)
 
 ALIVE_INTERVAL_S = 1.0
 """A loop that has told nothing for this long says that it is alive."""
@@ -40,7 +37,7 @@ def run_loop(host: EngineHost, inbox: Inbox, tell: Tell, *, batch_window_s: floa
         batch_window_s: how long an idle engine waits after a request for company before its first step.
     """
     last_told = monotonic()
-    try:
+    with suppress(Closed):
         while True:
             idle = not host.has_work
             commands = inbox.receive(ALIVE_INTERVAL_S if idle else 0.0)
@@ -55,8 +52,6 @@ def run_loop(host: EngineHost, inbox: Inbox, tell: Tell, *, batch_window_s: floa
             else:
                 continue
             last_told = monotonic()
-    except Closed:
-        log.debug("engine_loop_closed")
 
 
 def _gather(host: EngineHost, inbox: Inbox, tell: Tell, *, until: float) -> None:

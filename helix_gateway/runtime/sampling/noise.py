@@ -33,7 +33,9 @@ def mix64(x: UInt64s) -> UInt64s:
     """A bijection of 64 bits under which one changed bit changes about half of all."""
     x = (x ^ (x >> np.uint64(30))) * _FIRST
     x = (x ^ (x >> np.uint64(27))) * _SECOND
-    return x ^ (x >> np.uint64(31))
+    # Typed, since numpy's releases disagree on what an array xor an array is to a type checker.
+    mixed: UInt64s = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 def row_keys(seed: UInt64s, choice: Int32s, position: Int32s) -> UInt32s:
