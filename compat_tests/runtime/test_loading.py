@@ -265,12 +265,10 @@ def test_pickled_weights_are_refused(tmp_path):
         load_model(folder, device=CPU)
 
 
-def measure(model, dtype):
+def measure(model, dtype, what="--measure"):
     """Load in a new process; return the figures of the benchmark."""
     script = Path(__file__).parents[2] / "benchmarks" / "load_memory.py"
-    run = subprocess.run(
-        [sys.executable, str(script), "--measure", model, dtype], capture_output=True, text=True, timeout=120
-    )
+    run = subprocess.run([sys.executable, str(script), what, model, dtype], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
@@ -279,6 +277,11 @@ def test_loading_the_default_model_takes_little_more_memory_than_its_weights(smo
     figures = measure(smollm2_path, "float32")
     assert figures["weights_bytes"] == 538_060_032
     assert figures["peak_ratio"] < 1.15, figures
+
+
+def test_making_the_default_model_ready_to_serve_takes_little_more_memory_than_its_weights(smollm2_path):
+    figures = measure(smollm2_path, "float32", "--measure-runner")
+    assert figures["peak_bytes"] < 1.3 * 538_060_032, figures
 
 
 def test_converting_a_folder_takes_little_more_memory_than_its_weights(tmp_path):

@@ -9,6 +9,7 @@ import torch
 
 from helix_gateway.core.errors import ModelLoadError, OutOfMemoryError
 from helix_gateway.runtime.device import free_memory_bytes, get_device
+from helix_gateway.runtime.heap import returning_freed_memory
 from helix_gateway.runtime.loading import load_model, resolve_dtype
 from helix_gateway.runtime.runner import TransformersRunner
 
@@ -48,21 +49,22 @@ def load_runner(
     if where.type == "cpu":
         # torch's own team of threads, spinning beside ours, makes a product of 50 µs take 8 ms; it is not even started.
         torch.set_num_threads(1)
-    model = load_model(path, device=where, dtype=wanted)
-    if where.type == "cpu":
-        from helix_gateway.runtime.cpu.linear import pack_linears
+    with returning_freed_memory():
+        model = load_model(path, device=where, dtype=wanted)
+        if where.type == "cpu":
+            from helix_gateway.runtime.cpu.linear import pack_linears
 
-        pack_linears(model)
-    memory = kv_cache_memory_bytes or int(free_memory_bytes(where) * _KV_SHARE)
-    try:
-        runner = TransformersRunner(
-            model,
-            device=where,
-            dtype=wanted,
-            block_size=block_size,
-            kv_memory_bytes=memory,
-            max_tokens=None if kv_cache_memory_bytes else max_tokens_in_use,
-        )
-    except OutOfMemoryError as error:
-        raise ModelLoadError(f"The KV cache does not fit: {error}") from error
+            pack_linears(model)
+        memory = kv_cache_memory_bytes or int(free_memory_bytes(where) * _KV_SHARE)
+        try:
+            runner = TransformersRunner(
+                model,
+                device=where,
+                dtype=wanted,
+                block_size=block_size,
+                kv_memory_bytes=memory,
+                max_tokens=None if kv_cache_memory_bytes else max_tokens_in_use,
+            )
+        except OutOfMemoryError as error:
+            raise ModelLoadError(f"The KV cache does not fit: {error}") from error
     return LoadedRunner(runner, runner.context_length, where.type)

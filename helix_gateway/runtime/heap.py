@@ -1,0 +1,33 @@
+"""How the C library keeps memory that was freed: given back at once while weights are moved about, kept while serving.
+
+glibc raises the size from which it maps memory apart as large blocks are freed, up to 32 MB.  While a model is loaded
+and packed, block after block, freed ones then stay behind in gaps that the next, a little larger, does not fit into, and
+a load takes twice the weights.  Elsewhere than glibc nothing is done.  Knows nothing about models.
+"""
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_M_MMAP_THRESHOLD = -3
+_WHILE_LOADING = 256 * 1024
+_WHILE_SERVING = 32 * 1024 * 1024
+"""glibc's own most: activations of a step come and go without a system call."""
+
+
+@contextmanager
+def returning_freed_memory() -> Iterator[None]:
+    """Within, blocks of 256 KB and more go back to the system as they are freed."""
+    _map_from(_WHILE_LOADING)
+    try:
+        yield
+    finally:
+        _map_from(_WHILE_SERVING)
+
+
+def _map_from(size_bytes: int) -> None:
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc; Windows takes no None
+        return
+    mallopt(_M_MMAP_THRESHOLD, size_bytes)
