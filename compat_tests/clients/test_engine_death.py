@@ -1,5 +1,6 @@
 """What clients see when the engine is killed under them."""
 
+import asyncio
 import json
 import os
 import signal
@@ -11,6 +12,10 @@ import httpx
 import pytest
 
 from compat_tests.clients.conftest import start_server, stop_server
+from helix_gateway.service import process
+from helix_gateway.service.process import ProcessService
+from helix_gateway.service.settings import EngineSettings
+from helix_gateway.text.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -70,3 +75,63 @@ def test_the_engine_ends_with_its_gateway(own_server):
     while os.path.exists(f"/proc/{engine}") and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not os.path.exists(f"/proc/{engine}")
+
+
+def test_a_server_that_is_told_to_stop_tells_its_clients(own_server):
+    streams = [([], threading.Event()) for _ in range(4)]
+    threads = [threading.Thread(target=stream_events, args=(own_server.url, *stream)) for stream in streams]
+    for thread in threads:
+        thread.start()
+    for _, started in streams:
+        assert started.wait(60)
+    own_server.process.send_signal(signal.SIGINT)
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    for events, _ in streams:
+        assert json.loads(events[-1])["error"]["code"] == "engine_unavailable"
+    assert own_server.process.wait(20) == 0
+    assert not [line for line in own_server.lines if "Traceback" in line or "never retrieved" in line]
+
+
+def test_an_engine_that_hangs_is_replaced(smollm2_path):
+    async def scenario():
+        settings = EngineSettings(model_path=smollm2_path, kv_cache_memory_bytes=64 << 20)
+        service = ProcessService(settings, Tokenizer.load(smollm2_path), heartbeat_timeout_s=4.0)
+        await service.start()
+        try:
+            hung = service.engine_pid
+            os.kill(hung, signal.SIGSTOP)
+            deadline = time.monotonic() + 60
+            while service.engine_pid in (hung, None) or service.state != "ready":
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.1)
+            assert not os.path.exists(f"/proc/{hung}")
+        finally:
+            await service.stop()
+
+    asyncio.run(scenario())
+
+
+async def test_a_restart_that_fails_is_tried_again(smollm2_path, monkeypatch):
+    settings = EngineSettings(model_path=smollm2_path, kv_cache_memory_bytes=64 << 20)
+    service = ProcessService(settings, Tokenizer.load(smollm2_path))
+    await service.start()
+    try:
+        real, failures = process._start_engine, [OSError("no memory"), OSError("no memory")]
+
+        async def start(*arguments):
+            if failures:
+                raise failures.pop()
+            return await real(*arguments)
+
+        monkeypatch.setattr(process, "_start_engine", start)
+        monkeypatch.setattr(process, "_RESTART_PAUSE_S", (0.0,))
+        os.kill(service.engine_pid, signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while failures or service.state != "ready":
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.1)
+    finally:
+        await service.stop()
+    assert service.state == "stopped"

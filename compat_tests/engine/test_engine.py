@@ -19,7 +19,7 @@ from compat_tests.engine.toy import (
     make_engine,
     request,
 )
-from helix_gateway.core.errors import ContextLengthError, OutOfMemoryError, QueueFullError
+from helix_gateway.core.errors import ContextLengthError, InvalidRequestError, OutOfMemoryError, QueueFullError
 from helix_gateway.core.kv import KVGroup
 from helix_gateway.core.protocols import StopMatch
 from helix_gateway.engine.depth import FixedDepth
@@ -354,3 +354,61 @@ def test_metrics_tell_when_each_token_came():
     assert metrics.output_tokens == len(metrics.token_times_s) == 3
     assert 0 <= metrics.queue_time_s <= metrics.time_to_first_token_s == metrics.token_times_s[0]
     assert metrics.token_times_s == sorted(metrics.token_times_s)
+
+
+def test_the_step_grows_again_after_memory_was_short():
+    runner = FailingRunner(ONE_GROUP, 100)
+    runner.failures = dict.fromkeys([1], OutOfMemoryError("no room"))
+    engine = make_engine(runner=runner, budget=16)
+    engine.submit(request("small", [1, 2], ignore_eos=True, max_tokens=8))
+    drain(engine)
+    engine.submit(request("large", range(1, 40), ignore_eos=True))
+    engine.step()
+    assert len(runner.batches[-1].token_ids) == 16
+
+
+def test_a_long_prompt_does_not_keep_arrivals_waiting():
+    engine = make_engine(budget=16)
+    engine.submit(request("long", [1 + i % 40 for i in range(150)], ignore_eos=True))
+    engine.step()
+    engine.submit(request("short", [1, 2, 3], ignore_eos=True))
+    assert {event.request_id for event in engine.step()} == {"short"}
+
+
+class Raising:
+    """A stop condition with a fault."""
+
+    def feed(self, token_ids):
+        raise KeyError(token_ids[0])
+
+
+def test_a_stop_condition_that_raises_ends_its_own_request_only():
+    engine = make_engine()
+    engine.submit(request("faulty", [1, 2], ignore_eos=True, n=2), [ChoiceHooks(stop=Raising()), ChoiceHooks()])
+    engine.submit(request("fine", [3, 4], ignore_eos=True))
+    answers = drain(engine)
+    assert answers["faulty", 0].last.finish_reason == "error"
+    assert answers["fine", 0].last.finish_reason == "length"
+    assert engine.cache.pool.num_referenced == 0
+
+
+@pytest.mark.parametrize(
+    "prompt, options",
+    [
+        ([], {}),
+        ([VOCAB], {}),
+        ([-1], {}),
+        ([1], {"n": 0}),
+        ([1], {"max_tokens": 0}),
+        ([1], {"temperature": float("nan")}),
+        ([1], {"top_p": 0.0}),
+        ([1], {"logit_bias": {VOCAB: 1.0}}),
+        ([1], {"bad_words": ((VOCAB,),)}),
+        ([1], {"stop_token_ids": (-1,), "min_tokens": 2}),
+    ],
+)
+def test_what_would_break_a_step_is_refused_before_it(prompt, options):
+    engine = make_engine()
+    with pytest.raises(InvalidRequestError):
+        engine.submit(request("bad", prompt, **options))
+    assert not engine.has_work()

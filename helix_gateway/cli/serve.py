@@ -7,7 +7,6 @@ how any of them works.
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -167,14 +166,14 @@ def _run(engine: EngineSettings, gateway: GatewaySettings) -> int:
     service = ProcessService(engine, Tokenizer.load(engine.model_path))
     app = create_app(gateway, dict.fromkeys(gateway.served_model_names, service))
 
-    async def stopping(_app: object) -> AsyncIterator[None]:
-        yield
+    async def stop(_app: object) -> None:
         await service.stop()
 
     async def start() -> None:
         await asyncio.gather(service.start(), asyncio.to_thread(_render_once, service.tokenizer))
 
-    app.cleanup_ctx.append(stopping)
+    # Before connections are closed: whoever is being answered hears that the server stops.
+    app.on_shutdown.append(stop)
     return run(app, gateway, start)
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+ErrorKind = Literal["out_of_memory", "failed"]
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -58,5 +59,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     """The stop token's id or the stop string that ended it; None for EOS, length and abort."""
     error: str | None = None
     """One clear line, with finish_reason "error"."""
+    error_kind: ErrorKind | None = None
+    """Whether trying again could help ("failed") or not ("out_of_memory"), with finish_reason "error"."""
     metrics: SequenceMetrics | None = None
     """With the last event of the sequence."""

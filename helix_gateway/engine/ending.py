@@ -20,6 +20,8 @@ class Ending:
 
 def find_ending(sequence: Sequence, token_ids: list[int], max_model_len: int) -> Ending:
     """Hold a step's tokens against everything that could end the sequence; feeds its stop condition."""
+    if not token_ids:  # a chunk that did not reach the end of what is known
+        return Ending([])
     ending = _by_length(sequence, _by_stop_token(sequence, token_ids), max_model_len)
     if sequence.stop is None or not ending.token_ids:
         return ending

@@ -18,9 +18,10 @@ from typing import Generic
 import structlog
 
 from helix_gateway.core.errors import ContextLengthError, OutOfMemoryError, QueueFullError
-from helix_gateway.core.event import FinishReason, TokenEvent
+from helix_gateway.core.event import ErrorKind, FinishReason, TokenEvent
 from helix_gateway.core.protocols import Logits, ModelRunner, StopCondition, TokenConstraint
 from helix_gateway.core.request import Request
+from helix_gateway.engine.admission import check_request
 from helix_gateway.engine.decoder import AdaptiveSpeculativeDecoder
 from helix_gateway.engine.depth import DepthPolicy, FixedDepth
 from helix_gateway.engine.drafters.base import Drafter
@@ -77,6 +78,7 @@ class Engine(Generic[Logits]):
         self.cache = PagedKVCache(runner.kv_groups, runner.num_pages, enable_prefix_caching=enable_prefix_caching)
         self.max_model_len = min(limits.max_model_len, self.cache.capacity_tokens())
         self._limits = limits
+        self._vocab_size = runner.vocab_size
         self._eos_token_ids = eos_token_ids
         self._scheduler = Scheduler(
             self.cache,
@@ -122,9 +124,11 @@ class Engine(Generic[Logits]):
             hooks: one for each choice, or none at all.
 
         Raises:
+            InvalidRequestError: it holds what this model has not, such as ids beyond its vocabulary.
             ContextLengthError: the prompt leaves no room for a token.
             QueueFullError: too many sequences wait already.
         """
+        check_request(request, self._vocab_size)
         if len(request.prompt_token_ids) >= self.max_model_len:
             raise ContextLengthError(len(request.prompt_token_ids), self.max_model_len)
         if self.num_waiting >= self._limits.max_queue_len:
@@ -173,29 +177,42 @@ class Engine(Generic[Logits]):
         except Exception as error:
             # Whatever it was, it concerns the sequences of this step and nobody else.
             log.exception("step_failed", sequences=len(plan.scheduled))
-            self._fail(plan, f"The engine failed while computing this request: {type(error).__name__}.")
+            self._fail(plan, f"The engine failed while computing this request: {type(error).__name__}.", "failed")
         else:
             self._commit(self.last_output)
+            self._scheduler.limits = self._recovering_limits()
 
     def _fit_smaller(self, plan: StepPlan, error: OutOfMemoryError) -> None:
         """Halve the step's budget and let the same tokens be planned again; fail what does not fit even alone."""
         budget = sum(scheduled.num_tokens + scheduled.depth for scheduled in plan.scheduled) // 2
         if budget == 0:
-            self._fail(plan, f"Out of memory: {error}")
+            self._fail(plan, f"Out of memory: {error}", "out_of_memory")
             return
         log.warning("out_of_memory", next_budget_tokens=budget)
         # Some page copies may not have been made: what was reserved for the step is given up with it.
         self._scheduler.requeue(plan)
         self._scheduler.limits = SchedulerLimits(self._limits.max_num_seqs, budget)
 
-    def _fail(self, plan: StepPlan, message: str) -> None:
+    def _recovering_limits(self) -> SchedulerLimits:
+        """Twice the budget of the step that went well, up to what was asked for."""
+        budget = min(self._limits.max_num_batched_tokens, 2 * self._scheduler.limits.max_num_batched_tokens)
+        return SchedulerLimits(self._limits.max_num_seqs, budget)
+
+    def _fail(self, plan: StepPlan, message: str, kind: ErrorKind) -> None:
         for request_id in {scheduled.sequence.request.request_id for scheduled in plan.scheduled}:
-            self._end_request(request_id, "error", message)
+            self._end_request(request_id, "error", message, kind)
 
     def _commit(self, output: SpeculativeOutput) -> None:
         now = monotonic()
         for sequence_output in output.step.outputs:
-            self._commit_one(sequence_output, now)
+            request_id = sequence_output.scheduled.sequence.request.request_id
+            try:
+                self._commit_one(sequence_output, now)
+            except Exception as error:
+                # A stop condition that raises is its own request's trouble.
+                log.exception("commit_failed", request_id=request_id)
+                message = f"The engine failed while reading this answer: {type(error).__name__}."
+                self._end_request(request_id, "error", message, "failed")
 
     def _commit_one(self, output: SequenceOutput, now: float) -> None:
         scheduled = output.scheduled
@@ -252,7 +269,9 @@ class Engine(Generic[Logits]):
             )
         )
 
-    def _end_request(self, request_id: str, reason: FinishReason, message: str | None = None) -> None:
+    def _end_request(
+        self, request_id: str, reason: FinishReason, message: str | None = None, kind: ErrorKind | None = None
+    ) -> None:
         self._forks.pop(request_id, None)
         for sequence in self._sequences.pop(request_id, ()):
             self._scheduler.drop(sequence)
@@ -264,6 +283,7 @@ class Engine(Generic[Logits]):
                     token_ids=[],
                     finish_reason=reason,
                     error=message,
+                    error_kind=kind,
                     metrics=sequence.metrics(),
                 )
             )

@@ -79,7 +79,9 @@ class Scheduler:
     def _continue(self, sequence: Sequence, step: "_StepInMaking") -> None:
         """Give a running sequence its part of the step, if need be at the cost of those that rank after it."""
         start = sequence.num_computed_tokens
-        num_tokens = min(sequence.num_pending_tokens, step.budget)
+        # While others wait, nobody's prompt takes more than half of what is left: they join at this very step.
+        share = max(1, step.budget // 2) if self.waiting else step.budget
+        num_tokens = min(sequence.num_pending_tokens, share)
         reaches_end = num_tokens == sequence.num_pending_tokens
         depth = min(self._depth_policy.depth(sequence), step.budget - num_tokens) if reaches_end else 0
         while True:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import msgspec
 
-from helix_gateway.core.errors import EngineUnavailableError
+from helix_gateway.core.errors import EngineUnavailableError, OutOfMemoryError
 from helix_gateway.core.event import TokenLogprobs
 from helix_gateway.gateway.errors import GenerationFailedError
 from helix_gateway.gateway.params import Plan
@@ -100,6 +100,8 @@ async def _interleaved(streams: Sequence[AsyncIterator[TextDelta]], num_choices:
 
 
 def _raise_if_failed(delta: TextDelta) -> None:
+    if delta.error_kind == "out_of_memory":
+        raise OutOfMemoryError(delta.error or "The device's memory does not hold this request.")
     if delta.finish_reason == "error":
         raise GenerationFailedError(delta.error or "The engine gave up on this answer.")
     if delta.finish_reason == "abort":

@@ -104,7 +104,8 @@ class EventStream:
             self._last_write_s = self._clock()
 
     async def _ping(self) -> None:
-        with suppress(ConnectionResetError):
+        # RuntimeError: the answer came to its end while this was on its way.
+        with suppress(ConnectionResetError, RuntimeError):
             while True:
                 silence_s = self._clock() - self._last_write_s
                 if silence_s >= self._interval_s and not self._writing:

@@ -66,5 +66,14 @@ def load_runner(
                 max_tokens=None if kv_cache_memory_bytes else max_tokens_in_use,
             )
         except OutOfMemoryError as error:
-            raise ModelLoadError(f"The KV cache does not fit: {error}") from error
+            raise ModelLoadError(_does_not_fit(memory, where, error)) from error
     return LoadedRunner(runner, runner.context_length, where.type)
+
+
+def _does_not_fit(asked_bytes: int, device: torch.device, error: OutOfMemoryError) -> str:
+    if asked_bytes < free_memory_bytes(device):
+        return f"The KV cache does not fit: {error}."
+    return (
+        f"A KV cache of {asked_bytes / 2**30:.1f} GiB does not fit: {free_memory_bytes(device) / 2**30:.1f} GiB are free "
+        f"once the weights are loaded. Lower --kv-cache-memory."
+    )

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from helix_gateway.core.event import FinishReason, SequenceMetrics, TokenLogprobs
+from helix_gateway.core.event import ErrorKind, FinishReason, SequenceMetrics, TokenLogprobs
 from helix_gateway.core.request import Request
 from helix_gateway.text.tokenizer import Tokenizer
 
@@ -44,6 +44,7 @@ class TextDelta(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    error_kind: ErrorKind | None = None
     metrics: SequenceMetrics | None = None
 
 

@@ -17,6 +17,13 @@ from helix_gateway.service.settings import EngineSettings
 from helix_gateway.service.stops import ChoiceText
 from helix_gateway.text.tokenizer import Tokenizer
 
+_UNAVAILABLE: dict[ServiceState, str] = {
+    "starting": "The model is still being loaded; try again in a moment.",
+    "ready": "The engine is not quite ready; try again in a moment.",
+    "restarting": "The engine is being restarted; try again in a moment.",
+    "stopped": "The engine has stopped and will not come back.",
+}
+
 
 class EngineClient(ABC):
     """A `service.api.ModelService` over an engine that takes commands and answers with replies.
@@ -68,19 +75,24 @@ class EngineClient(ABC):
 
     def _facts(self) -> Ready:
         if self._ready is None:
-            raise EngineUnavailableError(f"The engine is {self._state}; try again in a moment.")
+            raise EngineUnavailableError(_UNAVAILABLE[self._state])
         return self._ready
+
+    def _refuse_unless_ready(self) -> None:
+        if self._state != "ready":
+            raise EngineUnavailableError(_UNAVAILABLE[self._state])
 
     async def generate(self, call: GenerationCall) -> AsyncGenerator[TextDelta, None]:
         """See `ModelService`."""
-        if self._state != "ready":
-            raise EngineUnavailableError(f"The engine is {self._state}; try again in a moment.")
+        self._refuse_unless_ready()
         queue: asyncio.Queue[TokenEvent | HelixError] = asyncio.Queue()
         request_id = call.request.request_id
         texts = [ChoiceText(self._tokenizer, call) for _ in range(call.request.sampling.n)]
         unfinished = len(texts)
         self._in_flight.add(request_id, self._sink(queue))
         try:
+            # Once more: an engine that has gone meanwhile has told everybody, but not this one.
+            self._refuse_unless_ready()
             self._send(Submit(call))
             while unfinished:
                 event = await queue.get()

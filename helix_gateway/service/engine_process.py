@@ -11,6 +11,7 @@ import threading
 from typing import TYPE_CHECKING
 
 import msgspec
+import structlog
 import zmq
 
 from helix_gateway.core.errors import HelixError
@@ -21,6 +22,8 @@ from helix_gateway.telemetry.logging import configure_logging
 
 if TYPE_CHECKING:
     Socket = zmq.Socket[bytes]
+
+log = structlog.get_logger(__name__)
 
 _EXIT_ORPHANED = 3
 _LINGER_MS = 1000
@@ -54,8 +57,9 @@ class SocketInbox:
 
 def main() -> None:
     """Read the assignment, load, serve until the parent goes away."""
-    # Ctrl-C reaches the whole group; when to stop is the gateway's decision, which comes as the end of the pipe.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C, and a service manager's SIGTERM, reach the whole group; when to stop is the gateway's decision, which comes as the end of the pipe.
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
     configure_logging()
     assignment = msgspec.json.decode(sys.stdin.buffer.readline(), type=Assignment)
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
@@ -86,13 +90,18 @@ def _serve(settings: EngineSettings, commands: "Socket", replies: "Socket") -> b
         replies.send(reply_encoder.encode(reply))
 
     # Imported here: what is heavy is loaded once the parent can already be told of trouble.
-    from helix_gateway.service.host import EngineHost
-    from helix_gateway.service.loop import run_loop
-
     try:
+        from helix_gateway.service.host import EngineHost
+        from helix_gateway.service.loop import run_loop
+
         host = EngineHost(settings)
     except HelixError as error:
         tell(LoadFailed(str(error)))
+        return False
+    except Exception as error:
+        log.exception("load_failed")
+        reason = (str(error).splitlines() or [""])[0]
+        tell(LoadFailed(f"The model could not be loaded: {type(error).__name__}: {reason}"))
         return False
     tell(Ready(host.max_model_len, host.vocab_size))
     run_loop(host, SocketInbox(commands), tell, batch_window_s=settings.batch_window_ms / 1e3)

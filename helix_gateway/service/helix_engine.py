@@ -14,9 +14,12 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, overload
 
-from helix_gateway.core.errors import HelixError, OutOfMemoryError
+import msgspec
+
+from helix_gateway.core.errors import HelixError, InvalidRequestError, OutOfMemoryError
 from helix_gateway.core.event import FinishReason, SequenceMetrics, TokenLogprobs
 from helix_gateway.core.request import Request, SamplingParams
+from helix_gateway.engine.admission import check_request
 from helix_gateway.runtime.model_source import resolve
 from helix_gateway.service.api import GenerationCall, StopStrings, TextDelta
 from helix_gateway.service.in_process import InProcessService
@@ -24,6 +27,7 @@ from helix_gateway.service.settings import EngineSettings
 from helix_gateway.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
+_REQUEST_OPTIONS = ("priority", "cache_salt")
 
 
 @dataclass(slots=True)
@@ -108,6 +112,8 @@ class HelixEngine:
 
         Raises:
             ContextLengthError: a prompt leaves no room for an answer.
+            InvalidRequestError: an option is of the wrong type or out of range.
+            TypeError: there is no such option.
             HelixError: the engine failed while answering.
         """
         many = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -143,14 +149,18 @@ class HelixEngine:
             include_in_output=options.pop("include_stop_str_in_output", False),
             skip_special_tokens=options.pop("skip_special_tokens", True),
         )
-        request_fields = {name: options.pop(name) for name in ("priority", "cache_salt") if name in options}
+        unknown = [name for name in options if name not in {*SamplingParams.__struct_fields__, *_REQUEST_OPTIONS}]
+        if unknown:
+            raise TypeError(f"generate() knows no option {unknown[0]!r}; see SamplingParams for those there are.")
+        request_fields = {name: options.pop(name) for name in _REQUEST_OPTIONS if name in options}
         options.setdefault("seed", self._service.draw_seed())
         request = Request(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt),
-            sampling=SamplingParams(**options),
+            sampling=_sampling(options),
             **request_fields,
         )
+        check_request(request, self._service.vocab_size)
         return GenerationCall(request=request, stop=stop_strings)
 
     def close(self) -> None:
@@ -166,9 +176,16 @@ class HelixEngine:
         self.close()
 
 
+def _sampling(options: dict[str, Any]) -> SamplingParams:
+    try:
+        return msgspec.convert(options, SamplingParams)
+    except msgspec.ValidationError as error:
+        raise InvalidRequestError(f"{error}.") from error
+
+
 def _raise_failure(delta: TextDelta) -> None:
     if delta.error is not None:
-        kind = OutOfMemoryError if delta.error.startswith("Out of memory") else HelixError
+        kind = OutOfMemoryError if delta.error_kind == "out_of_memory" else HelixError
         raise kind(delta.error)
 
 

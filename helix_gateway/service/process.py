@@ -15,12 +15,12 @@ import structlog
 import zmq
 import zmq.asyncio
 
-from helix_gateway.core.errors import HelixError, ModelLoadError
+from helix_gateway.core.errors import EngineUnavailableError, HelixError, ModelLoadError
 from helix_gateway.core.event import TokenEvent
 from helix_gateway.runtime.cpu.threads import engine_environment
 from helix_gateway.service.client import EngineClient
 from helix_gateway.service.engine_process import Assignment
-from helix_gateway.service.messages import Command, LoadFailed, Ready, Reply
+from helix_gateway.service.messages import Command, LoadFailed, Ready, Reply, Submit
 from helix_gateway.service.requests_in_flight import Sink
 from helix_gateway.service.settings import EngineSettings
 from helix_gateway.service.wire import Endpoints, command_encoder, reply_decoder
@@ -62,13 +62,8 @@ class ProcessService(EngineClient):
         Raises:
             ModelLoadError: it cannot be loaded; in one line, why.
         """
-        link = await _start_engine(self._settings)
-        try:
-            self._receive(await link.first_reply())
-        except BaseException:
-            await link.close()
-            raise
-        self._link = link
+        self._link, ready = await _started_engine(self._settings)
+        self._receive(ready)
         self._keeper = asyncio.create_task(self._keep())
 
     async def stop(self) -> None:
@@ -81,8 +76,9 @@ class ProcessService(EngineClient):
         self._in_flight.fail_all("The server is shutting down.")
 
     def _send(self, command: Command) -> None:
-        if self._link is not None:
-            self._link.send(command)
+        sent = self._link is not None and self._link.send(command)
+        if not sent and isinstance(command, Submit):
+            raise EngineUnavailableError("The engine cannot be reached; try again in a moment.")
 
     def _sink(self, queue: "asyncio.Queue[TokenEvent | HelixError]") -> Sink:
         return queue.put_nowait
@@ -96,6 +92,7 @@ class ProcessService(EngineClient):
                 self._in_flight.fail_all("The engine died while serving this request; it is being restarted.")
                 await self._restart()
         finally:
+            self._in_flight.fail_all("The engine has stopped.")
             if self._link is not None:
                 await self._link.close()
                 self._link = None
@@ -108,8 +105,8 @@ class ProcessService(EngineClient):
         try:
             while True:
                 self._receive(await link.reply(self._heartbeat_timeout_s))
-        except EngineGone as gone:
-            log.error("engine_gone", reason=str(gone), requests=len(self._in_flight))
+        except Exception as gone:  # noqa: BLE001 - an engine whose replies make no sense is as good as gone
+            log.error("engine_gone", reason=str(gone), kind=type(gone).__name__, requests=len(self._in_flight))
         self._link = None
         await link.close()
 
@@ -118,17 +115,11 @@ class ProcessService(EngineClient):
         while self._link is None:
             await asyncio.sleep(_RESTART_PAUSE_S[min(attempt, len(_RESTART_PAUSE_S) - 1)])
             attempt += 1
-            link = await _start_engine(self._settings)
             try:
-                ready = await link.first_reply()
-            except ModelLoadError as error:
-                log.error("engine_restart_failed", attempt=attempt, reason=str(error))
-                await link.close()
-            except BaseException:
-                await link.close()
-                raise
+                self._link, ready = await _started_engine(self._settings)
+            except Exception as error:  # noqa: BLE001 - no memory, no disk, no model: the next try may find some
+                log.error("engine_restart_failed", attempt=attempt, reason=str(error), kind=type(error).__name__)
             else:
-                self._link = link
                 self._receive(ready)
                 log.info("engine_restarted", attempt=attempt)
 
@@ -149,10 +140,13 @@ class _EngineLink:
         self._endpoints = endpoints
         self._ended = asyncio.ensure_future(process.wait())
 
-    def send(self, command: Command) -> None:
-        """Pass a command on, without waiting; to an engine that is gone it is dropped."""
-        with contextlib.suppress(zmq.ZMQError):
+    def send(self, command: Command) -> bool:
+        """Pass a command on, without waiting; False if that is not possible."""
+        try:
             self._commands.send(command_encoder.encode(command), zmq.NOBLOCK)
+        except zmq.ZMQError:
+            return False
+        return True
 
     async def first_reply(self) -> Ready:
         """Wait for the model to be loaded.  Raises ModelLoadError if it cannot be."""
@@ -196,6 +190,16 @@ class _EngineLink:
 
 def _how_it_ended(code: int) -> str:
     return f"signal {-code} ended it" if code < 0 else f"exit code {code}"
+
+
+async def _started_engine(settings: EngineSettings) -> "tuple[_EngineLink, Ready]":
+    """A new engine that has loaded its model."""
+    link = await _start_engine(settings)
+    try:
+        return link, await link.first_reply()
+    except BaseException:
+        await link.close()
+        raise
 
 
 async def _start_engine(settings: EngineSettings) -> _EngineLink:

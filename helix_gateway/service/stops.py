@@ -67,6 +67,7 @@ class ChoiceText:
             finish_reason=event.finish_reason,
             stop_reason=event.stop_reason,
             error=event.error,
+            error_kind=event.error_kind,
             metrics=event.metrics,
         )
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import platformdirs
@@ -54,7 +55,9 @@ def _sources_digest(folder: Path) -> str:
 
 def _forget_others(current: Path) -> None:
     """Delete all but the most recent folders; the current one becomes the most recent."""
-    os.utime(current)
-    by_age = sorted(current.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in by_age[_KEPT_FOLDERS:]:
-        shutil.rmtree(path, ignore_errors=True)
+    # Another process may be doing the same: what has gone meanwhile is no trouble.
+    with suppress(OSError):
+        os.utime(current)
+        by_age = sorted(current.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in by_age[_KEPT_FOLDERS:]:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,17 +1,22 @@
 """Finds models whose layers are Llama's, and runs a whole step of them through `layers.py`.
 
-Found by structure, not by name: the modules of a layer must be those of a Llama, packed, and the compiled step must
-then agree with transformers' own forward on a few tokens.  What does not fit, or does not agree, is served through
-transformers' modules as before.  Knows nothing about batches beyond their flat arrays.
+Found by structure, not by name: a layer must have the parts of a Llama's, all packed and alike, and their code must be,
+line for line, that of transformers' own Llama, Mistral or Qwen2, since equal parts can be put to other uses (rotary
+in other pairs, or none; queries scaled by position).  The compiled step must then agree with transformers' forward on some
+tokens.  What does not fit, or does not agree, is served through transformers' modules as before.
 """
 
+import inspect
+import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 import structlog
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from helix_gateway.core.step import StepBatch
 from helix_gateway.runtime.cpu.attention import CpuPagedAttention
@@ -140,7 +145,43 @@ def is_llama_like(model: Any) -> bool:
     needed = ("embed_tokens", "layers", "norm")
     if not all(hasattr(base, name) for name in needed) or not isinstance(head, PackedLinear):
         return False
-    return _is_norm(base.norm) and all(_is_llama_layer(layer) for layer in base.layers)
+    if not _is_norm(base.norm) or not all(_is_llama_layer(layer) for layer in base.layers):
+        return False
+    return len({_measures(layer) for layer in base.layers}) == 1 and _code(base.layers[0]) in _known_code()
+
+
+def _measures(layer: Any) -> tuple[object, ...]:
+    """What the compiled step takes from one layer for all."""
+    products = [(part.in_features, part.out_features) for part in layer.modules() if isinstance(part, PackedLinear)]
+    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    return (layer.self_attn.scaling, *products, *(norm.variance_epsilon for norm in norms))
+
+
+def _code(layer: Any) -> tuple[str, ...]:
+    """The source of what a layer computes; class names differ between families, what stands under ``forward`` may not."""
+    parts = (layer, layer.self_attn, layer.mlp, layer.input_layernorm)
+    module = sys.modules[type(layer.self_attn).__module__]
+    functions = [type(part).forward for part in parts] + [module.apply_rotary_pos_emb, module.rotate_half]
+    return tuple(inspect.getsource(inspect.unwrap(function)) for function in functions)
+
+
+@cache
+def _known_code() -> frozenset[tuple[str, ...]]:
+    """Of the families whose layers the compiled step computes."""
+    known = set()
+    for config_class in (LlamaConfig, MistralConfig, Qwen2Config):
+        config = config_class(
+            vocab_size=8,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+        )
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            known.add(_code(model.base_model.layers[0]))
+    return frozenset(known)
 
 
 def _is_llama_layer(layer: Any) -> bool:
