@@ -30,6 +30,10 @@ def children_of(pid):
     return [int(line.split()[0]) for line in listed.stdout.splitlines() if "engine_process" in line]
 
 
+def is_running(pid):
+    return os.path.exists(f"/proc/{pid}")
+
+
 def stream_events(url, events, started):
     body = {"messages": [{"role": "user", "content": "Count to 1000."}], "stream": True, "ignore_eos": True}
     with httpx.stream("POST", url + "/v1/chat/completions", json=body, timeout=60) as response:
@@ -72,9 +76,9 @@ def test_the_engine_ends_with_its_gateway(own_server):
     own_server.process.kill()
     own_server.process.wait()
     deadline = time.monotonic() + 10
-    while os.path.exists(f"/proc/{engine}") and time.monotonic() < deadline:
+    while is_running(engine) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not os.path.exists(f"/proc/{engine}")
+    assert not is_running(engine)
 
 
 def test_a_server_that_is_told_to_stop_tells_its_clients(own_server):
@@ -106,7 +110,7 @@ def test_an_engine_that_hangs_is_replaced(smollm2_path):
             while service.engine_pid in (hung, None) or service.state != "ready":
                 assert time.monotonic() < deadline
                 await asyncio.sleep(0.1)
-            assert not os.path.exists(f"/proc/{hung}")
+            assert not is_running(hung)
         finally:
             await service.stop()
 
