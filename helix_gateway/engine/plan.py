@@ -1,7 +1,7 @@
 """What a step will compute and what it got: the types between scheduler and decoder.
 
-A plan never holds the value of a token, only how many of each sequence and where, so that a step can be planned
-before the last one's tokens are known.
+A plan never holds the value of a token, only how many of each sequence and where.  That is what planning a step before
+the last one's tokens are known needs; counts still come from committed tokens, since nothing is in flight yet.
 """
 
 from dataclasses import dataclass, field

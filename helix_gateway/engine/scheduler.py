@@ -116,7 +116,7 @@ class Scheduler:
             self.waiting.add(victim)
 
     def _admit(self, sequence: Sequence, step: "_StepInMaking") -> bool:
-        """Start the head of the queue, if all that it is known to need fits (else it would soon be preempted)."""
+        """Start the head of the queue, if all that it is known to need fits (else it would be preempted at once)."""
         if sequence.key not in self._cache:
             self._open(sequence)
         while not self._fits(sequence):

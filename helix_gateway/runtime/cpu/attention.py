@@ -104,7 +104,7 @@ def _write_row(kind, shape, offsets, table, position, row, key, value):  # type:
 
 
 @njit(cache=True)
-def _write_rows(kind, shape, offsets, plan, first, last, key, value):  # type: ignore[no-untyped-def]
+def write_rows(kind, shape, offsets, plan, first, last, key, value):  # type: ignore[no-untyped-def]
     for row in range(first, last):
         table = plan.tables[plan.row_sequence[row]]
         _write_row(kind, shape, offsets, table, plan.positions[row], row, key, value)
@@ -323,7 +323,7 @@ def _give_outputs(kind, shape, heads, first_row, rows, work, sums, totals, out):
 
 
 @njit(cache=True)
-def _attend_item(kind, shape, offsets, plan, item, query, scaling, softcap, out, work):  # type: ignore[no-untyped-def]
+def attend_item(kind, shape, offsets, plan, item, query, scaling, softcap, out, work):  # type: ignore[no-untyped-def]
     """One tile and some of its KV heads."""
     tile, part = item // plan.parts, item % plan.parts
     heads = (shape[_KV_HEADS] * part // plan.parts, shape[_KV_HEADS] * (part + 1) // plan.parts)
@@ -353,16 +353,16 @@ def _write_layer(kind, shape, offsets, plan, key, value):  # type: ignore[no-unt
     """Write all rows' keys and values, each thread some rows."""
     threads, rows = len(plan.bounds) - 1, len(plan.positions)
     for thread in prange(threads):
-        _write_rows(kind, shape, offsets, plan, rows * thread // threads, rows * (thread + 1) // threads, key, value)
+        write_rows(kind, shape, offsets, plan, rows * thread // threads, rows * (thread + 1) // threads, key, value)
 
 
 @njit(parallel=True, nogil=True, cache=True)
 def _attend_layer(kind, shape, offsets, plan, written, query, key, value, scaling, softcap, out, works):  # type: ignore[no-untyped-def]
     """Write the rows from ``written`` on, then attend, each thread its items."""
-    _write_rows(kind, shape, offsets, plan, written, len(plan.positions), key, value)
+    write_rows(kind, shape, offsets, plan, written, len(plan.positions), key, value)
     for thread in prange(len(plan.bounds) - 1):
         for item in range(plan.bounds[thread], plan.bounds[thread + 1]):
-            _attend_item(kind, shape, offsets, plan, item, query, scaling, softcap, out, works[thread])
+            attend_item(kind, shape, offsets, plan, item, query, scaling, softcap, out, works[thread])
 
 
 @njit(cache=True)

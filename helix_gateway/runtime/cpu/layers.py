@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, prange
 
-from helix_gateway.runtime.cpu.attention import _attend_item, _write_rows
+from helix_gateway.runtime.cpu.attention import attend_item, write_rows
 from helix_gateway.runtime.cpu.attention_kernels import load_element, store_element
 from helix_gateway.runtime.cpu.math import exp_f32
 from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS, float32s_at
-from helix_gateway.runtime.cpu.products import BlockShape, _multiply_tiles
+from helix_gateway.runtime.cpu.products import BlockShape, multiply_tiles
 
 QKV, OUT, GATE_UP, DOWN = range(4)
 """The products of a layer, in their order."""
@@ -152,10 +152,10 @@ def _layers(bits: int, max_rows: int, registers: int) -> Any:
                         _rotate_rows(
                             kind, first, last, product, qkv, heads + kv_heads, dim, plan.positions, cosines, sines
                         )
-                        _write_rows(kind, shape, offsets[number], plan, first, last, key, value)
+                        write_rows(kind, shape, offsets[number], plan, first, last, key, value)
                     for thread in prange(threads):
                         for item in range(plan.bounds[thread], plan.bounds[thread + 1]):
-                            _attend_item(
+                            attend_item(
                                 kind,
                                 shape,
                                 offsets[number],
@@ -176,7 +176,7 @@ def _layers(bits: int, max_rows: int, registers: int) -> Any:
                 count = (channels + TILE_CHANNELS - 1) // TILE_CHANNELS
                 for thread in prange(threads):
                     first, last = count * thread // threads, count * (thread + 1) // threads
-                    _multiply_tiles(
+                    multiply_tiles(
                         bits,
                         max_rows,
                         registers,

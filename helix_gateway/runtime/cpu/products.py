@@ -77,7 +77,7 @@ def products(bits: int, shape: BlockShape) -> Products:
 
 
 @njit(inline="always")
-def _multiply_tiles(  # type: ignore[no-untyped-def]
+def multiply_tiles(  # type: ignore[no-untyped-def]
     bits, max_rows, registers, first, last, rows, x, x_stride, tiles, inputs, bias, out, channels
 ):
     """Some tiles, one after the other: while a tile is in the cache, all rows pass over it in even blocks.
@@ -127,7 +127,7 @@ def _serial_product(bits: int, max_rows: int, registers: int) -> Any:
             _widen(0, rows, x, x_stride, wide, inputs)
             x, x_stride = wide, inputs + _WIDE_GAP
         count = (channels + TILE_CHANNELS - 1) // TILE_CHANNELS
-        _multiply_tiles(bits, max_rows, registers, 0, count, rows, x, x_stride, tiles, inputs, bias, out, channels)
+        multiply_tiles(bits, max_rows, registers, 0, count, rows, x, x_stride, tiles, inputs, bias, out, channels)
 
     return multiply
 
@@ -146,7 +146,7 @@ def _parallel_product(bits: int, max_rows: int, registers: int) -> Any:
         count = (channels + TILE_CHANNELS - 1) // TILE_CHANNELS
         for thread in prange(threads):
             first, last = count * thread // threads, count * (thread + 1) // threads
-            _multiply_tiles(
+            multiply_tiles(
                 bits, max_rows, registers, first, last, rows, x, x_stride, tiles, inputs, bias, out, channels
             )
 
