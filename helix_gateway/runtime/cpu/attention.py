@@ -105,6 +105,7 @@ def _write_row(kind, shape, offsets, table, position, row, key, value):  # type:
 
 @njit(cache=True)
 def write_rows(kind, shape, offsets, plan, first, last, key, value):  # type: ignore[no-untyped-def]
+    """Keys and values of the rows first:last into their pages; sources as `_write_row` has them."""
     for row in range(first, last):
         table = plan.tables[plan.row_sequence[row]]
         _write_row(kind, shape, offsets, table, plan.positions[row], row, key, value)
