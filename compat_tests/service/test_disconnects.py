@@ -12,7 +12,7 @@ from helix_gateway.gateway.settings import GatewaySettings
 from helix_gateway.service.in_process import InProcessService
 from helix_gateway.service.settings import EngineSettings
 
-GONE_WITHIN_S = 2.0
+GONE_WITHIN_S = 10.0
 
 
 @pytest.fixture(scope="module")
