@@ -11,7 +11,7 @@ from aiohttp.typedefs import Handler
 
 from helix_gateway.gateway.middlewares import MIDDLEWARES, add_headers
 from helix_gateway.gateway.registry import ModelRegistry
-from helix_gateway.gateway.routes import chat, completions, health, models, root
+from helix_gateway.gateway.routes import chat, completions, generate, health, models, root
 from helix_gateway.gateway.settings import GatewaySettings
 from helix_gateway.gateway.state import MODELS, SETTINGS, WORKERS
 from helix_gateway.service.api import ModelService
@@ -22,6 +22,8 @@ PREFIXES = ("", "/v1")
 POSTS: dict[str, Handler] = {
     "/chat/completions": chat.create_chat_completion,
     "/completions": completions.create_completion,
+    "/generate": generate.generate,
+    "/generate/stream": generate.generate_stream,
 }
 GETS: dict[str, Handler] = {
     "": root.root,

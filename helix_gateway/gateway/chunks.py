@@ -6,6 +6,7 @@ Knows the common frame; `routes/` knows what chat and completions put into it.
 import msgspec
 
 from helix_gateway.gateway.reply import Reply
+from helix_gateway.gateway.schemas.answers import Usage
 from helix_gateway.gateway.sse import one_line
 
 to_json = msgspec.json.Encoder().encode
@@ -24,7 +25,7 @@ class ChunkFrame:
         """One event; ``fields`` are the choice's, ``beside`` (with a leading comma) stand next to the choices."""
         return b"%b%d,%b}]%b%b" % (self._head, choice, one_line(fields), one_line(beside), self._tail)
 
-    def usage_chunk(self, usage: dict[str, object]) -> bytes:
+    def usage_chunk(self, usage: Usage) -> bytes:
         """The event with no choices that tells the usage."""
         return b"data: " + to_json({**self._fields, "choices": [], "usage": usage}) + b"\n\n"
 

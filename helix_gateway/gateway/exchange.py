@@ -5,7 +5,7 @@ nothing about what chat and completions look like.
 """
 
 import re
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +95,7 @@ def _header_list(names: list[str]) -> str:
     return text
 
 
-def answer_json(body: dict[str, Any]) -> web.Response:
+def answer_json(body: Mapping[str, object]) -> web.Response:
     """The whole answer at once."""
     return web.Response(body=to_json(body), content_type="application/json")
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 import msgspec
 
 from helix_gateway.core.errors import EngineUnavailableError, OutOfMemoryError
-from helix_gateway.core.event import TokenLogprobs
+from helix_gateway.core.event import SequenceMetrics, TokenLogprobs
 from helix_gateway.gateway.errors import GenerationFailedError
 from helix_gateway.gateway.params import Plan
 from helix_gateway.service.api import ModelService, TextDelta
@@ -147,6 +147,8 @@ class Answer:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    metrics: SequenceMetrics | None = None
+    """Known once it has ended."""
 
     def add(self, delta: TextDelta) -> None:
         """Take what is new."""
@@ -156,6 +158,7 @@ class Answer:
         self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
         self.finish_reason = delta.finish_reason or self.finish_reason
         self.stop_reason = delta.stop_reason if delta.stop_reason is not None else self.stop_reason
+        self.metrics = delta.metrics or self.metrics
 
     @property
     def text(self) -> str:

@@ -4,9 +4,15 @@ Knows nothing about streams; a legacy writer keeps the text offset that a stream
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from helix_gateway.core.event import TokenLogprobs
+from helix_gateway.gateway.schemas.answers import (
+    ChosenTokenLogprob,
+    LegacyLogprobLists,
+    PromptLogprob,
+    PromptLogprobs,
+    TokenLogprob,
+)
 from helix_gateway.gateway.token_texts import TokenTexts
 
 LOWEST = -9999.0
@@ -18,7 +24,7 @@ def finite(logprob: float) -> float:
     return logprob if logprob > LOWEST else LOWEST
 
 
-def chat_logprobs(texts: TokenTexts, tokens: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
+def chat_logprobs(texts: TokenTexts, tokens: Sequence[TokenLogprobs]) -> list[ChosenTokenLogprob]:
     """The ``content`` of chat's ``logprobs``."""
     return [
         {
@@ -32,17 +38,17 @@ def chat_logprobs(texts: TokenTexts, tokens: Sequence[TokenLogprobs]) -> list[di
     ]
 
 
-def _chat_entry(texts: TokenTexts, token_id: int, logprob: float) -> dict[str, Any]:
+def _chat_entry(texts: TokenTexts, token_id: int, logprob: float) -> TokenLogprob:
     text = texts[token_id]
     return {"token": text.chat, "logprob": finite(logprob), "bytes": list(text.data)}
 
 
-def prompt_logprobs(texts: TokenTexts, tokens: Sequence[TokenLogprobs | None], top: int) -> list[Any]:
+def prompt_logprobs(texts: TokenTexts, tokens: Sequence[TokenLogprobs | None], top: int) -> PromptLogprobs:
     """For each prompt token (null for the first) a map from token id: the token's own and the ``top`` likeliest."""
     return [None if token is None else _by_id(texts, token, top) for token in tokens]
 
 
-def _by_id(texts: TokenTexts, token: TokenLogprobs, top: int) -> dict[str, Any]:
+def _by_id(texts: TokenTexts, token: TokenLogprobs, top: int) -> dict[str, PromptLogprob]:
     ranked = [(token.token_id, token.logprob, token.rank)]
     ranked += [
         (token_id, logprob, rank)
@@ -66,7 +72,7 @@ class LegacyLogprobs:
 
     def of_prompt(
         self, token_ids: Sequence[int], tokens: Sequence[TokenLogprobs | None], *, text: str
-    ) -> dict[str, Any]:
+    ) -> LegacyLogprobLists:
         """The echoed prompt's; a first token that ``text`` does not show (a beginning mark) takes no room in it."""
         lists = self._lists()
         for place, (token_id, token) in enumerate(zip(token_ids, tokens, strict=True)):
@@ -74,7 +80,7 @@ class LegacyLogprobs:
             self._append(lists, token_id, token, width=0 if hidden else None)
         return lists
 
-    def of_output(self, tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:
+    def of_output(self, tokens: Sequence[TokenLogprobs]) -> LegacyLogprobLists:
         """The next output tokens'."""
         lists = self._lists()
         for token in tokens:
@@ -82,11 +88,11 @@ class LegacyLogprobs:
         return lists
 
     @staticmethod
-    def _lists() -> dict[str, Any]:
+    def _lists() -> LegacyLogprobLists:
         return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
     def _append(
-        self, lists: dict[str, Any], token_id: int, token: TokenLogprobs | None, width: int | None = None
+        self, lists: LegacyLogprobLists, token_id: int, token: TokenLogprobs | None, width: int | None = None
     ) -> None:
         text = self._texts[token_id]
         lists["tokens"].append(text.legacy)
@@ -102,8 +108,13 @@ class LegacyLogprobs:
         return {self._texts[token_id].legacy: finite(logprob) for token_id, logprob in pairs}
 
 
-def joined(first: dict[str, Any] | None, second: dict[str, Any] | None) -> dict[str, Any] | None:
+def joined(first: LegacyLogprobLists | None, second: LegacyLogprobLists | None) -> LegacyLogprobLists | None:
     """Two stretches of legacy logprobs as one; either may be missing."""
     if first is None or second is None:
         return first or second
-    return {name: first[name] + second[name] for name in first}
+    return {
+        "tokens": first["tokens"] + second["tokens"],
+        "token_logprobs": first["token_logprobs"] + second["token_logprobs"],
+        "top_logprobs": first["top_logprobs"] + second["top_logprobs"],
+        "text_offset": first["text_offset"] + second["text_offset"],
+    }

@@ -71,6 +71,28 @@ async def completion_prompts(
     return await sized(request, len(memoryview(raw)), encode)
 
 
+async def single_prompt(
+    request: web.Request, served: ServedModel, raw: msgspec.Raw, *, add_special_tokens: bool
+) -> Prompt:
+    """The same of a `prompt` field that holds one prompt: a string or token ids.
+
+    Raises:
+        ApiError, InvalidRequestError: 400.
+    """
+    encode = partial(_encode_prompt, served, raw, add_special_tokens=add_special_tokens)
+    return await sized(request, len(memoryview(raw)), encode)
+
+
+def _encode_prompt(served: ServedModel, raw: msgspec.Raw, *, add_special_tokens: bool) -> Prompt:
+    _refuse_too_many_ids(served, bytes(memoryview(raw)))
+    value = read_json(raw, _read_value, "prompt")
+    if isinstance(value, str):
+        return _text_prompt(served, value, "prompt", add_special_tokens=add_special_tokens)
+    if isinstance(value, list):
+        return _ids_prompt(served, value, "prompt")
+    raise _wrong("prompt", f"must be a string or an array of token ids, not {kind_of(value)}")
+
+
 def _encode_prompts(served: ServedModel, raw: msgspec.Raw, *, add_special_tokens: bool) -> list[Prompt]:
     _refuse_too_many_ids(served, bytes(memoryview(raw)))
     value = read_json(raw, _read_value, "prompt")

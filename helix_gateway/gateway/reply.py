@@ -10,6 +10,7 @@ from typing import Any
 
 from helix_gateway.core.event import SequenceMetrics
 from helix_gateway.gateway.registry import ServedModel
+from helix_gateway.gateway.schemas.answers import Usage
 from helix_gateway.service.api import TextDelta
 
 
@@ -70,7 +71,7 @@ class Tally:
         """Prompt tokens that were not computed: of a prompt's choices the one that found least counts."""
         return sum(self._cached.values())
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self) -> Usage:
         """OpenAI's usage object."""
         prompt_tokens = sum(self.prompt_tokens)
         return {

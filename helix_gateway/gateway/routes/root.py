@@ -13,6 +13,8 @@ from helix_gateway.gateway.state import models_of
 ENDPOINTS = {
     "POST /v1/chat/completions": "chat, streaming or not",
     "POST /v1/completions": "plain text completion",
+    "POST /generate": "one text and how it was made, streaming or not",
+    "POST /generate/stream": "the same as a stream",
     "GET /v1/models": "what is served",
     "GET /health": "200 while the process lives",
     "GET /ready": "200 when a request would be served now",

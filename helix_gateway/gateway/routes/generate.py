@@ -1,0 +1,140 @@
+"""`/generate` and `/generate/stream`: one prompt, one text, and the figures of how it was made.
+
+For programs that want tokens and timings without OpenAI's envelope.  Knows nothing about how the engine makes
+tokens.
+"""
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Literal
+
+from aiohttp import web
+
+from helix_gateway.core.event import SequenceMetrics, TokenLogprobs
+from helix_gateway.gateway.body import read_body
+from helix_gateway.gateway.chunks import to_json
+from helix_gateway.gateway.exchange import Exchange, answer_json, answer_stream, open_exchange
+from helix_gateway.gateway.generation import closing, gather_answers
+from helix_gateway.gateway.logprobs import chat_logprobs, prompt_logprobs
+from helix_gateway.gateway.params import Wanted
+from helix_gateway.gateway.prompts import single_prompt
+from helix_gateway.gateway.reply import new_reply
+from helix_gateway.gateway.schemas.answers import (
+    AboutPrompt,
+    GenerateAnswer,
+    GenerateEvent,
+    GenerateMetrics,
+    OutputLogprobs,
+)
+from helix_gateway.gateway.schemas.generate import GenerateRequest, GenerateStreamRequest
+from helix_gateway.gateway.sse import DONE, event
+from helix_gateway.gateway.state import models_of, settings_of
+from helix_gateway.service.api import TextDelta
+
+
+async def generate(request: web.Request) -> web.StreamResponse:
+    """Go on from one prompt; a stream where the body asks for one."""
+    return await _answer(request, GenerateRequest)
+
+
+async def generate_stream(request: web.Request) -> web.StreamResponse:
+    """The same, always as a stream."""
+    return await _answer(request, GenerateStreamRequest)
+
+
+async def _answer(request: web.Request, schema: type[GenerateRequest]) -> web.StreamResponse:
+    body = await read_body(request, schema)
+    fields = body.fields
+    served = models_of(request).resolve_ready(fields.model)
+    prompt = await single_prompt(request, served, fields.prompt, add_special_tokens=fields.add_special_tokens)
+    wanted = Wanted(
+        token_limit=fields.max_tokens,
+        default_limit=settings_of(request).default_max_tokens,
+        logprobs=fields.logprobs,
+        prompt_logprobs=fields.prompt_logprobs,
+    )
+    exchange = await open_exchange(request, served, body, new_reply("gen", served), [prompt], wanted)
+    if fields.stream:
+        return await answer_stream(request, _events(exchange, fields))
+    return answer_json(await _body(exchange, fields))
+
+
+async def _body(exchange: Exchange, body: GenerateRequest) -> GenerateAnswer:
+    (answer,) = await gather_answers(exchange.deltas(), 1)
+    return {
+        "id": exchange.reply.id,
+        "model": exchange.reply.model,
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "finish_reason": _reason(answer.finish_reason),
+        "stop_reason": answer.stop_reason,
+        "metrics": _metrics(answer.metrics),
+        **_of_output(exchange, body, answer.logprobs),
+        **_of_prompt(exchange, body, answer.prompt_logprobs),
+    }
+
+
+async def _events(exchange: Exchange, body: GenerateRequest) -> AsyncGenerator[bytes, None]:
+    opened = False
+    async with closing(exchange.deltas()) as deltas:
+        async for _, delta in deltas:
+            about_prompt = {} if opened else _of_prompt(exchange, body, delta.prompt_logprobs)
+            about_output = _of_output(exchange, body, delta.logprobs or ())
+            yield event(to_json({**_event(exchange, delta), **about_output, **about_prompt}))
+            opened = True
+    yield DONE
+
+
+def _event(exchange: Exchange, delta: TextDelta) -> GenerateEvent:
+    told: GenerateEvent = {
+        "id": exchange.reply.id,
+        "model": exchange.reply.model,
+        "text": delta.text,
+        "token_ids": delta.token_ids,
+        "finish_reason": None if delta.finish_reason is None else _reason(delta.finish_reason),
+    }
+    if delta.finish_reason is not None:
+        told["stop_reason"] = delta.stop_reason
+        told["metrics"] = _metrics(delta.metrics)
+    return told
+
+
+def _reason(reason: str | None) -> Literal["stop", "length"]:
+    """Nothing else comes through: an answer that was aborted or failed has raised."""
+    return "length" if reason == "length" else "stop"
+
+
+def _of_output(exchange: Exchange, body: GenerateRequest, logprobs: Sequence[TokenLogprobs]) -> OutputLogprobs:
+    return {} if body.logprobs is None else {"logprobs": chat_logprobs(exchange.served.texts, logprobs)}
+
+
+def _of_prompt(exchange: Exchange, body: GenerateRequest, logprobs: list[TokenLogprobs | None] | None) -> AboutPrompt:
+    about: AboutPrompt = {}
+    if body.return_token_ids:
+        about["prompt_token_ids"] = exchange.prompts[0].token_ids
+    if body.prompt_logprobs is not None and logprobs is not None:
+        about["prompt_logprobs"] = prompt_logprobs(exchange.served.texts, logprobs, body.prompt_logprobs)
+    return about
+
+
+def _metrics(measured: SequenceMetrics | None) -> GenerateMetrics:
+    assert measured is not None, "the last delta of a choice carries its figures"
+    times_s = measured.token_times_s
+    return {
+        "prompt_tokens": measured.prompt_tokens,
+        "completion_tokens": measured.output_tokens,
+        "cached_tokens": measured.cached_tokens,
+        "draft_tokens": measured.draft_tokens,
+        "accepted_tokens": measured.accepted_tokens,
+        "preemptions": measured.num_preemptions,
+        "queue_time_s": measured.queue_time_s,
+        "time_to_first_token_s": measured.time_to_first_token_s,
+        "generation_time_s": times_s[-1] if times_s else None,
+        "tokens_per_second": _tokens_per_second(times_s),
+    }
+
+
+def _tokens_per_second(times_s: Sequence[float]) -> float | None:
+    """The rate after the first step, which also computed the prompt; None where one step made all."""
+    if not times_s or times_s[-1] <= times_s[0]:
+        return None
+    return sum(time_s > times_s[0] for time_s in times_s) / (times_s[-1] - times_s[0])
