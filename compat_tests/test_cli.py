@@ -69,7 +69,7 @@ def test_serve_hands_every_flag_on(started):
     assert (engine.dtype, engine.device, engine.max_model_len, engine.max_num_seqs) == ("bfloat16", "cpu", 512, 3)
     assert (engine.max_num_batched_tokens, engine.block_size, engine.kv_cache_memory_bytes) == (77, 8, 2**31)
     assert (engine.enable_prefix_caching, engine.seed, engine.batch_window_ms) == (False, 2**64 - 1, 2.5)
-    assert (gateway.host, gateway.port, gateway.api_key, gateway.default_max_tokens) == ("0.0.0.0", 9, "k", 9)
+    assert (gateway.host, gateway.port, gateway.api_keys, gateway.default_max_tokens) == ("0.0.0.0", 9, ("k",), 9)
     assert (gateway.served_model_names, gateway.allowed_origins) == (("a", "b"), ("https://a.example",))
 
 
@@ -81,7 +81,7 @@ def test_serve_without_flags_uses_the_settings_own_defaults(started):
 
 def test_an_empty_api_key_in_the_environment_is_no_key(started, monkeypatch):
     monkeypatch.setenv("HELIX_API_KEY", "")
-    assert started()[1].api_key is None
+    assert started()[1].api_keys == ()
 
 
 @pytest.mark.parametrize(
@@ -110,6 +110,13 @@ def test_a_wrong_flag_names_itself_and_its_bound(flag, value, said):
     assert result.exit_code == 2
     assert flag in result.output
     assert said in result.output
+
+
+@pytest.mark.parametrize("flags", [["--api-key", ""], ["--port", "70000"], ["--batch-window-ms", "-1"]])
+def test_a_wrong_flag_is_one_line(flags):
+    result = CliRunner().invoke(app, ["serve", *flags])
+    assert result.exit_code == 2
+    assert len(result.output.splitlines()) == 1
 
 
 def test_a_model_that_is_not_there_is_one_line_and_exit_code_1(tmp_path):

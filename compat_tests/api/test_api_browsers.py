@@ -55,7 +55,7 @@ async def test_web_sites_cannot_drive_the_model(gateway, origin):
 
 @pytest.mark.parametrize("path", [CHAT, "/models", "/health", "/", "/v1/nothing/here"])
 async def test_preflights_are_answered_on_every_route_without_a_key(path):
-    async with running(api_key="secret") as gateway:
+    async with running(api_keys=("secret",)) as gateway:
         headers = {"Origin": "http://localhost:3000", "Access-Control-Request-Private-Network": "true", **PREFLIGHT}
         async with gateway.session.options(gateway.url + path, headers=headers) as response:
             assert response.status == 204

@@ -74,7 +74,7 @@ async def test_a_prompt_that_does_not_fit_is_told_both_numbers(gateway, path, bo
 @pytest.mark.parametrize("key", [None, "Bearer wrong", "Bearer ", "Basic secret", "secret", "Bearer sécret"])
 @pytest.mark.parametrize("path", [CHAT, "/completions", "/v1/models", "/v1/models/tiny", "/nowhere"])
 async def test_a_missing_or_wrong_key_is_401(key, path):
-    async with running(api_key="secret") as gateway:
+    async with running(api_keys=("secret",)) as gateway:
         headers = {} if key is None else {"Authorization": key}
         async with gateway.post(path, chat_body(), headers=headers) as response:
             assert response.status == 401
@@ -84,7 +84,7 @@ async def test_a_missing_or_wrong_key_is_401(key, path):
 
 
 async def test_the_right_key_opens_and_probes_need_none():
-    async with running(api_key="secret") as gateway:
+    async with running(api_keys=("secret",)) as gateway:
         for scheme in ("Bearer", "bearer"):
             async with gateway.post(CHAT, chat_body(), headers={"Authorization": f"{scheme} secret"}) as response:
                 assert response.status == 200

@@ -92,7 +92,7 @@ async def test_wrong_keys_and_full_queues_are_too():
         raise QueueFullError("Full.", retry_after_s=0.01)
         yield
 
-    async with running(api_key="right") as gateway:
+    async with running(api_keys=("right",)) as gateway:
         gateway.service.script = script
         async with openai.AsyncOpenAI(base_url=gateway.url, api_key="wrong", max_retries=0) as client:
             with pytest.raises(openai.AuthenticationError):

@@ -1,156 +1,68 @@
 """``helix serve``: get a model, start its engine in a process of its own, answer HTTP.
 
-Turns flags into `EngineSettings` and `GatewaySettings` and brings the rooms below together; knows nothing about
-how any of them works.
+Turns settings into what the rooms below take and brings those together; knows nothing about how any of them works.
 """
 
 import asyncio
 import contextlib
-import math
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from helix_gateway.cli.sizes import parse_size
+from helix_gateway.cli.options import with_flags
 from helix_gateway.core.errors import InvalidRequestError
 from helix_gateway.gateway.settings import GatewaySettings
-from helix_gateway.service.settings import DeviceName, DTypeName, EngineSettings
+from helix_gateway.service.settings import EngineSettings
 
 if TYPE_CHECKING:
+    from helix_gateway.cli.sources import Effective
     from helix_gateway.text.tokenizer import Tokenizer
 
-_DEFAULT = EngineSettings(model_path="")
-_GATEWAY = GatewaySettings()
-_LARGEST_SEED = 2**64 - 1
+WRONG_USE = 2
+"""The exit code of a command that was called wrongly, as for any command line."""
 
 
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-def _window_ms(value: float) -> float:
-    if not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is not a number of milliseconds.")
-    return value
-
-
+@with_flags
 def serve(
-    model: Annotated[
+    *,
+    config: Annotated[
         str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="A GGUF file, a folder in Hugging Face layout, or a hub id (org/name). "
-            "Left out: SmolLM2-135M-Instruct, downloaded once.",
-        ),
-    ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = _GATEWAY.host,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = _GATEWAY.port,
-    api_key: Annotated[
-        str | None,
-        typer.Option(envvar="HELIX_API_KEY", help="Key that clients must send; left out, any will do."),
-    ] = None,
-    served_model_name: Annotated[
-        list[str] | None,
-        typer.Option(help="Name that clients ask for; may be given several times, answers carry the first."),
-    ] = None,
-    dtype: Annotated[DTypeName, typer.Option(help="What weights are computed in.")] = _DEFAULT.dtype,
-    device: Annotated[
-        DeviceName, typer.Option(help="Where to compute; auto takes the best there is.")
-    ] = _DEFAULT.device,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(min=2, help="Tokens of prompt and answer together.  [default: what the model and memory hold]"),
-    ] = None,
-    max_num_seqs: Annotated[
-        int, typer.Option(min=1, max=4096, help="Sequences computed in one step.")
-    ] = _DEFAULT.max_num_seqs,
-    max_num_batched_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens computed in one step.  [default: what suits the device]"),
-    ] = None,
-    block_size: Annotated[
-        int, typer.Option(min=1, max=1024, help="Tokens in one block of the KV cache.")
-    ] = _DEFAULT.block_size,
-    kv_cache_memory: Annotated[
-        int | None,
         typer.Option(
-            parser=_size,
-            metavar="SIZE",
-            help="Memory of the KV cache, like 2GiB or 512MB.  [default: a share of what is free]",
+            metavar="FILE", help="TOML file of settings (also HELIX_CONFIG).  [default: helix.toml, see --show-config]"
         ),
     ] = None,
-    enable_prefix_caching: Annotated[
-        bool,
-        typer.Option(
-            "--enable-prefix-caching/--no-enable-prefix-caching",
-            help="Find the KV of prompts that begin alike instead of computing it again.",
-        ),
-    ] = _DEFAULT.enable_prefix_caching,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            max=_LARGEST_SEED,
-            help="Where the seeds of requests that bring none come from.  [default: the system]",
-        ),
-    ] = None,
-    batch_window_ms: Annotated[
-        float,
-        typer.Option(
-            min=0.0,
-            max=10_000.0,
-            callback=_window_ms,
-            help="How long an idle engine may wait for company before its first step.",
-        ),
-    ] = _DEFAULT.batch_window_ms,
-    default_max_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Bound on chat answers that name none.  [default: the end of the context]"),
-    ] = None,
-    allowed_origins: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Origin of a web page that may call, or *; may be given several times.  "
-            "[default: pages on this machine and desktop apps]"
-        ),
-    ] = None,
-    allowed_hosts: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Host name that clients may call this machine by while it listens on loopback; may be given several "
-            "times.  [default: localhost and loopback addresses]"
-        ),
-    ] = None,
+    show_config: Annotated[
+        bool, typer.Option("--show-config", help="Print every setting with where it was set, and stop.")
+    ] = False,
+    **flags: Any,
 ) -> None:
-    """Serve a model through OpenAI's API until Ctrl-C."""
+    """Serve a model through OpenAI's API until Ctrl-C.
+
+    Each option can also be set by a variable (--port by HELIX_PORT) or in a TOML file (port = 8000); flags win over
+    variables, and variables over the file.
+    """
+    found = _effective(flags, config)
+    if show_config:
+        from helix_gateway.cli.show_config import show
+
+        typer.echo(show(found))
+        return
     from helix_gateway.runtime.model_source import resolve, served_name
 
-    engine = EngineSettings(
-        model_path=resolve(model),
-        dtype=dtype,
-        device=device,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        block_size=block_size,
-        kv_cache_memory_bytes=kv_cache_memory,
-        enable_prefix_caching=enable_prefix_caching,
-        seed=seed,
-        batch_window_ms=batch_window_ms,
-    )
-    gateway = GatewaySettings(
-        host=host,
-        port=port,
-        api_key=api_key or None,
-        served_model_names=tuple(served_model_name or [served_name(model)]),
-        default_max_tokens=default_max_tokens,
-        allowed_origins=tuple(allowed_origins or ()),
-        allowed_hosts=tuple(allowed_hosts or ()),
-    )
-    raise typer.Exit(_run(engine, gateway))
+    settings = found.settings
+    engine = settings.engine(resolve(settings.model))
+    raise typer.Exit(_run(engine, settings.gateway(served_name(settings.model))))
+
+
+def _effective(flags: dict[str, Any], config: str | None) -> "Effective":
+    from helix_gateway.cli.sources import SettingsError, effective
+
+    try:
+        return effective(flags, config)
+    except SettingsError as error:
+        for line in str(error).splitlines():
+            typer.echo(f"helix: {line}", err=True)
+        raise typer.Exit(WRONG_USE) from None
 
 
 def _run(engine: EngineSettings, gateway: GatewaySettings) -> int:

@@ -130,6 +130,15 @@ _EXPECTED = {
     "dict_type": "an object",
     "model_type": "an object",
 }
+_PARSED = {
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "int_parsing": "an integer",
+    "int_parsing_size": "a smaller integer",
+    "int_from_float": "an integer",
+    "bool_parsing": "true or false",
+}
+"""Where a text or a number was to be read as something."""
 _KINDS = {
     str: "a string",
     bool: "a boolean",
@@ -174,7 +183,7 @@ def from_validation(error: pydantic.ValidationError) -> ApiError:
     finding = error.errors(include_url=False)[0]
     context = finding.get("ctx", {})
     path = json_path((*finding["loc"], *([context["field"]] if "field" in context else [])))
-    problem = _problem(finding["type"], finding["input"], context, finding["msg"])
+    problem = problem_of(finding)
     return ApiError.bad_request(f"`{path}` {problem}." if path else f"The body {problem}.", param=path or None)
 
 
@@ -182,9 +191,13 @@ def _number(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)[:40]
 
 
-def _problem(kind: str, value: object, context: Mapping[str, Any], message: str) -> str:
+def problem_of(finding: Mapping[str, Any]) -> str:
+    """One of pydantic's findings as the end of a sentence that begins with the field's name."""
+    kind, value, context = finding["type"], finding["input"], finding.get("ctx", {})
     if kind in _EXPECTED:
         return f"must be {_EXPECTED[kind]}, not {kind_of(value)}"
+    if kind in _PARSED:
+        return f"must be {_PARSED[kind]}, not {str(value)[:40]!r}"
     if kind in _BOUNDS:
         words, key = _BOUNDS[kind]
         return f"must be {words} {_number(context[key])}, not {_number(value)}"
@@ -195,4 +208,4 @@ def _problem(kind: str, value: object, context: Mapping[str, Any], message: str)
         return "is required"
     if kind == "literal_error":
         return f"must be {context['expected']}, not {str(value)[:40]!r}"
-    return message
+    return str(context["error"]).rstrip(".") if kind == "value_error" else str(finding["msg"])

@@ -126,13 +126,13 @@ def _preflight_headers(request: web.Request) -> dict[str, str]:
 @web.middleware
 async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Compare the key in constant time, where one is set."""
-    key = settings_of(request).api_key
-    if key is None or bare_path(request) in OPEN_ROUTES:
+    keys = settings_of(request).api_keys
+    if not keys or bare_path(request) in OPEN_ROUTES:
         return await handler(request)
     scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not sent.strip():
         raise ApiError.unauthorized("A key is needed: send it as `Authorization: Bearer KEY`.")
-    if not hmac.compare_digest(_digest(sent.strip()), _digest(key)):
+    if not sum(hmac.compare_digest(_digest(sent.strip()), _digest(key)) for key in keys):
         raise ApiError.unauthorized("The key is wrong.")
     return await handler(request)
 

@@ -13,8 +13,8 @@ class GatewaySettings:
     host: str = "127.0.0.1"
     port: int = 8000
     """0: any free one; what was chosen is printed."""
-    api_key: str | None = None
-    """None: any key, or none, is fine."""
+    api_keys: tuple[str, ...] = ()
+    """Empty: any key, or none, is fine."""
     served_model_names: tuple[str, ...] = ()
     """Every name that clients may ask for where one model is served; the first is what answers say."""
     default_max_tokens: int | None = None

@@ -1,0 +1,177 @@
+"""Every setting of `helix serve`: its name, type, bounds, help and default, in one class.
+
+Flags, `HELIX_…` variables, the keys of a TOML file, and the tables of the documents are all read off these fields
+(`options.py`, `sources.py`).  Imported for ``helix --help``, so nothing heavy is; knows nothing about where a value
+comes from.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Annotated, Any, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from helix_gateway.cli.sizes import parse_size
+from helix_gateway.gateway.settings import GatewaySettings
+from helix_gateway.service.settings import DeviceName, DTypeName, EngineSettings
+
+_ENGINE = EngineSettings(model_path="")
+_GATEWAY = GatewaySettings()
+_LARGEST_SEED = 2**64 - 1
+
+
+def _size(value: object) -> object:
+    return parse_size(value) if isinstance(value, str) else value
+
+
+def _one_or_several(value: object) -> object:
+    """A single string is a list of the names in it, parted by commas: how variables hold lists."""
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+def _one_key(value: object) -> object:
+    """A key may hold commas."""
+    return [value] if isinstance(value, str) else value
+
+
+Size = Annotated[int, BeforeValidator(_size)]
+"""Bytes; written as a number or like 2GiB."""
+Names = Annotated[list[str], BeforeValidator(_one_or_several)]
+Keys = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_one_key)]
+
+
+def _setting(
+    default: Any,
+    text: str,
+    *,
+    metavar: str | None = None,
+    unset: str | None = None,
+    secret: bool = False,
+    **bounds: Any,
+) -> Any:
+    """One setting.
+
+    Args:
+        default: its value where nobody says otherwise.
+        text: what it means, for a person.
+        metavar: how a value is shown in the help, where its type does not tell.
+        unset: what holds where it is None or empty.
+        secret: whether its value is never shown.
+        bounds: pydantic's ``ge``, ``gt``, ``le``, ``lt``.
+    """
+    extra: dict[str, Any] = {"metavar": metavar, "unset": unset, "secret": secret}
+    return Field(default, description=text, json_schema_extra=extra, **bounds)
+
+
+class ServeSettings(BaseModel):
+    """What `helix serve` is told."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    model: str | None = _setting(
+        None,
+        "A GGUF file, a folder in Hugging Face layout, or a hub id (org/name).",
+        unset="SmolLM2-135M-Instruct, downloaded once",
+    )
+    host: str = _setting(_GATEWAY.host, "Address to listen on.")
+    port: int = _setting(_GATEWAY.port, "Port to listen on; 0 picks a free one.", ge=0, le=65535)
+    api_key: Keys = _setting(
+        [], "Key that clients must send; may be given several times.", metavar="KEY", unset="any will do", secret=True
+    )
+    served_model_name: Names = _setting(
+        [],
+        "Name that clients ask for; may be given several times, answers carry the first.",
+        metavar="NAME",
+        unset="the model's own name",
+    )
+    dtype: DTypeName = _setting(_ENGINE.dtype, "What weights are computed in.")
+    device: DeviceName = _setting(_ENGINE.device, "Where to compute; auto takes the best there is.")
+    max_model_len: int | None = _setting(
+        None, "Tokens of prompt and answer together.", unset="what the model and memory hold", ge=2
+    )
+    max_num_seqs: int = _setting(_ENGINE.max_num_seqs, "Sequences computed in one step.", ge=1, le=4096)
+    max_num_batched_tokens: int | None = _setting(
+        None,
+        "Tokens computed in one step; longer prompts are computed in chunks.",
+        unset="what suits the device",
+        ge=1,
+    )
+    block_size: int = _setting(_ENGINE.block_size, "Tokens in one block of the KV cache.", ge=1, le=1024)
+    kv_cache_memory: Size | None = _setting(
+        None,
+        "Memory of the KV cache, like 2GiB or 512MB.",
+        metavar="SIZE",
+        unset="a share of what is free",
+        ge=1,
+    )
+    enable_prefix_caching: bool = _setting(
+        _ENGINE.enable_prefix_caching, "Find the KV of prompts that begin alike instead of computing it again."
+    )
+    seed: int | None = _setting(
+        None, "Where the seeds of requests that bring none come from.", unset="the system", ge=0, le=_LARGEST_SEED
+    )
+    batch_window_ms: float = _setting(
+        _ENGINE.batch_window_ms,
+        "How long an idle engine may wait for company before its first step.",
+        ge=0.0,
+        le=10_000.0,
+    )
+    default_max_tokens: int | None = _setting(
+        None, "Bound on chat answers that name none.", unset="the end of the context", ge=1
+    )
+    allowed_origins: Names = _setting(
+        [],
+        "Origin of a web page that may call, or *; may be given several times.",
+        metavar="ORIGIN",
+        unset="pages on this machine and desktop apps",
+    )
+    allowed_hosts: Names = _setting(
+        [],
+        "Host name that clients may call this machine by while it listens on loopback; may be given several times.",
+        metavar="HOST",
+        unset="localhost and loopback addresses",
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_is_a_number(cls, value: object, info: ValidationInfo) -> object:
+        """Pydantic would read ``port = true`` as port 1."""
+        assert info.field_name is not None
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise PydanticCustomError("boolean", "must not be true or false")
+        return value
+
+    def gateway(self, model_name: str) -> GatewaySettings:
+        """The HTTP side; ``model_name`` is the model's own name."""
+        names = tuple(self.served_model_name or [model_name])
+        return GatewaySettings(
+            **self._of(tuple(field.name for field in fields(GatewaySettings))),
+            api_keys=tuple(self.api_key),
+            served_model_names=names,
+        )
+
+    def engine(self, model_path: str) -> EngineSettings:
+        """The engine's side, with a model that lies on this machine."""
+        return EngineSettings(
+            **self._of(EngineSettings.__struct_fields__),
+            model_path=model_path,
+            kv_cache_memory_bytes=self.kv_cache_memory,
+        )
+
+    def _of(self, names: tuple[str, ...]) -> Mapping[str, Any]:
+        """The settings of those names, lists as tuples."""
+        shared = {name: getattr(self, name) for name in names if name in type(self).model_fields}
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in shared.items()}
+
+
+def note(name: str, kind: str) -> Any:
+    """What a field says about itself beside pydantic's own: ``metavar``, ``unset`` or ``secret``."""
+    extra = ServeSettings.model_fields[name].json_schema_extra
+    return extra.get(kind) if isinstance(extra, dict) else None
+
+
+def choices_of(name: str) -> tuple[str, ...]:
+    """The values that a setting of few values may have; empty for the others."""
+    values = get_args(ServeSettings.model_fields[name].annotation)
+    return values if values and all(isinstance(value, str) for value in values) else ()
