@@ -5,10 +5,8 @@ import os
 import pytest
 from hypothesis import settings
 
+from compat_tests.effort import DEEP
 from helix_gateway.runtime.model_source import resolve
-
-DEEP = bool(os.environ.get("HELIX_TEST_DEEP"))
-"""Whether ``scripts/check.py --deep`` runs the tests."""
 
 # What whoever runs the tests has configured for themselves does not reach them.
 os.environ.setdefault("HELIX_CONFIG", "")

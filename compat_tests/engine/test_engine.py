@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -100,7 +101,7 @@ def test_everybody_gets_what_they_would_get_alone(
         engine.submit(wanted)
         if dice.random() < 0.5:
             answers.take(engine.step())
-            engine.cache.check()
+            engine.check()
     answers = drain(engine, answers)
     for wanted in wanted_requests:
         assert_same(answers, alone(wanted, groups))
@@ -135,6 +136,30 @@ def test_good_drafts_are_accepted_and_change_nothing(drawn, groups, depth, error
     if error_rate == 0:
         long_ones = [a.last.metrics for key, a in answers.items() if len(wanted[key].token_ids) > depth + 1]
         assert all(metrics.accepted_tokens >= depth for metrics in long_ones)
+
+
+def reference_tokens(prompt, choice, *, count, seed, temperature):
+    """The toy model sampled by hand: the noise of a token is counted by its place, prompt included."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + count:
+        logits = np.random.default_rng(abs(hash((tuple(tokens),)))).normal(0, 2, VOCAB)
+        noise = np.random.default_rng([seed, choice, len(tokens)]).gumbel(size=VOCAB)
+        tokens.append(int((logits.astype(np.float32) + temperature * noise).argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+@pytest.mark.parametrize("budget", [4, 64])
+@pytest.mark.parametrize("length", [1, 2, 11])
+def test_noise_is_counted_by_the_place_where_the_token_will_stand(length, budget, depth):
+    prompt, options = list(range(1, 1 + length)), {"seed": 7, "temperature": 1.5}
+    wanted = [reference_tokens(prompt, choice, count=9, **options) for choice in range(2)]
+    drafter = ScriptedDrafter(lambda sequence, tokens: (prompt + wanted[sequence.index] + [1] * 9)[len(tokens)])
+    engine = make_engine(budget=budget, drafter=drafter, depth_policy=FixedDepth(depth, max_model_len=200))
+    for again in range(2):  # the second time out of the prefix cache
+        engine.submit(request(f"r{again}", prompt, n=2, max_tokens=9, ignore_eos=True, **options))
+        answers = drain(engine)
+        assert [answers[f"r{again}", choice].token_ids for choice in range(2)] == wanted
 
 
 def test_a_second_turn_computes_only_what_is_new_and_less_than_a_block():

@@ -99,7 +99,19 @@ def make_engine(
         max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, max_queue_len=1000
     )
     runner = runner or ToyRunner(groups, num_pages)
-    return Engine(runner, limits, eos_token_ids=frozenset({EOS}), **options)
+    return checked(Engine(runner, limits, eos_token_ids=frozenset({EOS}), **options))
+
+
+def checked(engine):
+    """Let the engine check its accounts before each step, when it is known what will be written."""
+    decode = engine._decoder.speculative_decode_step
+
+    def check_and_decode(plan):
+        engine.check(plan)
+        return decode(plan)
+
+    engine._decoder.speculative_decode_step = check_and_decode
+    return engine
 
 
 def request(request_id, prompt, *, priority=0, cache_salt="", max_depth=None, **sampling):
@@ -143,13 +155,13 @@ def drain(engine, answers=None, *, max_steps=5000):
         if not engine.has_work():
             return answers
         answers.take(engine.step())
-        engine.cache.check()
+        engine.check()
     raise AssertionError("the engine does not come to an end")
 
 
 def alone(request_, groups=ONE_GROUP):
     """What a request gets by itself: a large pool, no caching, whole prompts at once."""
-    engine = make_engine(2000, groups, budget=500, enable_prefix_caching=False)
+    engine = make_engine(400, groups, budget=500, enable_prefix_caching=False)
     engine.submit(request_)
     return drain(engine)
 

@@ -27,6 +27,9 @@ class ToyHost:
     def cancel(self, request_id):
         self.engine.cancel(request_id)
 
+    def check_accounts(self):
+        self.engine.check()
+
     def step(self):
         events = self.engine.step()
         self.steps.append({event.request_id for event in events})

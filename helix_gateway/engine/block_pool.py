@@ -5,8 +5,8 @@ found again through the prefix index), or referenced.  Knows nothing about seque
 looks like; numbers only.  The idea of paging KV is from Kwon et al. 2023 (PagedAttention, section 4.3).
 """
 
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator
 
 from helix_gateway.engine.prefix_index import PrefixIndex
 
@@ -90,19 +90,18 @@ class BlockPool:
                 home = self._cached if self._index.holds(block) else self._free
                 home[block] = None
 
-    def check(self, holders: Iterable[int]) -> None:
-        """Recount everything from ``holders``: every block of every table, one entry a reference.
-
-        Raises:
-            AssertionError: the ledger and the tables disagree.
-        """
-        counts = [0] * self.num_blocks
-        for block in holders:
-            counts[block] += 1
-        assert counts == self._ref_counts, "reference counts differ from the tables"
-        idle = {block for block, count in enumerate(counts) if count == 0}
-        assert idle == self._free.keys() | self._cached.keys(), "an unreferenced block is neither free nor cached"
-        assert not self._free.keys() & self._cached.keys(), "a block is both free and cached"
-        assert all(self._index.holds(block) for block in self._cached), "a cached block cannot be found"
-        assert not any(self._index.holds(block) for block in self._free), "a free block can be found"
-        self._index.check()
+    def faults(self, holders: Iterable[int]) -> Iterator[str]:
+        """What is broken, recounted from ``holders``: every block of every table, one entry a reference."""
+        counts = Counter(holders)
+        everything = range(self.num_blocks)
+        idle = {block for block in everything if not counts[block]}
+        if [counts[block] for block in everything] != self._ref_counts or not counts.keys() <= set(everything):
+            yield "a block's count is not that of the tables which hold it"
+        if idle != self._free.keys() | self._cached.keys():
+            yield "free, cached and referenced blocks together are not all blocks"
+        if self._free.keys() & self._cached.keys():
+            yield "a block is both free and cached"
+        if not all(self._index.holds(block) for block in self._cached):
+            yield "a cached block cannot be found"
+        if any(self._index.holds(block) for block in self._free):
+            yield "a free block can be found"

@@ -9,6 +9,7 @@ its blocks go back.  Not thread-safe: whoever owns an engine calls it from one t
 HTTP, processes or devices.
 """
 
+from collections.abc import Hashable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 from itertools import count
@@ -156,6 +157,20 @@ class Engine(Generic[Logits]):
     def cancel(self, request_id: str) -> None:
         """End a request, wherever it is; nothing happens if it has ended already."""
         self._end_request(request_id, "abort")
+
+    def check(self, plan: StepPlan | None = None) -> None:
+        """Recount the cache's accounts from scratch, given who is being served; slow, for tests and idle moments.
+
+        Args:
+            plan: the step that is about to be computed.
+
+        Raises:
+            BrokenInvariantError: naming all that is wrong.
+        """
+        token_ids: dict[Hashable, list[int]] = {
+            s.key: s.token_ids for siblings in self._sequences.values() for s in siblings
+        }
+        self.cache.check(token_ids, [] if plan is None else plan.writes())
 
     def step(self) -> list[TokenEvent]:
         """Compute one step; what it, and cancels since the last one, have to tell."""

@@ -5,11 +5,12 @@ must write to another kind of block gets a copy of it (`PageCopy`), which the ru
 Knows nothing about scheduling, nor what a page looks like.  Sequences are named by any hashable key.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from math import gcd
 
 from helix_gateway.core.kv import KVGroup
 from helix_gateway.core.step import Int32s
+from helix_gateway.engine.audit import BrokenInvariantError, Write, account_faults, token_faults, write_faults
 from helix_gateway.engine.block_pool import BlockPool, NoFreeBlocksError
 from helix_gateway.engine.block_table import SequenceBlockTable
 from helix_gateway.engine.prefix_index import PrefixIndex, child_key, root_key
@@ -193,16 +194,29 @@ class PagedKVCache:
             for table, array in zip(self._tables[sequence], out, strict=True):
                 table.fill_row(array[row])
 
-    def check(self) -> None:
+    def check(self, token_ids: Mapping[Hashable, Sequence[int]] | None = None, writes: Iterable[Write] = ()) -> None:
         """Recount every invariant from scratch.
 
+        Args:
+            token_ids: the tokens of every living sequence; None where they are not known, and then neither the keys of
+                blocks nor who holds them can be checked.
+            writes: what the step that was just planned will write.
+
         Raises:
-            AssertionError: naming the one that is broken.
+            BrokenInvariantError: naming all that are broken.
         """
-        everything = [table for tables in self._tables.values() for table in tables]
-        self.pool.check(block for table in everything for block in table.blocks)
-        for table in everything:
-            assert len(set(table.blocks)) == len(table.blocks), "a table holds a block twice"
+        faults = [*account_faults(self._tables, self.pool, self._index)]
+        faults += write_faults(self._tables, self.pool, self._index, writes)
+        if token_ids is not None:
+            faults += token_faults(self._tables, self._index, token_ids)
+        if faults:
+            raise BrokenInvariantError("; ".join(faults))
+
+    def reset(self) -> None:
+        """Forget everything, cached blocks too; for an engine that serves nobody and whose accounts are wrong."""
+        self._index = PrefixIndex()
+        self.pool = BlockPool(self.pool.num_blocks, self._index)
+        self._tables.clear()
 
 
 class _FoundPrefix:

@@ -7,6 +7,7 @@ the last one's tokens are known needs; counts still come from committed tokens, 
 from dataclasses import dataclass, field
 
 from helix_gateway.core.event import TokenLogprobs
+from helix_gateway.engine.audit import Write
 from helix_gateway.engine.kv_cache import PageCopy
 from helix_gateway.engine.sequence import Sequence
 
@@ -35,6 +36,12 @@ class StepPlan:
 
     scheduled: list[ScheduledSequence] = field(default_factory=list)
     copies: list[PageCopy] = field(default_factory=list)
+
+    def writes(self) -> list[Write]:
+        """The positions that get their KV in this step."""
+        return [
+            (entry.sequence.key, entry.start, entry.start + entry.num_tokens + entry.depth) for entry in self.scheduled
+        ]
 
 
 @dataclass(slots=True)

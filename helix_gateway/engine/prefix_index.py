@@ -5,7 +5,7 @@ prefixes.  The root covers what else changes KV: group, cache salt, adapter, rot
 reference counts.  128 bits of BLAKE2b, since a collision would show one client another's text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -40,6 +40,10 @@ class PrefixIndex:
         """Whether the block can be found, which also means that nobody may write to it."""
         return block in self._keys
 
+    def key_of(self, block: int) -> BlockKey | None:
+        """What the block can be found under, if it can."""
+        return self._keys.get(block)
+
     def publish(self, block: int, key: BlockKey) -> None:
         """Let the block be found, unless another one with the same content already can."""
         if key not in self._blocks and block not in self._keys:
@@ -50,6 +54,7 @@ class PrefixIndex:
         """The block's content is about to be overwritten."""
         del self._blocks[self._keys.pop(block)]
 
-    def check(self) -> None:
-        """Raises AssertionError if the two directions disagree."""
-        assert {block: key for key, block in self._blocks.items()} == self._keys, "prefix index is inconsistent"
+    def faults(self) -> Iterator[str]:
+        """What is broken: the two directions must agree."""
+        if {block: key for key, block in self._blocks.items()} != self._keys:
+            yield "the prefix index finds a block under a key that is not the block's"

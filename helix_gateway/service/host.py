@@ -10,6 +10,7 @@ import structlog
 from helix_gateway.core.errors import ContextLengthError, HelixError, ModelLoadError, QueueFullError
 from helix_gateway.core.event import TokenEvent
 from helix_gateway.core.request import Request, SamplingParams
+from helix_gateway.engine.audit import BrokenInvariantError
 from helix_gateway.engine.engine import ChoiceHooks, Engine, EngineLimits
 from helix_gateway.runtime.factory import LoadedRunner, load_runner
 from helix_gateway.service.api import GenerationCall
@@ -54,6 +55,7 @@ class EngineHost:
         )
         if self._engine.max_model_len < 2:
             raise ModelLoadError("The KV cache's memory does not hold even two tokens; raise --kv-cache-memory.")
+        self._served_since_check = False
         self._warm_up()
 
     @property
@@ -73,6 +75,7 @@ class EngineHost:
 
     def submit(self, call: GenerationCall) -> Refused | None:
         """Take a call, or say why not."""
+        self._served_since_check = True
         request = call.request
         hooks = [ChoiceHooks(stop=stop_condition(self._tokenizer, call)) for _ in range(request.sampling.n)]
         try:
@@ -88,6 +91,21 @@ class EngineHost:
     def step(self) -> list[TokenEvent]:
         """Compute one step."""
         return self._engine.step()
+
+    def check_accounts(self) -> None:
+        """Recount the KV cache's accounts, once for all that was served since the last time; nobody is being served.
+
+        Should they be wrong the cache starts anew, empty: the memory that was lost comes back, and nobody gets text
+        out of a block that is not theirs.
+        """
+        if not self._served_since_check:
+            return
+        self._served_since_check = False
+        try:
+            self._engine.check()
+        except BrokenInvariantError as error:
+            log.error("kv_cache_inconsistent", broken=str(error), remedy="the cache was emptied")
+            self._engine.cache.reset()
 
     def _warm_up(self) -> None:
         """Serve one tiny request, so that no client waits for kernels to be compiled."""

@@ -41,6 +41,8 @@ def run_loop(host: EngineHost, inbox: Inbox, tell: Tell, *, batch_window_s: floa
         while True:
             idle = not host.has_work
             commands = inbox.receive(ALIVE_INTERVAL_S if idle else 0.0)
+            if idle and not commands:
+                host.check_accounts()
             _obey(host, commands, tell)
             if idle and host.has_work and batch_window_s:
                 _gather(host, inbox, tell, until=monotonic() + batch_window_s)
