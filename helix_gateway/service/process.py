@@ -28,6 +28,8 @@ from helix_gateway.text.tokenizer import Tokenizer
 
 log = structlog.get_logger(__name__)
 
+ENGINE_COMMAND = (sys.executable, "-m", "helix_gateway.service.engine_process")
+"""What is started; it is told what to do on its standard input."""
 HEARTBEAT_TIMEOUT_S = 60.0
 """A ready engine that has said nothing for so long hangs; the longest step must be shorter."""
 _RESTART_PAUSE_S = (0.0, 1.0, 5.0, 15.0)
@@ -212,9 +214,7 @@ async def _start_engine(settings: EngineSettings) -> _EngineLink:
     commands.bind(endpoints.commands)
     replies.bind(endpoints.replies)
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "helix_gateway.service.engine_process",
+        *ENGINE_COMMAND,
         stdin=PIPE,
         stdout=sys.stderr,
         env={**os.environ, **engine_environment()},

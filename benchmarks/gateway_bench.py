@@ -1,0 +1,213 @@
+"""What the gateway costs: time that it adds to a first token, and chunks that it forwards, with an engine of no model.
+
+Three processes: this one is the clients, the second is the gateway as ``helix serve`` builds it, the third speaks the
+engine's wire and answers at once (`fake_engine.py`).  A request's time to its first token is then
+all gateway: HTTP, checks, template, tokens, the pipe to the engine and back, text, JSON.  Chunks a second are told
+for one core: chunks forwarded by the second of processor time that the gateway's process used.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import report
+
+from helix_gateway.runtime.model_source import resolve
+
+FLOOD_STEP_MS = 0.3
+GOAL_MS = 2.0
+WARM_UP_S = 3.0
+"""The first conversation imports what renders templates."""
+HERE = Path(__file__).resolve().parent
+
+
+def run_gateway(model):
+    """The second process: the gateway over an engine that computes nothing."""
+    from helix_gateway.gateway.app import create_app
+    from helix_gateway.gateway.server import run
+    from helix_gateway.gateway.settings import GatewaySettings
+    from helix_gateway.service import process
+    from helix_gateway.service.settings import EngineSettings
+    from helix_gateway.telemetry.logging import configure_logging
+    from helix_gateway.text.tokenizer import Tokenizer
+
+    configure_logging()
+    process.ENGINE_COMMAND = (sys.executable, str(HERE / "fake_engine.py"))
+    settings = EngineSettings(model_path=model)
+    service = process.ProcessService(settings, Tokenizer.load(model))
+    app = create_app(GatewaySettings(port=0, served_model_names=("fake",)), {"fake": service})
+
+    async def stop(_app):
+        await service.stop()
+
+    app.on_shutdown.append(stop)
+    sys.exit(run(app, GatewaySettings(port=0), service.start))
+
+
+class Gateway:
+    """The gateway's process, and what it has used of the processor."""
+
+    def __init__(self, model, step_ms):
+        command = [sys.executable, __file__, "--run-gateway", model]
+        environment = {**os.environ, "HELIX_FAKE_STEP_MS": str(step_ms)}
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        )
+        line = self.process.stdout.readline()
+        assert "listens on" in line, line
+        self.port = int(line.rsplit(":", 1)[1].strip().rstrip("/").removesuffix("/v1"))
+
+    def cpu_s(self):
+        times = psutil.Process(self.process.pid).cpu_times()
+        return times.user + times.system
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait(timeout=30)
+
+
+class Client(asyncio.Protocol):
+    """One connection that asks again and again and does no more than look for the ends of chunks and answers."""
+
+    def __init__(self, dice, max_tokens, longest_pause_s):
+        self.dice = dice
+        self.max_tokens = max_tokens
+        self.longest_pause_s = longest_pause_s
+        self.first_byte_ms = []
+        self.chunks = 0
+        self.stopping = False
+        self.done = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport):
+        self.transport = transport
+        self.ask()
+
+    def connection_lost(self, error):
+        if not self.done.done():
+            self.done.set_exception(error or ConnectionError("the gateway closed the connection"))
+
+    def ask(self):
+        words = " ".join(str(self.dice.randrange(10**6)) for _ in range(20))
+        body = json.dumps(
+            {"messages": [{"role": "user", "content": words}], "stream": True, "max_tokens": self.max_tokens}
+        ).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        self.waiting = True
+        self.asked_s = time.perf_counter()
+        self.transport.write(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+
+    def data_received(self, data):
+        if self.waiting and b"data: " in data:
+            self.waiting = False
+            self.first_byte_ms.append((time.perf_counter() - self.asked_s) * 1e3)
+        self.chunks += data.count(b"data: {")
+        if data.endswith(b"0\r\n\r\n"):
+            if self.stopping:
+                self.done.set_result(None)
+                self.transport.close()
+            else:
+                # Answers of one length end together; questions that came together too would wait for each other.
+                asyncio.get_running_loop().call_later(self.dice.uniform(0, self.longest_pause_s), self.ask)
+
+
+async def load(gateway, options, max_tokens, longest_pause_s):
+    """Streams that ask again and again; first-byte times and chunks a second, in all and of the gateway's time."""
+    loop = asyncio.get_running_loop()
+    dice = random.Random(options.seed)
+    clients = []
+    for _ in range(options.streams):
+        client = Client(dice, max_tokens, longest_pause_s)
+        await loop.create_connection(lambda client=client: client, "127.0.0.1", gateway.port)
+        clients.append(client)
+        await asyncio.sleep(dice.uniform(0, 0.05))
+    await asyncio.sleep(WARM_UP_S)
+    for client in clients:
+        client.first_byte_ms.clear()
+    start_s, start_cpu_s, start_chunks = time.perf_counter(), gateway.cpu_s(), sum(c.chunks for c in clients)
+    await asyncio.sleep(options.seconds)
+    elapsed_s, cpu_s = time.perf_counter() - start_s, gateway.cpu_s() - start_cpu_s
+    chunks = sum(client.chunks for client in clients) - start_chunks
+    for client in clients:
+        client.stopping = True
+    await asyncio.gather(*(client.done for client in clients))
+    return {
+        "first_token_ms": [value for client in clients for value in client.first_byte_ms],
+        "chunks_per_s": chunks / elapsed_s,
+        "chunks_per_core_s": chunks / cpu_s,
+        "gateway_cpu_share": cpu_s / elapsed_s,
+    }
+
+
+def measure(options, step_ms, max_tokens, longest_pause_s):
+    gateway = Gateway(options.model, step_ms)
+    try:
+        return asyncio.run(load(gateway, options, max_tokens, longest_pause_s))
+    finally:
+        gateway.close()
+
+
+def percentile(values, share):
+    return values[min(len(values) - 1, int(share * len(values)))]
+
+
+def median(runs, key):
+    return statistics.median(run[key] for run in runs)
+
+
+def plot(first):
+    def draw(axes):
+        shares = [(place + 1) / len(first) for place in range(len(first))]
+        axes.plot(first, shares)
+        axes.axvline(GOAL_MS, linestyle=":", color="grey")
+        axes.set_xlabel(f"ms to the first token that are the gateway's (dotted: {GOAL_MS:.0f} ms)")
+        axes.set_ylabel("share of requests")
+        axes.set_xlim(left=0)
+        axes.set_ylim(0, 1.01)
+
+    return draw
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=None, help="whose tokenizer and template to use; left out, the default's")
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--step-ms", type=float, default=25.0, help="a step's time while first tokens are measured")
+    parser.add_argument("--no-save", action="store_true")
+    parser.add_argument("--run-gateway", metavar="MODEL", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run_gateway:
+        run_gateway(options.run_gateway)
+    options.model = resolve(options.model)
+    paced, flooded = [], []
+    for _ in range(options.repeats):
+        paced.append(measure(options, options.step_ms, 32, 0.4))
+        flooded.append(measure(options, FLOOD_STEP_MS, 512, 0.0))
+    first = sorted(value for run in paced for value in run["first_token_ms"])
+    rows = [
+        ["first token, p50 ms", percentile(first, 0.5)],
+        ["first token, p90 ms", percentile(first, 0.9)],
+        ["first token, p99 ms", percentile(first, 0.99)],
+        ["first tokens measured", len(first)],
+        ["gateway's share of a core at that load", median(paced, "gateway_cpu_share")],
+        ["chunks/s, flooded", median(flooded, "chunks_per_s")],
+        ["chunks/s of one core's time, flooded", median(flooded, "chunks_per_core_s")],
+    ]
+    report.print_table(f"The gateway alone, {options.streams} streams", ["figure", "value"], rows)
+    if not options.no_save:
+        used = {name: value for name, value in vars(options).items() if name not in {"model", "run_gateway"}}
+        report.save("gateway", {"options": used, "figures": dict(rows), "first_token_ms": first}, plot(first))
+
+
+if __name__ == "__main__":
+    main()
