@@ -119,6 +119,7 @@ def metrics_of(call: GenerationCall, output_tokens: int) -> SequenceMetrics:
         queue_time_s=0.0,
         time_to_first_token_s=0.01,
         token_times_s=[0.01] * output_tokens,
+        total_time_s=0.01,
         prompt_tokens=len(call.request.prompt_token_ids),
         output_tokens=output_tokens,
         cached_tokens=min(3, len(call.request.prompt_token_ids)),

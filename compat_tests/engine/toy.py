@@ -171,6 +171,7 @@ class ScriptedDrafter:
     """Proposes from a function of a sequence's tokens."""
 
     next_token: object
+    name: str = "scripted"
 
     def propose(self, sequences: Sequence[EngineSequence], depths):
         proposals = []

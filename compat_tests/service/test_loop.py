@@ -61,8 +61,8 @@ def test_a_batching_window_waits_for_company_before_the_first_step(window_s, tog
     told = []
     run_loop(host, ScriptedInbox(host, [[submit("a")], [submit("b")]]), told.append, batch_window_s=window_s)
     assert (host.steps[0] == {"a", "b"}) is together
-    assert all(isinstance(reply, Events) for reply in told)
-    assert sum(len(event.token_ids) for reply in told for event in reply.events) == 6
+    events = [event for reply in told if isinstance(reply, Events) for event in reply.events]
+    assert sum(len(event.token_ids) for event in events) == 6
 
 
 def test_a_cancel_is_obeyed_before_the_next_step():

@@ -68,15 +68,18 @@ def _effective(flags: dict[str, Any], config: str | None) -> "Effective":
 def _run(engine: EngineSettings, gateway: GatewaySettings) -> int:
     from helix_gateway.gateway.app import create_app
     from helix_gateway.gateway.server import run
+    from helix_gateway.service.observer import EngineObserver
     from helix_gateway.service.process import ProcessService
     from helix_gateway.telemetry.logging import configure_logging
+    from helix_gateway.telemetry.metrics import Metrics
     from helix_gateway.text.tokenizer import Tokenizer
 
     configure_logging()
     name = gateway.served_model_names[0]
     typer.echo(f"Loading {name} (the first start takes longer: kernels are compiled for this processor)", err=True)
-    service = ProcessService(engine, Tokenizer.load(engine.model_path))
-    app = create_app(gateway, dict.fromkeys(gateway.served_model_names, service))
+    metrics = Metrics()
+    service = ProcessService(engine, Tokenizer.load(engine.model_path), EngineObserver(metrics, name))
+    app = create_app(gateway, dict.fromkeys(gateway.served_model_names, service), metrics)
 
     async def stop(_app: object) -> None:
         await service.stop()

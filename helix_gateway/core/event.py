@@ -31,6 +31,8 @@ class SequenceMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """From arrival at the engine to the commit of the first token; None if there was none."""
     token_times_s: list[float]
     """From arrival to the commit of each token; tokens accepted in one step share their time."""
+    total_time_s: float
+    """From arrival at the engine to the end."""
     prompt_tokens: int
     output_tokens: int
     cached_tokens: int
@@ -38,6 +40,17 @@ class SequenceMetrics(msgspec.Struct, frozen=True, kw_only=True):
     num_preemptions: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+
+
+class SequenceStart(msgspec.Struct, frozen=True, kw_only=True):
+    """Figures of one sequence that are known with its first token; times are seconds, as in `SequenceMetrics`."""
+
+    queue_time_s: float
+    time_to_first_token_s: float
+    prompt_tokens: int
+    queried_tokens: int
+    """Prompt tokens that were looked up in the prefix cache."""
+    cached_tokens: int
 
 
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,5 +74,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     """One clear line, with finish_reason "error"."""
     error_kind: ErrorKind | None = None
     """Whether trying again could help ("failed") or not ("out_of_memory"), with finish_reason "error"."""
+    start: SequenceStart | None = None
+    """With the first tokens of the sequence."""
     metrics: SequenceMetrics | None = None
     """With the last event of the sequence."""

@@ -15,6 +15,7 @@ from helix_gateway.core.event import TokenLogprobs
 from helix_gateway.core.protocols import Logits, ModelRunner
 from helix_gateway.core.step import Int32s, LogprobRows
 from helix_gateway.engine.batch import Window, build_sampling_rows, build_step_batch, lay_out
+from helix_gateway.engine.draft_ledger import DraftLedger
 from helix_gateway.engine.drafters.base import Drafter
 from helix_gateway.engine.kv_cache import PagedKVCache
 from helix_gateway.engine.plan import (
@@ -35,6 +36,7 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
         self._runner = runner
         self._drafter = drafter
         self._cache = cache
+        self.ledger = DraftLedger()
 
     def speculative_decode_step(self, plan: StepPlan) -> SpeculativeOutput:
         """Compute one plan.
@@ -50,6 +52,7 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
         logits = self._runner.forward(batch)
         computed = perf_counter()
         outputs = self._choose(windows, logits, batch.logits_rows)
+        self.ledger.count(self._drafter.name, outputs)
         sampled = perf_counter()
         timing = StepTiming(draft_s=drafted - began, forward_s=computed - drafted, sample_s=sampled - computed)
         return SpeculativeOutput(StepOutput(outputs), timing)

@@ -22,6 +22,7 @@ from helix_gateway.core.errors import ContextLengthError, OutOfMemoryError, Queu
 from helix_gateway.core.event import ErrorKind, FinishReason, TokenEvent
 from helix_gateway.core.protocols import Logits, ModelRunner, StopCondition, TokenConstraint
 from helix_gateway.core.request import Request
+from helix_gateway.core.stats import EngineStats
 from helix_gateway.engine.admission import check_request
 from helix_gateway.engine.decoder import AdaptiveSpeculativeDecoder
 from helix_gateway.engine.depth import DepthPolicy, FixedDepth
@@ -112,6 +113,19 @@ class Engine(Generic[Logits]):
     def num_preemptions(self) -> int:
         """How often a sequence had to give its blocks back before its end."""
         return self._scheduler.num_preemptions
+
+    def stats(self) -> EngineStats:
+        """The batch and the pool now, and what was counted since the engine began."""
+        pool = self.cache.pool
+        return EngineStats(
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            kv_blocks_referenced=pool.num_referenced,
+            kv_blocks_cached=pool.num_cached,
+            kv_blocks_total=pool.num_blocks,
+            num_preemptions=self.num_preemptions,
+            drafts=self._decoder.ledger.counts(),
+        )
 
     def has_work(self) -> bool:
         """Whether `step` would do anything."""
@@ -280,6 +294,7 @@ class Engine(Generic[Logits]):
                 prompt_logprobs=sequence.prompt_logprobs if first_event and sequence.wants_prompt_logprobs else None,
                 finish_reason=ending.finish_reason,
                 stop_reason=ending.stop_reason,
+                start=sequence.start() if first_event and ending.token_ids else None,
                 metrics=sequence.metrics() if ending.finish_reason else None,
             )
         )

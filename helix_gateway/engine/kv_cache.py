@@ -32,7 +32,7 @@ class PagedKVCache:
         self.groups = tuple(groups)
         self._index = PrefixIndex()
         self.pool = BlockPool(num_blocks, self._index)
-        self._enable_prefix_caching = enable_prefix_caching
+        self.finds_prefixes = enable_prefix_caching
         self._tables: dict[Hashable, tuple[SequenceBlockTable, ...]] = {}
         # A prefix can end only where a block of every group ends.
         self._grain = 1
@@ -73,7 +73,7 @@ class PagedKVCache:
         """
         tables = tuple(SequenceBlockTable(group, root_key(group.name, cache_salt=cache_salt)) for group in self.groups)
         self._tables[sequence] = tables
-        if not (reuse and self._enable_prefix_caching):
+        if not (reuse and self.finds_prefixes):
             return 0
         return self._share_prefix(tables, token_ids)
 
@@ -158,7 +158,7 @@ class PagedKVCache:
         """
         for table in self._tables[sequence]:
             self._trim(table, num_computed_tokens)
-            if self._enable_prefix_caching:
+            if self.finds_prefixes:
                 self._publish(table, token_ids, num_computed_tokens)
             self._leave_window(table, num_computed_tokens)
 

@@ -136,16 +136,14 @@ class Scheduler:
         return max(behind or lower, key=lambda other: other.rank, default=None)
 
     def _open(self, sequence: Sequence) -> None:
-        cached = self._cache.add(
-            sequence.key,
-            sequence.token_ids,
-            cache_salt=sequence.request.cache_salt,
-            # Positions found in the cache have no logits, so a prompt that is to be scored does without it.
-            reuse=not sequence.wants_prompt_logprobs or len(sequence.prompt_logprobs) == sequence.num_prompt_tokens,
-        )
+        # Positions found in the cache have no logits, so a prompt that is to be scored does without it.
+        reuse = not sequence.wants_prompt_logprobs or len(sequence.prompt_logprobs) == sequence.num_prompt_tokens
+        salt = sequence.request.cache_salt
+        cached = self._cache.add(sequence.key, sequence.token_ids, cache_salt=salt, reuse=reuse)
         sequence.num_computed_tokens = cached
         if not sequence.num_preemptions:
             sequence.num_cached_tokens = cached
+            sequence.num_queried_tokens = sequence.num_prompt_tokens if reuse and self._cache.finds_prefixes else 0
 
     def _fits(self, sequence: Sequence) -> bool:
         needed = self._cache.blocks_needed(sequence.key, sequence.num_computed_tokens, len(sequence.token_ids))

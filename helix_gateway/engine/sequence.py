@@ -5,8 +5,9 @@ them under the sequence's key) or text (its stop condition does).
 """
 
 from dataclasses import dataclass, field
+from time import monotonic
 
-from helix_gateway.core.event import FinishReason, SequenceMetrics, TokenLogprobs
+from helix_gateway.core.event import FinishReason, SequenceMetrics, SequenceStart, TokenLogprobs
 from helix_gateway.core.protocols import StopCondition, TokenConstraint
 from helix_gateway.core.request import Request
 from helix_gateway.engine.token_edits import TokenEdits
@@ -43,6 +44,8 @@ class Sequence:
     """Prompt and output, verified tokens only."""
     edits: TokenEdits = field(init=False)
     num_computed_tokens: int = 0
+    num_queried_tokens: int = 0
+    """Prompt tokens looked up in the prefix cache."""
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     num_draft_tokens: int = 0
@@ -86,6 +89,17 @@ class Sequence:
         """Whether the prompt's positions are to be scored, by this sequence."""
         return self.request.sampling.prompt_logprobs is not None and self.index == 0
 
+    def start(self) -> SequenceStart:
+        """What is known of it once it has a token."""
+        arrival, started = self.timeline.arrival, self.timeline.first_scheduled
+        return SequenceStart(
+            queue_time_s=0.0 if started is None else started - arrival,
+            time_to_first_token_s=self.timeline.tokens[0] - arrival,
+            prompt_tokens=self.num_prompt_tokens,
+            queried_tokens=self.num_queried_tokens,
+            cached_tokens=self.num_cached_tokens,
+        )
+
     def metrics(self) -> SequenceMetrics:
         """Its figures so far."""
         arrival = self.timeline.arrival
@@ -95,6 +109,7 @@ class Sequence:
             queue_time_s=0.0 if started is None else started - arrival,
             time_to_first_token_s=times[0] if times else None,
             token_times_s=times,
+            total_time_s=monotonic() - arrival,
             prompt_tokens=self.num_prompt_tokens,
             output_tokens=self.num_output_tokens,
             cached_tokens=self.num_cached_tokens,

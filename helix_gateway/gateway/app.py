@@ -9,12 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from helix_gateway.gateway.loop_lag import watch_lag
 from helix_gateway.gateway.middlewares import MIDDLEWARES, add_headers
 from helix_gateway.gateway.registry import ModelRegistry
 from helix_gateway.gateway.routes import chat, completions, generate, health, models, root
+from helix_gateway.gateway.routes import metrics as metrics_route
 from helix_gateway.gateway.settings import GatewaySettings
-from helix_gateway.gateway.state import MODELS, SETTINGS, WORKERS
+from helix_gateway.gateway.state import METRICS, MODELS, SETTINGS, WORKERS
 from helix_gateway.service.api import ModelService
+from helix_gateway.telemetry.metrics import Metrics
 
 PREFIXES = ("", "/v1")
 """People set ``base_url`` with and without it."""
@@ -30,19 +33,25 @@ GETS: dict[str, Handler] = {
     "/models": models.list_models,
     "/health": health.health,
     "/ready": health.ready,
+    "/metrics": metrics_route.scrape,
 }
 
 
-def create_app(settings: GatewaySettings, models: Mapping[str, ModelService]) -> web.Application:
+def create_app(
+    settings: GatewaySettings, models: Mapping[str, ModelService], metrics: Metrics | None = None
+) -> web.Application:
     """The gateway over ``models``: names that clients may ask for, several of one service being aliases.
 
     Services are used as they are: whoever made them starts and stops them (``app.cleanup_ctx`` is a good place).
+    ``metrics`` are those that their observers keep.
     """
     app = web.Application(middlewares=MIDDLEWARES, client_max_size=settings.max_body_bytes)
     app[SETTINGS] = settings
     app[MODELS] = ModelRegistry(models, settings.served_model_names)
     app.on_response_prepare.append(add_headers)
+    app[METRICS] = metrics or Metrics()
     app.cleanup_ctx.append(_workers)
+    app.cleanup_ctx.append(watch_lag)
     _add_routes(app)
     return app
 

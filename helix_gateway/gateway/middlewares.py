@@ -9,19 +9,20 @@ import hmac
 import re
 
 import structlog
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from helix_gateway.gateway.errors import ApiError, to_api_error
 from helix_gateway.gateway.origins import host_allowed, origin_allowed
-from helix_gateway.gateway.state import RequestContext, attach_context, context_of, new_request_id, settings_of
+from helix_gateway.gateway.state import METRICS, RequestContext, attach_context, context_of, new_request_id, settings_of
+from helix_gateway.telemetry.catalogue import HTTP_REQUESTS
 
 EXPOSED_HEADERS = (
     "x-request-id, retry-after, retry-after-ms, x-should-retry, openai-processing-ms, "
     "x-helix-ignored-fields, x-helix-clamped, x-helix-seed"
 )
-OPEN_ROUTES = frozenset({"", "/health", "/ready"})
-"""What needs no key: it tells nothing of anybody's work, and probes have no keys."""
+OPEN_ROUTES = frozenset({"", "/health", "/ready", "/metrics"})
+"""What needs no key: it tells nothing of what anybody wrote, and probes and scrapers have no keys."""
 PREFLIGHT_AGE_S = 600
 
 _sane_id = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
@@ -41,6 +42,7 @@ async def identify_and_log(request: web.Request, handler: Handler) -> web.Stream
         status = response.status
         return response
     finally:
+        _count_request(request, status)
         _log_request(request, context, status)
 
 
@@ -48,9 +50,22 @@ def _request_id(sent: str | None) -> str:
     return sent if sent is not None and _sane_id.fullmatch(sent) else new_request_id()
 
 
+def _count_request(request: web.Request, status: int) -> None:
+    # A series for each method and route that there is, not one for whatever somebody tries.
+    method = request.method if request.method in hdrs.METH_ALL else "other"
+    request.app[METRICS].counter(HTTP_REQUESTS, method, _route(request), str(status)).inc()
+
+
+def _route(request: web.Request) -> str:
+    resource = request.match_info.route.resource
+    if resource is None:
+        return "other"
+    return resource.canonical.rstrip("/").removeprefix("/v1") or "/"
+
+
 def _log_request(request: web.Request, context: RequestContext, status: int) -> None:
     # Probes come every few seconds, and a 503 while loading is what they ask for.
-    quiet = bare_path(request) in ("/health", "/ready") and status in (200, 503)
+    quiet = bare_path(request) in ("/health", "/ready", "/metrics") and status in (200, 503)
     log = _log.debug if quiet else _log.error if status >= 500 else _log.info
     log(
         "request",

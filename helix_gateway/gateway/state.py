@@ -17,10 +17,12 @@ from helix_gateway.core.errors import HelixError, InvalidRequestError
 from helix_gateway.gateway.errors import ApiError
 from helix_gateway.gateway.registry import ModelRegistry
 from helix_gateway.gateway.settings import GatewaySettings
+from helix_gateway.telemetry.metrics import Metrics
 
 SETTINGS = web.AppKey("helix_settings", GatewaySettings)
 MODELS = web.AppKey("helix_models", ModelRegistry)
 WORKERS = web.AppKey("helix_workers", Executor)
+METRICS = web.AppKey("helix_metrics", Metrics)
 
 T = TypeVar("T")
 

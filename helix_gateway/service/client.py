@@ -9,12 +9,15 @@ from collections.abc import AsyncGenerator
 
 from helix_gateway.core.errors import EngineUnavailableError, HelixError
 from helix_gateway.core.event import TokenEvent
+from helix_gateway.core.stats import EngineStats
 from helix_gateway.service.api import GenerationCall, ServiceState, TextDelta
 from helix_gateway.service.messages import Alive, Cancel, Command, Events, LoadFailed, Ready, Refused, Reply, Submit
+from helix_gateway.service.observer import EngineObserver
 from helix_gateway.service.requests_in_flight import RequestsInFlight, Sink
 from helix_gateway.service.seeds import seed_source
 from helix_gateway.service.settings import EngineSettings
 from helix_gateway.service.stops import ChoiceText
+from helix_gateway.telemetry.metrics import Metrics
 from helix_gateway.text.tokenizer import Tokenizer
 
 _UNAVAILABLE: dict[ServiceState, str] = {
@@ -31,11 +34,13 @@ class EngineClient(ABC):
     Args:
         settings: the engine's.
         tokenizer: the model's.
+        observer: keeps the figures; None where nobody will ask for them.
     """
 
-    def __init__(self, settings: EngineSettings, tokenizer: Tokenizer) -> None:
+    def __init__(self, settings: EngineSettings, tokenizer: Tokenizer, observer: EngineObserver | None = None) -> None:
         self._settings = settings
         self._tokenizer = tokenizer
+        self._observer = observer or EngineObserver(Metrics(), settings.model_path)
         self._in_flight = RequestsInFlight()
         self._seeds = seed_source(settings.seed)
         self._state: ServiceState = "starting"
@@ -97,6 +102,8 @@ class EngineClient(ABC):
             while unfinished:
                 event = await queue.get()
                 if isinstance(event, HelixError):
+                    if isinstance(event, EngineUnavailableError):
+                        self._observer.lose(unfinished)
                     unfinished = 0
                     raise event
                 unfinished -= event.finish_reason is not None
@@ -110,10 +117,14 @@ class EngineClient(ABC):
         """Act on one reply of the engine."""
         match reply:
             case Events(events=events):
+                self._observer.take_events(events)
                 self._in_flight.deliver(events)
+            case EngineStats():
+                self._observer.take_stats(reply)
             case Refused():
                 self._in_flight.refuse(reply)
             case Ready():
+                self._observer.engine_ready()
                 self._ready = reply
                 self._state = "ready"
             case LoadFailed() | Alive():

@@ -14,6 +14,7 @@ from helix_gateway.service.client import EngineClient
 from helix_gateway.service.host import EngineHost
 from helix_gateway.service.loop import Closed, run_loop
 from helix_gateway.service.messages import Command, Ready
+from helix_gateway.service.observer import EngineObserver
 from helix_gateway.service.requests_in_flight import Sink
 from helix_gateway.service.settings import EngineSettings
 from helix_gateway.text.tokenizer import Tokenizer
@@ -54,8 +55,10 @@ class InProcessService(EngineClient):
         ModelLoadError: in one line, what is wrong with the model or the device.
     """
 
-    def __init__(self, settings: EngineSettings, tokenizer: Tokenizer | None = None) -> None:
-        super().__init__(settings, tokenizer or Tokenizer.load(settings.model_path))
+    def __init__(
+        self, settings: EngineSettings, tokenizer: Tokenizer | None = None, observer: EngineObserver | None = None
+    ) -> None:
+        super().__init__(settings, tokenizer or Tokenizer.load(settings.model_path), observer)
         self._inbox = ThreadInbox()
         self._loaded: Future[EngineHost] = Future()
         self._thread = threading.Thread(target=self._run, name="helix-engine", daemon=True)
@@ -76,6 +79,7 @@ class InProcessService(EngineClient):
             run_loop(host, self._inbox, self._receive, batch_window_s=self._settings.batch_window_ms / 1e3)
         finally:
             self._state = "stopped"
+            self._observer.engine_gone()
             self._in_flight.fail_all("The engine has stopped.")
 
     def _send(self, command: Command) -> None:

@@ -29,6 +29,9 @@ class Inbox(Protocol):
 
 Tell = Callable[[Reply], None]
 
+STATS_INTERVAL_S = 0.5
+"""Between two reports of a busy engine's figures."""
+
 
 def run_loop(host: EngineHost, inbox: Inbox, tell: Tell, *, batch_window_s: float = 0.0) -> None:
     """Turn the engine until the inbox is closed.
@@ -36,7 +39,8 @@ def run_loop(host: EngineHost, inbox: Inbox, tell: Tell, *, batch_window_s: floa
     Args:
         batch_window_s: how long an idle engine waits after a request for company before its first step.
     """
-    last_told = monotonic()
+    last_told = last_stats = monotonic()
+    tell(host.engine.stats())
     with suppress(Closed):
         while True:
             idle = not host.has_work
@@ -47,6 +51,10 @@ def run_loop(host: EngineHost, inbox: Inbox, tell: Tell, *, batch_window_s: floa
             if idle and host.has_work and batch_window_s:
                 _gather(host, inbox, tell, until=monotonic() + batch_window_s)
             events = host.step() if host.has_work else []
+            if monotonic() - last_stats > STATS_INTERVAL_S or (events and not host.has_work):
+                # Before the events: whoever has an answer finds it counted.
+                tell(host.engine.stats())
+                last_stats = monotonic()
             if events:
                 tell(Events(events))
             elif monotonic() - last_told > ALIVE_INTERVAL_S:

@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from helix_gateway.core.event import TokenEvent
+from helix_gateway.core.stats import EngineStats
 from helix_gateway.service.api import GenerationCall
 
 
@@ -63,4 +64,4 @@ class Alive(msgspec.Struct, frozen=True, tag=True):
     """The loop is turning: sent when nothing else was for a while."""
 
 
-Reply: TypeAlias = Ready | LoadFailed | Events | Refused | Alive
+Reply: TypeAlias = Ready | LoadFailed | Events | Refused | Alive | EngineStats

@@ -21,6 +21,7 @@ from helix_gateway.runtime.cpu.threads import engine_environment
 from helix_gateway.service.client import EngineClient
 from helix_gateway.service.engine_process import Assignment
 from helix_gateway.service.messages import Command, LoadFailed, Ready, Reply, Submit
+from helix_gateway.service.observer import EngineObserver
 from helix_gateway.service.requests_in_flight import Sink
 from helix_gateway.service.settings import EngineSettings
 from helix_gateway.service.wire import Endpoints, command_encoder, reply_decoder
@@ -42,13 +43,19 @@ class ProcessService(EngineClient):
     Args:
         settings: the engine's.
         tokenizer: the model's, for this side.
+        observer: keeps the figures; None where nobody will ask for them.
         heartbeat_timeout_s: after how long a silence an engine is ended and replaced.
     """
 
     def __init__(
-        self, settings: EngineSettings, tokenizer: Tokenizer, *, heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S
+        self,
+        settings: EngineSettings,
+        tokenizer: Tokenizer,
+        observer: EngineObserver | None = None,
+        *,
+        heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S,
     ) -> None:
-        super().__init__(settings, tokenizer)
+        super().__init__(settings, tokenizer, observer)
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._link: _EngineLink | None = None
         self._keeper: asyncio.Task[None] | None = None
@@ -91,6 +98,7 @@ class ProcessService(EngineClient):
             while True:
                 await self._listen()
                 self._state = "restarting"
+                self._observer.engine_gone()
                 self._in_flight.fail_all("The engine died while serving this request; it is being restarted.")
                 await self._restart()
         finally:

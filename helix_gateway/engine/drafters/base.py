@@ -22,5 +22,9 @@ class DraftTokens:
 class Drafter(Protocol):
     """Proposes how sequences may go on."""
 
+    @property
+    def name(self) -> str:
+        """What its work is counted under."""
+
     def propose(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> DraftTokens:
         """Up to ``depths[i]`` tokens to follow ``sequences[i].token_ids``, for each i."""

@@ -9,6 +9,8 @@ from helix_gateway.engine.sequence import Sequence
 class NoDrafter:
     """Proposes nothing, for any sequence."""
 
+    name = "none"
+
     def propose(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> DraftTokens:
         """Empty proposals."""
         return DraftTokens([[] for _ in sequences])

@@ -18,6 +18,7 @@ ENDPOINTS = {
     "GET /v1/models": "what is served",
     "GET /health": "200 while the process lives",
     "GET /ready": "200 when a request would be served now",
+    "GET /metrics": "figures for Prometheus",
 }
 WHAT = "Helix, an OpenAI-compatible server for language models"
 
