@@ -31,12 +31,12 @@ class SequenceMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """From arrival at the engine to the commit of the first token; None if there was none."""
     token_times_s: list[float]
     """From arrival to the commit of each token; tokens accepted in one step share their time."""
-    total_time_s: float
-    """From arrival at the engine to the end."""
     prompt_tokens: int
     output_tokens: int
     cached_tokens: int
     """Prompt tokens whose KV was found and not computed."""
+    total_time_s: float | None = None
+    """From arrival at the engine to the end; None where nobody measured it."""
     num_preemptions: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0

@@ -71,7 +71,7 @@ class EngineObserver:
             self._hits.inc(start.cached_tokens)
 
     def _take_metrics(self, metrics: SequenceMetrics, finish_reason: str | None) -> None:
-        if finish_reason in ("stop", "length"):
+        if finish_reason in ("stop", "length") and metrics.total_time_s is not None:
             self._observe(catalogue.E2E_LATENCY, metrics.total_time_s)
         steps = np.unique(metrics.token_times_s)
         self._metrics.histogram(catalogue.INTER_TOKEN_LATENCY).observe(self._labels, np.diff(steps))
