@@ -36,7 +36,7 @@ async def test_the_names_are_those_of_the_dashboards(gateway, path):
 
 
 async def test_a_scraper_needs_no_key():
-    async with running(api_key="secret") as gateway:
+    async with running(api_keys=("secret",)) as gateway:
         await scrape(gateway)
 
 
