@@ -35,7 +35,7 @@ def test_an_unknown_name_is_an_ordinary_attribute_error():
 # Imported under another name than their package's, or by a library that leaves the choice to its users.
 MODULES = {"huggingface-hub": "huggingface_hub", "pyzmq": "zmq"}
 UNSEEN = {"jinja2", "tornado"}
-OPTIONAL = {"torch_directml"}
+OPTIONAL = {"torch_directml", "matplotlib"}
 
 
 def third_party_imports():

@@ -8,6 +8,7 @@ import sys
 
 import typer
 
+from helix_gateway.cli.bench import bench
 from helix_gateway.cli.serve import serve
 from helix_gateway.cli.version import version
 from helix_gateway.core.errors import HelixError
@@ -21,6 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command(name="serve")(serve)
+app.command(name="bench")(bench)
 app.command(name="version")(version)
 
 
