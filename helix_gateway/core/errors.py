@@ -49,6 +49,17 @@ class EngineUnavailableError(HelixError):
     """The engine died, is restarting, or is still loading."""
 
 
+class SlowReaderError(HelixError):
+    """An answer was cut off because more than ``limit_bytes`` of it waited for somebody to read them."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(
+            f"The answer was cut off because it was read too slowly: more than {limit_bytes // 1024:,} KiB of it were "
+            "waiting. Read faster, or ask for fewer tokens, choices or logprobs."
+        )
+        self.limit_bytes = limit_bytes
+
+
 class OutOfMemoryError(HelixError):
     """The device or the KV pool cannot hold what was asked, even alone."""
 

@@ -17,6 +17,7 @@ from helix_gateway.core.errors import (
     InvalidRequestError,
     OutOfMemoryError,
     QueueFullError,
+    SlowReaderError,
 )
 
 INVALID_REQUEST = "invalid_request_error"
@@ -99,6 +100,8 @@ def _from_engine(error: BaseException, request_id: str, retry_after_s: float) ->
         return ApiError(503, str(error), SERVER_ERROR, None, "engine_unavailable", wait(retry_after_s))
     if isinstance(error, OutOfMemoryError):
         return ApiError(500, str(error), SERVER_ERROR, None, "out_of_memory", NO_RETRY)
+    if isinstance(error, SlowReaderError):
+        return ApiError(408, str(error), INVALID_REQUEST, None, "read_too_slowly", NO_RETRY)
     if isinstance(error, GenerationFailedError):
         return ApiError(500, f"{error} (request {request_id})", SERVER_ERROR)
     return ApiError(500, f"The server failed to handle this request (request {request_id}).", SERVER_ERROR)

@@ -3,14 +3,13 @@
 Where the engine runs, and how commands get there, is the subclass's affair.
 """
 
-import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 
 from helix_gateway.core.errors import EngineUnavailableError, HelixError
-from helix_gateway.core.event import TokenEvent
 from helix_gateway.core.stats import EngineStats
 from helix_gateway.service.api import GenerationCall, ServiceState, TextDelta
+from helix_gateway.service.backlog import Backlog, limit_bytes
 from helix_gateway.service.messages import Alive, Cancel, Command, Events, LoadFailed, Ready, Refused, Reply, Submit
 from helix_gateway.service.observer import EngineObserver
 from helix_gateway.service.requests_in_flight import RequestsInFlight, Sink
@@ -51,8 +50,8 @@ class EngineClient(ABC):
         """Pass a command on, without waiting.  What cannot be passed on because the engine is gone is dropped."""
 
     @abstractmethod
-    def _sink(self, queue: "asyncio.Queue[TokenEvent | HelixError]") -> Sink:
-        """A sink that fills a queue of the running event loop, from wherever this service gets its replies."""
+    def _sink(self, backlog: Backlog) -> Sink:
+        """A sink that fills a backlog of the running event loop, from wherever this service gets its replies."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -90,22 +89,24 @@ class EngineClient(ABC):
     async def generate(self, call: GenerationCall) -> AsyncGenerator[TextDelta, None]:
         """See `ModelService`."""
         self._refuse_unless_ready()
-        queue: asyncio.Queue[TokenEvent | HelixError] = asyncio.Queue()
         request_id = call.request.request_id
+        # A reader that never comes back does not get to the end of this function: its engine is told at once.
+        backlog = Backlog(lambda: limit_bytes(len(self._in_flight)), lambda: self._send(Cancel(request_id)))
         texts = [ChoiceText(self._tokenizer, call) for _ in range(call.request.sampling.n)]
         unfinished = len(texts)
-        self._in_flight.add(request_id, self._sink(queue))
+        self._in_flight.add(request_id, self._sink(backlog))
         try:
             # Once more: an engine that has gone meanwhile has told everybody, but not this one.
             self._refuse_unless_ready()
             self._send(Submit(call))
             while unfinished:
-                event = await queue.get()
-                if isinstance(event, HelixError):
-                    if isinstance(event, EngineUnavailableError):
+                try:
+                    event = await backlog.get()
+                except HelixError as error:
+                    if isinstance(error, EngineUnavailableError):
                         self._observer.lose(unfinished)
                     unfinished = 0
-                    raise event
+                    raise
                 unfinished -= event.finish_reason is not None
                 yield texts[event.index].take(event)
         finally:

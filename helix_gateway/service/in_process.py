@@ -10,6 +10,7 @@ from concurrent.futures import Future
 
 from helix_gateway.core.errors import HelixError
 from helix_gateway.core.event import TokenEvent
+from helix_gateway.service.backlog import Backlog
 from helix_gateway.service.client import EngineClient
 from helix_gateway.service.host import EngineHost
 from helix_gateway.service.loop import Closed, run_loop
@@ -85,12 +86,12 @@ class InProcessService(EngineClient):
     def _send(self, command: Command) -> None:
         self._inbox.put(command)
 
-    def _sink(self, queue: "asyncio.Queue[TokenEvent | HelixError]") -> Sink:
+    def _sink(self, backlog: Backlog) -> Sink:
         loop = asyncio.get_running_loop()
 
         def put(event: TokenEvent | HelixError) -> None:
             try:
-                loop.call_soon_threadsafe(queue.put_nowait, event)
+                loop.call_soon_threadsafe(backlog.put, event)
             except RuntimeError:  # the loop that waited is closed: so is the request
                 self._in_flight.remove(event.request_id if isinstance(event, TokenEvent) else "")
 

@@ -15,9 +15,9 @@ import structlog
 import zmq
 import zmq.asyncio
 
-from helix_gateway.core.errors import EngineUnavailableError, HelixError, ModelLoadError
-from helix_gateway.core.event import TokenEvent
+from helix_gateway.core.errors import EngineUnavailableError, ModelLoadError
 from helix_gateway.runtime.cpu.threads import engine_environment
+from helix_gateway.service.backlog import Backlog
 from helix_gateway.service.client import EngineClient
 from helix_gateway.service.engine_process import Assignment
 from helix_gateway.service.messages import Command, LoadFailed, Ready, Reply, Submit
@@ -89,8 +89,8 @@ class ProcessService(EngineClient):
         if not sent and isinstance(command, Submit):
             raise EngineUnavailableError("The engine cannot be reached; try again in a moment.")
 
-    def _sink(self, queue: "asyncio.Queue[TokenEvent | HelixError]") -> Sink:
-        return queue.put_nowait
+    def _sink(self, backlog: Backlog) -> Sink:
+        return backlog.put
 
     async def _keep(self) -> None:
         """Listen to the engine, and replace it whenever it ends."""
@@ -115,6 +115,8 @@ class ProcessService(EngineClient):
         try:
             while True:
                 self._receive(await link.reply(self._heartbeat_timeout_s))
+                # A reply that is there already is had without waiting: let those read who wait for it.
+                await asyncio.sleep(0)
         except Exception as gone:  # noqa: BLE001 - an engine whose replies make no sense is as good as gone
             log.error("engine_gone", reason=str(gone), kind=type(gone).__name__, requests=len(self._in_flight))
         self._link = None
