@@ -18,10 +18,9 @@ from helix_gateway.gateway.body import read_json
 from helix_gateway.gateway.errors import ApiError, kind_of
 from helix_gateway.gateway.registry import ServedModel
 from helix_gateway.gateway.schemas.chat import ChatMessage
+from helix_gateway.gateway.schemas.completions import MAX_PROMPTS
 from helix_gateway.gateway.state import sized
 
-MAX_PROMPTS = 1024
-"""Prompts of one completions request."""
 MAX_PROMPT_IDS = 1024 * 1024
 """Token ids over all prompts of one request."""
 SUSPECT_BYTES_PER_TOKEN = 8

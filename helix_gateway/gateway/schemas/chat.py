@@ -6,21 +6,25 @@ Tools, structured output, audio and images are known by name and refused by name
 from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, WithJsonSchema, field_validator, model_validator
+from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from helix_gateway.gateway.schemas.common import MAX_TOP_LOGPROBS, GenerationRequest, WireModel, field_problem
 
 MAX_MESSAGES = 16_384
 TEXT_PARTS = ("text", "refusal")
+NO_TOOLS: JsonDict = {"enum": ["none", "auto"]}
 
 
 class ContentPart(WireModel):
     """One part of a message's content; only text is taken."""
 
-    type: str
+    type: str = Field(json_schema_extra={"enum": [*TEXT_PARTS]})
     text: str = ""
+    """With the type `text`."""
     refusal: str = ""
+    """With the type `refusal`."""
 
     @model_validator(mode="after")
     def _only_text(self) -> "ContentPart":
@@ -46,17 +50,29 @@ Content = Annotated[
 ]
 
 
+Role = Annotated[
+    Literal["system", "developer", "user", "assistant", "tool", "function"],
+    WithJsonSchema({"enum": ["system", "developer", "user", "assistant"]}),
+]
+
+
 class ChatMessage(WireModel):
     """One message; a missing content is empty."""
 
     inert_fields = frozenset({"refusal", "annotations"})
 
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    role: Role
+    """`developer` is `system`."""
     content: Content = ""
+    """A text, or parts that are joined."""
     name: str | None = None
-    tool_calls: list[Any] = []
-    function_call: dict[str, Any] | None = None
+    """Who speaks, for templates that tell several users apart."""
+    tool_calls: list[Any] = Field([], json_schema_extra={"maxItems": 0})
+    """Not supported yet."""
+    function_call: dict[str, Any] | None = Field(None, json_schema_extra={"maxProperties": 0})
+    """Not supported yet."""
     tool_call_id: str | None = None
+    """Not supported yet."""
 
     @model_validator(mode="after")
     def _no_tools(self) -> "ChatMessage":
@@ -89,22 +105,34 @@ class _MessageOutline(msgspec.Struct):
 
 
 class ChatRequest(GenerationRequest):
-    """The whole request."""
+    """A conversation to answer."""
 
     inert_fields = frozenset({"user", "store", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier"})
     large_fields = {"messages": msgspec.json.Decoder(list[_MessageOutline]).decode}
 
     messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
+    """The conversation so far, oldest first."""
     max_tokens: int | None = Field(None, ge=1)
+    """The most tokens of an answer. Left out, it goes on to a stop or the end of the context. What the context has no
+    room for is cut off it, and the header `x-helix-clamped` says so."""
     max_completion_tokens: int | None = Field(None, ge=1)
+    """The same by its newer name; the lesser of both counts."""
     logprobs: bool = False
+    """Whether to tell each token's log-probability."""
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    tools: list[Any] = []
-    tool_choice: Any = "none"
-    functions: list[Any] = []
-    function_call: Any = "none"
-    modalities: list[str] = ["text"]
-    audio: Any = None
+    """How many of the likeliest tokens to tell in each place; needs `logprobs`."""
+    tools: list[Any] = Field([], json_schema_extra={"maxItems": 0})
+    """Not supported yet."""
+    tool_choice: Any = Field("none", json_schema_extra=NO_TOOLS)
+    """Not supported yet."""
+    functions: list[Any] = Field([], json_schema_extra={"maxItems": 0})
+    """Not supported yet."""
+    function_call: Any = Field("none", json_schema_extra=NO_TOOLS)
+    """Not supported yet."""
+    modalities: list[str] = Field(["text"], json_schema_extra={"const": ["text"]})
+    """Answers are text."""
+    audio: Any = Field(None, json_schema_extra={"type": "null"})
+    """Not supported."""
 
     @field_validator("tools", "functions")
     @classmethod

@@ -12,11 +12,15 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     StringConstraints,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic.config import JsonDict
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 1024
@@ -25,13 +29,16 @@ MAX_BAD_WORDS = 256
 MAX_STOP_TOKENS = 1024
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
+MAX_DEPTH = 64
 INT32_MAX = 2**31 - 1
 
 
 class WireModel(BaseModel):
     """An object on the wire: strict, nulls dropped, unknown fields kept aside."""
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(
+        strict=True, extra="allow", allow_inf_nan=False, frozen=True, use_attribute_docstrings=True
+    )
 
     inert_fields: ClassVar[frozenset[str]] = frozenset()
     """Known fields that change nothing here, whatever they hold."""
@@ -47,6 +54,18 @@ class WireModel(BaseModel):
         if isinstance(data, dict) and None in data.values():
             return {name: value for name, value in data.items() if value is not None}
         return data
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The object as clients are told of it: a field that may be absent may be null, inert fields are known."""
+        told = handler(schema)
+        body = handler.resolve_ref_schema(told)
+        properties = body.setdefault("properties", {})
+        for name in properties.keys() - set(body.get("required", ())):
+            properties[name] = nullable(properties[name])
+        for name in sorted(cls.inert_fields):
+            properties.setdefault(name, {"description": "Accepted, and changes nothing here."})
+        return told
 
     def unknown_below(self) -> list[str]:
         """Paths of unknown fields in this object's objects, each once, without indices: ``messages[].x``."""
@@ -65,6 +84,18 @@ class WireModel(BaseModel):
         return own + self.unknown_below()
 
 
+def nullable(field: JsonSchemaValue) -> JsonSchemaValue:
+    """A JSON schema that takes null besides, in the shortest form there is."""
+    kinds = [kind for kind in field.get("anyOf", ()) if kind != {"type": "null"}]
+    rest = {name: value for name, value in field.items() if name != "anyOf" and (name, value) != ("default", None)}
+    if len(kinds) == 1:
+        rest, kinds = {**rest, **kinds[0]}, []
+    if not kinds and isinstance(rest.get("type"), str) and not rest.keys() & {"enum", "const"}:
+        return {**rest, "type": [rest["type"], "null"]}
+    about = {name: rest.pop(name) for name in ("description", "default") if name in rest}
+    return {**about, "anyOf": [*(kinds or [rest]), {"type": "null"}]}
+
+
 def field_problem(field: str, problem: str) -> PydanticCustomError:
     """What a check over several fields raises: ``field`` is the one to name."""
     return PydanticCustomError("fields", "{problem}", {"field": field, "problem": problem})
@@ -78,15 +109,41 @@ def _listed(value: Any) -> Any:
     return value
 
 
+def _string_or_list(most: int) -> WithJsonSchema:
+    string = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
+    return WithJsonSchema({"anyOf": [string, {"type": "array", "items": string, "maxItems": most}]})
+
+
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 StopStringList = Annotated[
-    list[StopString], Field(fail_fast=True, max_length=MAX_STOP_STRINGS), BeforeValidator(_listed)
+    list[StopString],
+    Field(fail_fast=True, max_length=MAX_STOP_STRINGS),
+    BeforeValidator(_listed),
+    _string_or_list(MAX_STOP_STRINGS),
 ]
-BadWordList = Annotated[list[StopString], Field(fail_fast=True, max_length=MAX_BAD_WORDS), BeforeValidator(_listed)]
+BadWordList = Annotated[
+    list[StopString],
+    Field(fail_fast=True, max_length=MAX_BAD_WORDS),
+    BeforeValidator(_listed),
+    _string_or_list(MAX_BAD_WORDS),
+]
 TokenIdList = Annotated[
     list[Annotated[int, Field(ge=0, le=INT32_MAX)]], Field(fail_fast=True, max_length=MAX_STOP_TOKENS)
 ]
+ONE_PROMPT: tuple[JsonDict, JsonDict] = (
+    {"type": "string"},
+    {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": INT32_MAX}, "minItems": 1},
+)
+"""A text, or its token ids, as JSON schemas."""
 Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
+Biases = Annotated[
+    dict[str, Bias],
+    Field(json_schema_extra={"maxProperties": MAX_LOGIT_BIAS, "propertyNames": {"pattern": "^[0-9]{1,9}$"}}),
+]
+Speculation = Annotated[
+    Literal["off"] | int | None,
+    WithJsonSchema({"anyOf": [{"const": "off"}, {"type": "integer", "minimum": 0, "maximum": MAX_DEPTH}]}),
+]
 
 
 class StreamOptions(WireModel):
@@ -95,6 +152,7 @@ class StreamOptions(WireModel):
     inert_fields = frozenset({"include_obfuscation"})
 
     include_usage: bool = False
+    """Whether a last chunk tells the usage."""
 
 
 class ResponseFormat(WireModel):
@@ -102,7 +160,7 @@ class ResponseFormat(WireModel):
 
     inert_fields = frozenset()
 
-    type: str
+    type: str = Field(json_schema_extra={"enum": ["text"]})
 
     @field_validator("type")
     @classmethod
@@ -120,31 +178,56 @@ class GenerationRequest(WireModel):
     """What chat and plain completions have in common."""
 
     model: str = ""
+    """A served model's name. May be left out where one model is served."""
     stream: bool = False
+    """Whether the answer comes as server-sent events."""
     stream_options: StreamOptions = StreamOptions()
     n: int = Field(1, ge=1, le=MAX_CHOICES)
+    """Answers for each prompt; they share the prompt's keys and values."""
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    """Answers generated for each prompt, of which the `n` likeliest are told. Not with `stream`."""
     temperature: float = Field(1.0, ge=0.0, le=2.0)
+    """0 is greedy."""
     top_p: float = Field(1.0, gt=0.0, le=1.0)
+    """Only the likeliest tokens that together have this probability."""
     top_k: int = Field(-1, ge=-1, le=INT32_MAX)
+    """Only this many of the likeliest tokens; -1 and 0: all."""
     min_p: float = Field(0.0, ge=0.0, le=1.0)
+    """Only tokens that have at least this share of the likeliest one's probability."""
     presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
+    """Taken once from the logit of each token that the answer holds."""
     frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
+    """Taken from a token's logit for each time that the answer holds it."""
     repetition_penalty: float = Field(1.0, gt=0.0, le=10.0)
-    logit_bias: dict[str, Bias] = {}
+    """Divides positive and multiplies negative logits of tokens in prompt or answer."""
+    logit_bias: Biases = {}
+    """Added to logits, by token id."""
     bad_words: BadWordList = []
+    """What the answer must not hold."""
     min_tokens: int = Field(0, ge=0, le=INT32_MAX)
+    """Tokens before which no stop counts."""
     stop: StopStringList = []
+    """Strings that end the answer; they are not part of it."""
     stop_token_ids: TokenIdList = []
+    """Tokens that end the answer."""
     ignore_eos: bool = False
+    """Whether to go on past the end that the model makes."""
     skip_special_tokens: bool = True
+    """Whether the text leaves out tokens like the end mark."""
     include_stop_str_in_output: bool = False
+    """Whether the text keeps the stop string that ended it."""
     seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1)
+    """The same seed gives the same text, whatever the load. Left out, one is drawn and told in the header `x-helix-seed`."""
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    """Tells each prompt token's log-probability and this many of the likeliest in its place."""
     return_token_ids: bool = False
+    """Whether token ids stand beside the text."""
     priority: int = Field(0, ge=-(2**31), le=INT32_MAX)
+    """Lower is served first."""
     cache_salt: str = Field("", max_length=1024)
-    speculation: Literal["off"] | int | None = None
+    """Prompts are found in the cache only by requests of equal salt."""
+    speculation: Speculation = None
+    """`off`, or the most tokens to draft a step. It never changes the text."""
     response_format: ResponseFormat | None = None
 
     @field_validator("logit_bias", mode="before")
@@ -161,7 +244,7 @@ class GenerationRequest(WireModel):
     @field_validator("speculation", mode="before")
     @classmethod
     def _depth_or_off(cls, value: Any) -> Any:
-        if value != "off" and (type(value) is not int or not 0 <= value <= 64):
+        if value != "off" and (type(value) is not int or not 0 <= value <= MAX_DEPTH):
             raise PydanticCustomError("speculation", 'must be "off" or the most tokens to draft a step, 0 to 64')
         return value
 

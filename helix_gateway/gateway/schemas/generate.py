@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from helix_gateway.gateway.schemas.common import MAX_TOP_LOGPROBS, GenerationRequest
+from helix_gateway.gateway.schemas.common import MAX_TOP_LOGPROBS, ONE_PROMPT, GenerationRequest
 
 
 class GenerateRequest(GenerationRequest):
@@ -16,16 +16,24 @@ class GenerateRequest(GenerationRequest):
     inert_fields = frozenset({"user", "store", "metadata", "service_tier"})
     raw_fields = frozenset({"prompt"})
 
-    prompt: Any
-    """msgspec.Raw: a string or token ids."""
+    # msgspec.Raw as it comes from the body
+    prompt: Any = Field(json_schema_extra={"anyOf": [*ONE_PROMPT]})
+    """A string or token ids."""
     max_tokens: int | None = Field(None, ge=1)
+    """The most tokens of the answer. Left out, it goes on to a stop or the end of the context. What the context has no
+    room for is cut off it, and the header `x-helix-clamped` says so."""
     n: Literal[1] = 1
+    """One prompt has one answer here; `/v1/completions` gives several."""
     best_of: Literal[1] | None = None
+    """As `n`."""
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    """Tells each token's log-probability and this many of the likeliest in its place."""
     add_special_tokens: bool = True
+    """Whether the prompt gets the model's mark for a beginning."""
 
 
 class GenerateStreamRequest(GenerateRequest):
-    """The same where the route itself says that the answer is a stream."""
+    """One prompt to go on from, as a stream."""
 
     stream: Literal[True] = True
+    """The route itself says that the answer is a stream."""
