@@ -7,34 +7,30 @@ from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from aiohttp import web
-from aiohttp.typedefs import Handler
 
 from helix_gateway.gateway.loop_lag import watch_lag
 from helix_gateway.gateway.middlewares import MIDDLEWARES, add_headers
+from helix_gateway.gateway.openapi import OpenApi
 from helix_gateway.gateway.registry import ModelRegistry
-from helix_gateway.gateway.routes import chat, completions, generate, health, models, root
+from helix_gateway.gateway.route import Route
+from helix_gateway.gateway.routes import chat, completions, docs, generate, health, models, root
 from helix_gateway.gateway.routes import metrics as metrics_route
 from helix_gateway.gateway.settings import GatewaySettings
-from helix_gateway.gateway.state import METRICS, MODELS, SETTINGS, WORKERS
+from helix_gateway.gateway.state import API, METRICS, MODELS, SETTINGS, WORKERS
 from helix_gateway.service.api import ModelService
 from helix_gateway.telemetry.metrics import Metrics
 
-PREFIXES = ("", "/v1")
-"""People set ``base_url`` with and without it."""
-
-POSTS: dict[str, Handler] = {
-    "/chat/completions": chat.create_chat_completion,
-    "/completions": completions.create_completion,
-    "/generate": generate.generate,
-    "/generate/stream": generate.generate_stream,
-}
-GETS: dict[str, Handler] = {
-    "": root.root,
-    "/models": models.list_models,
-    "/health": health.health,
-    "/ready": health.ready,
-    "/metrics": metrics_route.scrape,
-}
+ROUTES: tuple[Route, ...] = (
+    *chat.ROUTES,
+    *completions.ROUTES,
+    *models.ROUTES,
+    *generate.ROUTES,
+    *health.ROUTES,
+    *metrics_route.ROUTES,
+    *docs.ROUTES,
+    *root.ROUTES,
+)
+"""In the order in which people are told of them."""
 
 
 def create_app(
@@ -48,6 +44,7 @@ def create_app(
     app = web.Application(middlewares=MIDDLEWARES, client_max_size=settings.max_body_bytes)
     app[SETTINGS] = settings
     app[MODELS] = ModelRegistry(models, settings.served_model_names)
+    app[API] = OpenApi(ROUTES, model=next(iter(app[MODELS].names), ""))
     app.on_response_prepare.append(add_headers)
     app[METRICS] = metrics or Metrics()
     app.cleanup_ctx.append(_workers)
@@ -57,19 +54,10 @@ def create_app(
 
 
 def _add_routes(app: web.Application) -> None:
-    for prefix in PREFIXES:
-        for path, handler in GETS.items():
-            for spelling in _spellings(prefix + path):
-                app.router.add_get(spelling, handler)
-        for path, handler in POSTS.items():
-            for spelling in _spellings(prefix + path):
-                app.router.add_post(spelling, handler)
-        app.router.add_get(prefix + "/models/{model_id:.+}", models.get_model)
-
-
-def _spellings(path: str) -> tuple[str, ...]:
-    """With and without a slash at the end."""
-    return (path, path + "/") if path else ("/",)
+    for route in ROUTES:
+        for path in route.spellings:
+            add = app.router.add_get if route.method == "GET" else app.router.add_post
+            add(path, route.handler)
 
 
 async def _workers(app: web.Application) -> AsyncIterator[None]:

@@ -14,15 +14,21 @@ from aiohttp.typedefs import Handler, Middleware
 
 from helix_gateway.gateway.errors import ApiError, to_api_error
 from helix_gateway.gateway.origins import host_allowed, origin_allowed
-from helix_gateway.gateway.state import METRICS, RequestContext, attach_context, context_of, new_request_id, settings_of
+from helix_gateway.gateway.state import (
+    API,
+    METRICS,
+    RequestContext,
+    attach_context,
+    context_of,
+    new_request_id,
+    settings_of,
+)
 from helix_gateway.telemetry.catalogue import HTTP_REQUESTS
 
 EXPOSED_HEADERS = (
     "x-request-id, retry-after, retry-after-ms, x-should-retry, openai-processing-ms, "
     "x-helix-ignored-fields, x-helix-clamped, x-helix-seed"
 )
-OPEN_ROUTES = frozenset({"", "/health", "/ready", "/metrics"})
-"""What needs no key: it tells nothing of what anybody wrote, and probes and scrapers have no keys."""
 PREFLIGHT_AGE_S = 600
 
 _sane_id = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
@@ -142,7 +148,7 @@ def _preflight_headers(request: web.Request) -> dict[str, str]:
 async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Compare the key in constant time, where one is set."""
     keys = settings_of(request).api_keys
-    if not keys or bare_path(request) in OPEN_ROUTES:
+    if not keys or request.match_info.handler in request.app[API].open_handlers:
         return await handler(request)
     scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not sent.strip():

@@ -5,14 +5,16 @@ twice.  Events of a stream have no place in OpenAPI 3.1: their schema stands bes
 ``x-event-schema``.  Knows nothing about any one route.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode
 
 from helix_gateway import __version__
-from helix_gateway.gateway.route import EVENTS, JSON, Answer, Route
+from helix_gateway.gateway.chunks import to_json
+from helix_gateway.gateway.route import EVENTS, JSON, Response, Route
 from helix_gateway.gateway.schemas.answers import Error
 
 Document = dict[str, Any]
@@ -60,18 +62,30 @@ ALWAYS = ("x-request-id", "openai-processing-ms")
 RETRY = ("Retry-After", "retry-after-ms")
 
 
-def describe(routes: Sequence[Route], *, open_paths: Collection[str], model: str) -> Document:
-    """The whole document.
+class OpenApi:
+    """The routes of one server, and their document once someone asks for it."""
 
-    ``open_paths`` (without a prefix) need no key; ``model`` is a served name, for examples.
-    """
+    def __init__(self, routes: Sequence[Route], *, model: str) -> None:
+        """``model`` is a served name, for examples."""
+        self.routes = routes
+        self.open_handlers = frozenset(route.handler for route in routes if route.open)
+        """Who answers without a key."""
+        self._model = model
+
+    @cached_property
+    def json(self) -> bytes:
+        """The document; the first call takes some tens of milliseconds."""
+        return to_json(describe(self.routes, self._model))
+
+
+def describe(routes: Sequence[Route], model: str) -> Document:
+    """The whole document; ``model`` is the name that examples give."""
     schemas, components = _schemas(routes)
     paths: dict[str, Document] = {}
     for route in routes:
         operation = _operation(route, schemas, model)
-        if route.path.rstrip("/") not in open_paths:
+        if not route.open:
             operation["security"] = [{"key": []}, {}]
-            operation["responses"]["401"] = _error_reference(401)
         paths.setdefault(route.told_path, {})[route.method.lower()] = operation
     return {
         "openapi": "3.1.0",
@@ -97,7 +111,7 @@ def _schemas(routes: Iterable[Route]) -> tuple[dict[Any, Document], dict[str, Do
     """A reference for each type, and what the references point at."""
     types: dict[Any, None] = {Error: None}
     for route in routes:
-        told = (route.request, *(answer.schema for answer in route.answers))
+        told = (route.request, *(answer.schema for answer in route.responses))
         types.update(dict.fromkeys(kind for kind in told if kind is not None))
     mode: JsonSchemaMode = "validation"
     references, definitions = TypeAdapter.json_schemas(
@@ -137,19 +151,19 @@ def _request_body(route: Route, schema: Document, model: str) -> Document:
 
 def _responses(route: Route, schemas: dict[Any, Document]) -> Document:
     responses: Document = {}
-    for answer in route.answers:
+    for answer in route.responses:
         status = str(answer.status)
         response = responses.setdefault(
             status,
             {"description": answer.description, "headers": _headers(*ALWAYS, *route.headers), "content": {}},
         )
         response["content"][answer.media_type] = _content(answer, schemas)
-    for code in sorted((*EVERYWHERE, *route.errors)):
+    for code in sorted((*EVERYWHERE, *route.errors, *(() if route.open else (401,)))):
         responses.setdefault(str(code), _error_reference(code))
     return responses
 
 
-def _content(answer: Answer, schemas: dict[Any, Document]) -> Document:
+def _content(answer: Response, schemas: dict[Any, Document]) -> Document:
     if answer.media_type == JSON:
         return {"schema": schemas[answer.schema]}
     if answer.media_type == EVENTS:

@@ -6,7 +6,7 @@ not.  Knows nothing about any one route.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from aiohttp.typedefs import Handler
@@ -17,6 +17,7 @@ JSON = "application/json"
 EVENTS = "text/event-stream"
 HTML = "text/html"
 TEXT = "text/plain"
+OPENMETRICS = "application/openmetrics-text"
 
 PREFIX = "/v1"
 """People set ``base_url`` with and without it."""
@@ -27,7 +28,7 @@ _pattern = re.compile(r"\{(\w+):[^}]*\}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class Response:
     """One way in which a route answers."""
 
     description: str
@@ -37,7 +38,7 @@ class Answer:
     media_type: str = JSON
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """A request body that works as it stands where one model is served."""
 
@@ -56,12 +57,14 @@ class Route:
     tag: Tag
     summary: str
     """A few words."""
+    open: bool = False
+    """Whether it needs no key: it tells nothing of anybody's work, and probes have no keys."""
     description: str = ""
     request: type[WireModel] | None = None
     examples: tuple[Example, ...] = ()
-    parameters: Mapping[str, str] = {}  # noqa: RUF012 - frozen, and never written to
+    parameters: Mapping[str, str] = field(default_factory=dict)
     """Parts of the path, with what they are."""
-    answers: tuple[Answer, ...] = ()
+    responses: tuple[Response, ...] = ()
     headers: tuple[str, ...] = ()
     """Response headers beside those that every response carries."""
     errors: tuple[int, ...] = ()

@@ -15,12 +15,14 @@ from aiohttp import web
 
 from helix_gateway.core.errors import HelixError, InvalidRequestError
 from helix_gateway.gateway.errors import ApiError
+from helix_gateway.gateway.openapi import OpenApi
 from helix_gateway.gateway.registry import ModelRegistry
 from helix_gateway.gateway.settings import GatewaySettings
 from helix_gateway.telemetry.metrics import Metrics
 
 SETTINGS = web.AppKey("helix_settings", GatewaySettings)
 MODELS = web.AppKey("helix_models", ModelRegistry)
+API = web.AppKey("helix_openapi", OpenApi)
 WORKERS = web.AppKey("helix_workers", Executor)
 METRICS = web.AppKey("helix_metrics", Metrics)
 

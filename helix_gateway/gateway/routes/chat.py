@@ -17,6 +17,8 @@ from helix_gateway.gateway.params import Wanted
 from helix_gateway.gateway.prompts import chat_prompt
 from helix_gateway.gateway.registry import ServedModel
 from helix_gateway.gateway.reply import new_reply
+from helix_gateway.gateway.route import EVENTS, GENERATION_ERRORS, GENERATION_HEADERS, Example, Response, Route
+from helix_gateway.gateway.schemas.answers import ChatCompletion, ChatCompletionChunk
 from helix_gateway.gateway.schemas.chat import ChatRequest
 from helix_gateway.gateway.sse import DONE
 from helix_gateway.gateway.state import models_of, settings_of
@@ -147,3 +149,35 @@ class _ChunkWriter:
             choice,
             b'"delta":{},"logprobs":null,"finish_reason":"%b"%b' % ((delta.finish_reason or "stop").encode(), why),
         )
+
+
+# ---- what clients are told of it ----------------------------------------------------------------------------
+
+_QUESTION = {"role": "user", "content": "Name three colours."}
+
+ROUTES = (
+    Route(
+        method="POST",
+        path="/v1/chat/completions",
+        handler=create_chat_completion,
+        tag="OpenAI",
+        summary="Answer a conversation",
+        description="The messages go through the model's own chat template. With `stream`, the first chunk of each "
+        "choice has the role, and exactly one chunk of each has its `finish_reason`.",
+        request=ChatRequest,
+        examples=(
+            Example("A question", {"messages": [_QUESTION], "max_tokens": 40, "temperature": 0}),
+            Example("As a stream", {"messages": [_QUESTION], "max_tokens": 40, "temperature": 0, "stream": True}),
+            Example(
+                "With log-probabilities",
+                {"messages": [_QUESTION], "max_tokens": 5, "seed": 1, "logprobs": True, "top_logprobs": 2},
+            ),
+        ),
+        responses=(
+            Response(description="The answer: whole, or as events with `stream`.", schema=ChatCompletion),
+            Response(description="The answer as events.", schema=ChatCompletionChunk, media_type=EVENTS),
+        ),
+        headers=GENERATION_HEADERS,
+        errors=GENERATION_ERRORS,
+    ),
+)

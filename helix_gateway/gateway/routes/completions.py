@@ -24,6 +24,8 @@ from helix_gateway.gateway.logprobs import LegacyLogprobs, joined, prompt_logpro
 from helix_gateway.gateway.params import Wanted
 from helix_gateway.gateway.prompts import Prompt, completion_prompts
 from helix_gateway.gateway.reply import new_reply
+from helix_gateway.gateway.route import EVENTS, GENERATION_ERRORS, GENERATION_HEADERS, Example, Response, Route
+from helix_gateway.gateway.schemas.answers import Completion, CompletionChunk
 from helix_gateway.gateway.schemas.completions import CompletionRequest
 from helix_gateway.gateway.sse import DONE
 from helix_gateway.gateway.state import models_of
@@ -189,3 +191,30 @@ class _ChunkWriter:
         finish = {"text": "", "logprobs": None, "finish_reason": delta.finish_reason}
         why = {} if delta.stop_reason is None else {"stop_reason": delta.stop_reason}
         return self.frame.chunk(choice, to_json({**finish, **why})[1:-1])
+
+
+# ---- what clients are told of it ----------------------------------------------------------------------------
+
+ROUTES = (
+    Route(
+        method="POST",
+        path="/v1/completions",
+        handler=create_completion,
+        tag="OpenAI",
+        summary="Go on from a text",
+        description="From one prompt or from several, given as text or as token ids. Exactly one chunk of each choice "
+        "in a stream has its `finish_reason`.",
+        request=CompletionRequest,
+        examples=(
+            Example("A sentence", {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}),
+            Example("As a stream", {"prompt": "Once upon a time", "max_tokens": 40, "stream": True}),
+            Example("Two prompts, two texts each", {"prompt": ["One, two,", "Red, green,"], "n": 2, "seed": 1}),
+        ),
+        responses=(
+            Response(description="The texts: whole, or as events with `stream`.", schema=Completion),
+            Response(description="The texts as events.", schema=CompletionChunk, media_type=EVENTS),
+        ),
+        headers=GENERATION_HEADERS,
+        errors=GENERATION_ERRORS,
+    ),
+)

@@ -18,6 +18,7 @@ from helix_gateway.gateway.logprobs import chat_logprobs, prompt_logprobs
 from helix_gateway.gateway.params import Wanted
 from helix_gateway.gateway.prompts import single_prompt
 from helix_gateway.gateway.reply import new_reply
+from helix_gateway.gateway.route import EVENTS, GENERATION_ERRORS, GENERATION_HEADERS, Example, Response, Route
 from helix_gateway.gateway.schemas.answers import (
     AboutPrompt,
     GenerateAnswer,
@@ -138,3 +139,46 @@ def _tokens_per_second(times_s: Sequence[float]) -> float | None:
     if not times_s or times_s[-1] <= times_s[0]:
         return None
     return sum(time_s > times_s[0] for time_s in times_s) / (times_s[-1] - times_s[0])
+
+
+# ---- what clients are told of them --------------------------------------------------------------------------
+
+_ONE_EVENT_A_STEP = Response(
+    description="The text as events, one for each step that added tokens.", schema=GenerateEvent, media_type=EVENTS
+)
+
+ROUTES = (
+    Route(
+        method="POST",
+        path="/generate",
+        handler=generate,
+        tag="Helix",
+        summary="Go on from a text, and tell how",
+        description="One prompt, one text, its tokens and figures: time to first token, queue time, tokens a second, "
+        "cached, drafted and accepted tokens.",
+        request=GenerateRequest,
+        examples=(
+            Example("A sentence", {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}),
+            Example("With a stop", {"prompt": "1, 2, 3,", "max_tokens": 40, "stop": [" 10"], "seed": 7, "top_k": 20}),
+        ),
+        responses=(
+            Response(description="The text: whole, or as events with `stream`.", schema=GenerateAnswer),
+            _ONE_EVENT_A_STEP,
+        ),
+        headers=GENERATION_HEADERS,
+        errors=GENERATION_ERRORS,
+    ),
+    Route(
+        method="POST",
+        path="/generate/stream",
+        handler=generate_stream,
+        tag="Helix",
+        summary="The same as a stream",
+        description="An event for each step that added tokens; the last one has `finish_reason` and `metrics`.",
+        request=GenerateStreamRequest,
+        examples=(Example("A story", {"prompt": "Once upon a time", "max_tokens": 60, "temperature": 0.7}),),
+        responses=(_ONE_EVENT_A_STEP,),
+        headers=GENERATION_HEADERS,
+        errors=GENERATION_ERRORS,
+    ),
+)

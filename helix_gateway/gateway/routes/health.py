@@ -7,6 +7,8 @@ from aiohttp import web
 
 from helix_gateway.gateway.chunks import to_json
 from helix_gateway.gateway.errors import wait
+from helix_gateway.gateway.route import Response, Route
+from helix_gateway.gateway.schemas.answers import ModelState, ServerState
 from helix_gateway.gateway.state import models_of, settings_of
 
 
@@ -27,6 +29,31 @@ async def ready(request: web.Request) -> web.Response:
 
 
 def _states(request: web.Request, status: int, text: str) -> web.Response:
-    models = [{"id": model.name, "state": model.service.state} for model in models_of(request).models]
-    body = to_json({"status": text, "models": models})
-    return web.Response(status=status, body=body, content_type="application/json")
+    models: list[ModelState] = [{"id": model.name, "state": model.service.state} for model in models_of(request).models]
+    body: ServerState = {"status": text, "models": models}
+    return web.Response(status=status, body=to_json(body), content_type="application/json")
+
+
+ROUTES = (
+    Route(
+        method="GET",
+        path="/health",
+        handler=health,
+        tag="Server",
+        open=True,
+        summary="200 while the process lives",
+        responses=(Response(description="It lives, whatever its engines do.", schema=ServerState),),
+    ),
+    Route(
+        method="GET",
+        path="/ready",
+        handler=ready,
+        tag="Server",
+        open=True,
+        summary="200 when a request would be served now",
+        responses=(
+            Response(description="A request would be served.", schema=ServerState),
+            Response(description="It would not; `status` says why.", status=503, schema=ServerState),
+        ),
+    ),
+)

@@ -8,6 +8,7 @@ from typing import get_args
 
 from aiohttp import hdrs, web
 
+from helix_gateway.gateway.route import OPENMETRICS, TEXT, Response, Route
 from helix_gateway.gateway.state import METRICS, models_of
 from helix_gateway.service.api import ServiceState
 from helix_gateway.telemetry.catalogue import ENGINE_STATE
@@ -23,3 +24,19 @@ async def scrape(request: web.Request) -> web.Response:
             metrics.gauge(ENGINE_STATE, model.name, state).set(state == model.service.state)
     body, content_type = metrics.render(request.headers.get(hdrs.ACCEPT, ""))
     return web.Response(body=body, headers={hdrs.CONTENT_TYPE: content_type})
+
+
+ROUTES = (
+    Route(
+        method="GET",
+        path="/metrics",
+        handler=scrape,
+        tag="Server",
+        summary="Figures for Prometheus",
+        open=True,
+        responses=(
+            Response(description="All figures, in the format that the scraper prefers.", media_type=TEXT),
+            Response(description="The same as OpenMetrics.", media_type=OPENMETRICS),
+        ),
+    ),
+)

@@ -7,6 +7,7 @@ from aiohttp import web
 
 from helix_gateway.gateway.exchange import answer_json
 from helix_gateway.gateway.registry import ServedModel
+from helix_gateway.gateway.route import Response, Route
 from helix_gateway.gateway.schemas.answers import Model, ModelList
 from helix_gateway.gateway.state import models_of
 
@@ -37,3 +38,25 @@ def describe(model: ServedModel, name: str) -> Model:
     if model.service.state == "ready":
         body["max_model_len"] = model.service.max_model_len
     return body
+
+
+ROUTES = (
+    Route(
+        method="GET",
+        path="/v1/models",
+        handler=list_models,
+        tag="OpenAI",
+        summary="What is served",
+        responses=(Response(description="Every name that a request may give.", schema=ModelList),),
+    ),
+    Route(
+        method="GET",
+        path="/v1/models/{model_id:.+}",
+        handler=get_model,
+        tag="OpenAI",
+        summary="One model",
+        parameters={"model_id": "A name that `/v1/models` lists; it may hold slashes."},
+        responses=(Response(description="The model.", schema=Model),),
+        errors=(404,),
+    ),
+)

@@ -7,19 +7,11 @@ from html import escape
 
 from aiohttp import web
 
-from helix_gateway.gateway.chunks import to_json
-from helix_gateway.gateway.state import models_of
+from helix_gateway.gateway.exchange import answer_json
+from helix_gateway.gateway.route import HTML, Response, Route
+from helix_gateway.gateway.schemas.answers import FrontPage
+from helix_gateway.gateway.state import API, models_of
 
-ENDPOINTS = {
-    "POST /v1/chat/completions": "chat, streaming or not",
-    "POST /v1/completions": "plain text completion",
-    "POST /generate": "one text and how it was made, streaming or not",
-    "POST /generate/stream": "the same as a stream",
-    "GET /v1/models": "what is served",
-    "GET /health": "200 while the process lives",
-    "GET /ready": "200 when a request would be served now",
-    "GET /metrics": "figures for Prometheus",
-}
 WHAT = "Helix, an OpenAI-compatible server for language models"
 
 _PAGE = """<!doctype html>
@@ -34,13 +26,32 @@ code{{background:#8882;padding:.1em .3em;border-radius:.2em}}</style></head>
 async def root(request: web.Request) -> web.Response:
     """HTML where the client asks for it, JSON otherwise."""
     names = models_of(request).names
+    endpoints = {f"{route.method} {route.told_path}": route.summary for route in request.app[API].routes}
     if "text/html" in request.headers.get("Accept", ""):
-        return web.Response(text=_page(str(request.url.origin()), names), content_type="text/html")
-    body = {"name": "helix", "what": WHAT, "models": names, "endpoints": ENDPOINTS, "base_url": "/v1"}
-    return web.Response(body=to_json(body), content_type="application/json")
+        return web.Response(text=_page(str(request.url.origin()), names, endpoints), content_type="text/html")
+    body: FrontPage = {"name": "helix", "what": WHAT, "models": names, "endpoints": endpoints, "base_url": "/v1"}
+    return answer_json(body)
 
 
-def _page(base: str, names: list[str]) -> str:
+def _page(base: str, names: list[str], endpoints: dict[str, str]) -> str:
     models = ", ".join(f"<code>{escape(name)}</code>" for name in names)
-    rows = "".join(f"<tr><td><code>{escape(route)}</code></td><td>{use}</td></tr>" for route, use in ENDPOINTS.items())
+    rows = "".join(
+        f"<tr><td><code>{escape(route)}</code></td><td>{escape(use)}</td></tr>" for route, use in endpoints.items()
+    )
     return _PAGE.format(what=WHAT, base=escape(base), models=models, rows=rows)
+
+
+ROUTES = (
+    Route(
+        method="GET",
+        path="/",
+        handler=root,
+        tag="Server",
+        open=True,
+        summary="What this is and where things are",
+        responses=(
+            Response(description="JSON, or HTML for browsers.", schema=FrontPage),
+            Response(description="The same as a page.", media_type=HTML),
+        ),
+    ),
+)

@@ -88,11 +88,13 @@ def nullable(field: JsonSchemaValue) -> JsonSchemaValue:
     """A JSON schema that takes null besides, in the shortest form there is."""
     kinds = [kind for kind in field.get("anyOf", ()) if kind != {"type": "null"}]
     rest = {name: value for name, value in field.items() if name != "anyOf" and (name, value) != ("default", None)}
+    if field.get("type") == "null":
+        return rest
     if len(kinds) == 1:
         rest, kinds = {**rest, **kinds[0]}, []
     if not kinds and isinstance(rest.get("type"), str) and not rest.keys() & {"enum", "const"}:
         return {**rest, "type": [rest["type"], "null"]}
-    about = {name: rest.pop(name) for name in ("description", "default") if name in rest}
+    about: JsonSchemaValue = {name: rest.pop(name) for name in ("description", "default") if name in rest}
     return {**about, "anyOf": [*(kinds or [rest]), {"type": "null"}]}
 
 
