@@ -320,8 +320,9 @@ def test_a_small_pool_lowers_the_context_instead_of_hanging():
 def test_a_full_queue_is_refused():
     engine = make_engine()
     with pytest.raises(QueueFullError):
-        for i in range(1001):
+        for i in range(1009):
             engine.submit(request(f"r{i}", [1]))
+    assert engine.num_waiting == 1008  # eight fill the batch at the next step
 
 
 class FailingRunner(ToyRunner):

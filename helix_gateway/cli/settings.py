@@ -79,6 +79,12 @@ class ServeSettings(BaseModel):
     api_key: Keys = _setting(
         [], "Key that clients must send; may be given several times.", metavar="KEY", unset="any will do", secret=True
     )
+    api_key_file: str | None = _setting(
+        None,
+        "File of keys, one a line, as `name: key` or `key`; logs tell the name. Read again on SIGHUP.",
+        metavar="FILE",
+        unset="none",
+    )
     served_model_name: Names = _setting(
         [],
         "Name that clients ask for; may be given several times, answers carry the first.",
@@ -117,6 +123,29 @@ class ServeSettings(BaseModel):
         ge=0.0,
         le=10_000.0,
     )
+    max_queue_len: int = _setting(
+        _ENGINE.max_queue_len,
+        "Sequences that may wait for their turn; more are refused with a 429.",
+        ge=0,
+        le=1_000_000,
+    )
+    rate_limit: int | None = _setting(
+        None, "Requests a minute for each key (for all together where no key is set).", unset="none", ge=1
+    )
+    token_rate_limit: int | None = _setting(
+        None, "Tokens a minute for each key, of prompts and answers together.", unset="none", ge=1
+    )
+    concurrency_limit: int | None = _setting(None, "Requests at once for each key.", unset="none", ge=1)
+    request_timeout: float | None = _setting(
+        None,
+        "Seconds that one request may take until the end of its answer.",
+        unset="none",
+        gt=0.0,
+        le=86_400.0,
+    )
+    max_body_size: Size = _setting(
+        _GATEWAY.max_body_bytes, "Largest body of a request, like 32MiB.", metavar="SIZE", ge=1024
+    )
     default_max_tokens: int | None = _setting(
         None, "Bound on chat answers that name none.", unset="the end of the context", ge=1
     )
@@ -148,6 +177,8 @@ class ServeSettings(BaseModel):
         return GatewaySettings(
             **self._of(tuple(field.name for field in fields(GatewaySettings))),
             api_keys=tuple(self.api_key),
+            max_body_bytes=self.max_body_size,
+            request_timeout_s=self.request_timeout,
             served_model_names=names,
         )
 

@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDic
 from helix_gateway.cli.options import flag_of
 from helix_gateway.cli.settings import ServeSettings, note
 from helix_gateway.core.errors import HelixError
+from helix_gateway.gateway.keys import KeyFileError, read_key_file
 
 CONFIG_VARIABLE = "HELIX_CONFIG"
 DEFAULT = "default"
@@ -68,6 +69,7 @@ def effective(flags: Mapping[str, Any], config: str | None) -> Effective:
         settings = ServeSettings(**values)
     except ValidationError as error:
         raise SettingsError("\n".join(_problems(error, values, origins))) from None
+    _check_key_file(settings, origins)
     return Effective(settings, {name: origins.get(name, DEFAULT) for name in ServeSettings.model_fields}, file)
 
 
@@ -127,6 +129,15 @@ def _read_toml(path: Path) -> Mapping[str, Any]:
         raise SettingsError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError as error:  # TOML's and UTF-8's errors are of this kind
         raise SettingsError(f"{path} is not valid TOML: {error}.") from None
+
+
+def _check_key_file(settings: ServeSettings, origins: Mapping[str, str]) -> None:
+    """Read it once: a server that takes minutes to load should not find out then."""
+    if settings.api_key_file is not None:
+        try:
+            read_key_file(settings.api_key_file)
+        except KeyFileError as error:
+            raise SettingsError(f"{origins['api_key_file']}: {error}") from None
 
 
 def _nearest(name: str) -> str:

@@ -146,7 +146,8 @@ class Engine(Generic[Logits]):
         check_request(request, self._vocab_size)
         if len(request.prompt_token_ids) >= self.max_model_len:
             raise ContextLengthError(len(request.prompt_token_ids), self.max_model_len)
-        if self.num_waiting >= self._limits.max_queue_len:
+        free_places = max(0, self._limits.max_num_seqs - self.num_running)  # who fills them waits for no one
+        if self.num_waiting >= self._limits.max_queue_len + free_places:
             message = f"The queue is full: {self.num_waiting} sequences are waiting. Try again in a moment."
             raise QueueFullError(message, retry_after_s=_RETRY_AFTER_FULL_QUEUE_S)
         hooks = hooks or [ChoiceHooks()] * request.sampling.n

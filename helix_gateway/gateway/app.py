@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from aiohttp import web
 
+from helix_gateway.gateway.keys import KeyRing
+from helix_gateway.gateway.limits.callers import Callers
 from helix_gateway.gateway.loop_lag import watch_lag
 from helix_gateway.gateway.middlewares import MIDDLEWARES, add_headers
 from helix_gateway.gateway.openapi import OpenApi
@@ -16,7 +18,7 @@ from helix_gateway.gateway.route import Route
 from helix_gateway.gateway.routes import chat, completions, docs, generate, health, models, root
 from helix_gateway.gateway.routes import metrics as metrics_route
 from helix_gateway.gateway.settings import GatewaySettings
-from helix_gateway.gateway.state import API, METRICS, MODELS, SETTINGS, WORKERS
+from helix_gateway.gateway.state import API, CALLERS, KEYS, METRICS, MODELS, SETTINGS, WORKERS
 from helix_gateway.service.api import ModelService
 from helix_gateway.telemetry.metrics import Metrics
 
@@ -40,11 +42,16 @@ def create_app(
 
     Services are used as they are: whoever made them starts and stops them (``app.cleanup_ctx`` is a good place).
     ``metrics`` are those that their observers keep.
+
+    Raises:
+        KeyFileError: the file of keys cannot be used.
     """
     app = web.Application(middlewares=MIDDLEWARES, client_max_size=settings.max_body_bytes)
     app[SETTINGS] = settings
     app[MODELS] = ModelRegistry(models, settings.served_model_names)
     app[API] = OpenApi(ROUTES, model=next(iter(app[MODELS].names), ""))
+    app[KEYS] = KeyRing(settings.api_keys, settings.api_key_file)
+    app[CALLERS] = Callers(settings)
     app.on_response_prepare.append(add_headers)
     app[METRICS] = metrics or Metrics()
     app.cleanup_ctx.append(_workers)

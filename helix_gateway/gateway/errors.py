@@ -3,6 +3,7 @@
 Every other module raises; the middleware and the streams call `to_api_error`.  Knows nothing about routes.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,6 +74,17 @@ class ApiError(Exception):
         return cls(403, message, code=code, headers=NO_RETRY)
 
     @classmethod
+    def too_many(cls, message: str, headers: Mapping[str, str]) -> "ApiError":
+        """429; ``headers`` say when to come again."""
+        return cls(429, message, "rate_limit_error", code="rate_limit_exceeded", headers=headers)
+
+    @classmethod
+    def timed_out(cls, limit_s: float) -> "ApiError":
+        """504 for a request that took longer than it may; the same request would again."""
+        message = f"The request took longer than the {limit_s:g} s that this server allows; ask for fewer tokens."
+        return cls(504, message, SERVER_ERROR, code="request_timeout", headers=NO_RETRY)
+
+    @classmethod
     def unauthorized(cls, message: str) -> "ApiError":
         """401 for a missing or a wrong key."""
         return cls(401, message, code="invalid_api_key", headers={**NO_RETRY, "WWW-Authenticate": "Bearer"})
@@ -95,7 +107,7 @@ def to_api_error(error: BaseException, *, request_id: str, retry_after_s: float)
 
 def _from_engine(error: BaseException, request_id: str, retry_after_s: float) -> ApiError:
     if isinstance(error, QueueFullError):
-        return ApiError(429, str(error), "rate_limit_error", None, "rate_limit_exceeded", wait(error.retry_after_s))
+        return ApiError.too_many(str(error), no_room(error.retry_after_s))
     if isinstance(error, EngineUnavailableError):
         return ApiError(503, str(error), SERVER_ERROR, None, "engine_unavailable", wait(retry_after_s))
     if isinstance(error, OutOfMemoryError):
@@ -109,7 +121,22 @@ def _from_engine(error: BaseException, request_id: str, retry_after_s: float) ->
 
 def wait(seconds: float) -> dict[str, str]:
     """Headers that tell clients when to come again: whole seconds for most, milliseconds for OpenAI's SDKs."""
-    return {"Retry-After": str(max(1, round(seconds))), "retry-after-ms": str(max(1, round(seconds * 1000)))}
+    return {"Retry-After": str(max(1, math.ceil(seconds))), "retry-after-ms": str(max(1, math.ceil(seconds * 1000)))}
+
+
+def no_room(seconds: float) -> dict[str, str]:
+    """Headers of a refusal that no rate explains: nothing is left now, look again then."""
+    left = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": duration(seconds)}
+    return {**wait(seconds), **left}
+
+
+def duration(seconds: float) -> str:
+    """A time as OpenAI's headers have it: ``20ms``, ``1.5s``, ``6m0s``; rounded up."""
+    milliseconds = math.ceil(seconds * 1000)
+    if milliseconds < 1000:
+        return f"{milliseconds}ms"
+    minutes, rest_ms = divmod(milliseconds, 60_000)
+    return f"{minutes}m{math.ceil(rest_ms / 1000)}s" if minutes else f"{rest_ms / 1000:g}s"
 
 
 def _from_aiohttp(error: web.HTTPException) -> ApiError:

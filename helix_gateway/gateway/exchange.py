@@ -47,6 +47,7 @@ class Exchange:
                     yield choice, delta
         finally:
             self.context.log.update(self.tally.for_log())
+            self.context.tokens = self.tally.total_tokens
 
     def _source(self) -> Deltas:
         deltas = generate(self.served.service, self.plan)
@@ -109,7 +110,7 @@ async def answer_stream(request: web.Request, events: AsyncGenerator[bytes, None
         context.note_error(error, api_error)
         return api_error
 
-    stream = EventStream(request, settings.ping_interval_s)
+    stream = EventStream(request, context.time_limit, settings.ping_interval_s)
     response = await stream.run(events, explain)
     if stream.client_left:
         context.log["client_left"] = True

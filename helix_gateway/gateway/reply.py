@@ -71,6 +71,11 @@ class Tally:
         """Prompt tokens that were not computed: of a prompt's choices the one that found least counts."""
         return sum(self._cached.values())
 
+    @property
+    def total_tokens(self) -> int:
+        """Of prompts and answers, so far."""
+        return sum(self.prompt_tokens) + self.completion_tokens
+
     def usage(self) -> Usage:
         """OpenAI's usage object."""
         prompt_tokens = sum(self.prompt_tokens)

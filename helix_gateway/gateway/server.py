@@ -16,8 +16,9 @@ import structlog
 from aiohttp import web
 
 from helix_gateway.gateway.errors import to_api_error
+from helix_gateway.gateway.keys import KeyFileError
 from helix_gateway.gateway.settings import GatewaySettings
-from helix_gateway.gateway.state import new_request_id
+from helix_gateway.gateway.state import KEYS, new_request_id
 
 BACKLOG = 1024
 
@@ -149,6 +150,7 @@ async def serve(
     Health and readiness are answered from the beginning; where to go is printed once ``start`` has come to its end.
     """
     _cancel_when_told_to_stop()
+    _reread_keys_on_hangup(app)
     with suppress(asyncio.CancelledError):
         async with listening(app, settings, sockets) as where:
             await start()
@@ -163,6 +165,20 @@ def _cancel_when_told_to_stop() -> None:
     with suppress(NotImplementedError):  # Windows has none: there Ctrl-C comes as KeyboardInterrupt
         for name in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(name, task.cancel)
+
+
+def _reread_keys_on_hangup(app: web.Application) -> None:
+    def reread() -> None:
+        try:
+            app[KEYS].reload()
+        except KeyFileError as error:
+            _log.error("keys_not_reread", reason=str(error))
+        else:
+            _log.info("keys_reread", keys=len(app[KEYS]))
+
+    if hasattr(signal, "SIGHUP"):
+        with suppress(NotImplementedError):
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reread)
 
 
 def run(app: web.Application, settings: GatewaySettings, start: Start) -> int:

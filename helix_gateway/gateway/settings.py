@@ -15,11 +15,21 @@ class GatewaySettings:
     """0: any free one; what was chosen is printed."""
     api_keys: tuple[str, ...] = ()
     """Empty: any key, or none, is fine."""
+    api_key_file: str | None = None
+    """A file of more keys, ``name: key`` a line; read again on SIGHUP."""
     served_model_names: tuple[str, ...] = ()
     """Every name that clients may ask for where one model is served; the first is what answers say."""
     default_max_tokens: int | None = None
     """Bound on a chat answer whose request names no max_tokens; None: the end of the context."""
     max_body_bytes: int = 32 * 1024 * 1024
+    rate_limit: int | None = None
+    """Requests a minute for each key; where no keys are set, for all together."""
+    token_rate_limit: int | None = None
+    """Tokens a minute, of prompts and answers, for each key."""
+    concurrency_limit: int | None = None
+    """Requests at once for each key."""
+    request_timeout_s: float | None = None
+    """How long one request may take, from its head to the end of its answer."""
     ping_interval_s: float = 15.0
     """Silence on a stream after which a comment is sent, so that proxies keep the connection."""
     allowed_origins: tuple[str, ...] = ()

@@ -9,17 +9,19 @@ about what events say.
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
-from typing import Any
 
 from aiohttp import web
 
 from helix_gateway.gateway.errors import ApiError
+from helix_gateway.gateway.limits.time import TimeLimit, end, in_time
 
 HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }
+LAST_WORD_S = 5.0
+"""How long a client may take to read why its stream ends."""
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 
@@ -43,8 +45,9 @@ def one_line(json: bytes) -> bytes:
 class EventStream:
     """One response that events are written to, kept alive by pings."""
 
-    def __init__(self, request: web.Request, ping_interval_s: float) -> None:
+    def __init__(self, request: web.Request, time_limit: TimeLimit, ping_interval_s: float) -> None:
         self._request = request
+        self._time_limit = time_limit
         self._response = web.StreamResponse(headers=HEADERS)
         self._interval_s = ping_interval_s
         self._clock = asyncio.get_running_loop().time
@@ -71,7 +74,7 @@ class EventStream:
         except ConnectionResetError:
             self.client_left = True
         finally:
-            await _end(head, self._pinging)
+            await end(head, self._pinging)
             await events.aclose()
         return self._response
 
@@ -81,19 +84,32 @@ class EventStream:
         events: AsyncGenerator[bytes, None],
         explain: Callable[[Exception], ApiError],
     ) -> None:
+        self._time_limit.told_by_stream = True
         await self._response.prepare(self._request)
         self._pinging = asyncio.create_task(self._ping())
         if not head.done():
             await self._write(PING)
         try:
-            await self._write(await head)
-            async for payload in events:
-                await self._write(payload)
+            await in_time(self._time_limit, self._write_all(head, events))
         except ConnectionResetError:
             raise
         except Exception as error:  # noqa: BLE001 - the head is sent: all that is left is to say it in an event
-            await self._write(event(explain(error).body()))
+            await self._write_last(event(explain(error).body()))
         await self._response.write_eof()
+
+    async def _write_all(self, head: asyncio.Future[bytes], events: AsyncGenerator[bytes, None]) -> None:
+        await self._write(await head)
+        async for payload in events:
+            await self._write(payload)
+
+    async def _write_last(self, payload: bytes) -> None:
+        """Write what explains the end; a client that has stopped reading would keep it waiting for ever."""
+        try:
+            await asyncio.wait_for(self._write(payload), LAST_WORD_S)
+        except asyncio.TimeoutError:
+            if self._request.transport is not None:
+                self._request.transport.abort()
+            raise ConnectionResetError("The client does not read.") from None
 
     async def _write(self, payload: bytes) -> None:
         self._writing = True
@@ -118,12 +134,3 @@ async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
     async for payload in events:
         return payload
     return b""
-
-
-async def _end(*tasks: asyncio.Future[Any] | None) -> None:
-    for task in tasks:
-        if task is not None:
-            task.cancel()
-            await asyncio.wait({task})
-            if not task.cancelled():
-                task.exception()  # looked at, so that asyncio does not report it as lost

@@ -15,6 +15,9 @@ from aiohttp import web
 
 from helix_gateway.core.errors import HelixError, InvalidRequestError
 from helix_gateway.gateway.errors import ApiError
+from helix_gateway.gateway.keys import KeyRing
+from helix_gateway.gateway.limits.callers import Callers
+from helix_gateway.gateway.limits.time import TimeLimit
 from helix_gateway.gateway.openapi import OpenApi
 from helix_gateway.gateway.registry import ModelRegistry
 from helix_gateway.gateway.settings import GatewaySettings
@@ -23,6 +26,8 @@ from helix_gateway.telemetry.metrics import Metrics
 SETTINGS = web.AppKey("helix_settings", GatewaySettings)
 MODELS = web.AppKey("helix_models", ModelRegistry)
 API = web.AppKey("helix_openapi", OpenApi)
+KEYS = web.AppKey("helix_keys", KeyRing)
+CALLERS = web.AppKey("helix_callers", Callers)
 WORKERS = web.AppKey("helix_workers", Executor)
 METRICS = web.AppKey("helix_metrics", Metrics)
 
@@ -37,6 +42,11 @@ class RequestContext:
     started_s: float = field(default_factory=time.perf_counter)
     headers: dict[str, str] = field(default_factory=dict)
     log: dict[str, Any] = field(default_factory=dict)
+    key_name: str | None = None
+    """Of the key that the client sent; None where no keys are set."""
+    tokens: int = 0
+    """Of prompt and answer, known at the end."""
+    time_limit: TimeLimit = field(default_factory=TimeLimit)
 
     @property
     def elapsed_ms(self) -> float:
@@ -52,7 +62,7 @@ class RequestContext:
         self.log.update(error=None if quotes else api_error.message, param=api_error.param, code=api_error.code)
         if api_error.status >= 500:
             self.log["exception_type"] = type(error).__name__
-            self.log["exc_info"] = None if isinstance(error, HelixError) else error
+            self.log["exc_info"] = None if isinstance(error, HelixError | ApiError) else error
 
 
 # Typed keys for requests came to aiohttp later than those for applications, and it warns of plain ones since.
