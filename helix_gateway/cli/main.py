@@ -9,6 +9,7 @@ import sys
 import typer
 
 from helix_gateway.cli.bench import bench
+from helix_gateway.cli.chat.command import chat
 from helix_gateway.cli.serve import serve
 from helix_gateway.cli.version import version
 from helix_gateway.core.errors import HelixError
@@ -22,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command(name="serve")(serve)
+app.command(name="chat")(chat)
 app.command(name="bench")(bench)
 app.command(name="version")(version)
 
