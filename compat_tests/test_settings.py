@@ -143,7 +143,15 @@ def test_every_setting_that_is_a_number_refuses_one_out_of_range(name):
 def test_every_setting_has_a_flag_and_reaches_what_it_is_for():
     text = CliRunner().invoke(app, ["serve", "--help"]).output
     taken = {field.name for field in fields(GatewaySettings)} | set(EngineSettings.__struct_fields__)
-    renamed = {"model", "api_key", "served_model_name", "kv_cache_memory", "max_body_size", "request_timeout"}
+    renamed = {
+        "model",
+        "api_key",
+        "served_model_name",
+        "kv_cache_memory",
+        "max_body_size",
+        "request_timeout",
+        "drain_timeout",
+    }
     for name in ServeSettings.model_fields:
         assert flag_of(name) in text
         assert name in taken | renamed

@@ -82,13 +82,16 @@ def test_the_engine_ends_with_its_gateway(own_server):
     assert not is_running(engine)
 
 
-def test_a_server_that_is_told_to_stop_tells_its_clients(own_server):
+def test_a_server_that_is_told_twice_to_stop_tells_its_clients(own_server):
     streams = [([], threading.Event()) for _ in range(4)]
     threads = [threading.Thread(target=stream_events, args=(own_server.url, *stream)) for stream in streams]
     for thread in threads:
         thread.start()
     for _, started in streams:
         assert started.wait(60)
+    own_server.process.send_signal(signal.SIGINT)
+    while not [line for line in own_server.lines if "in flight (4)" in line]:
+        time.sleep(0.01)
     own_server.process.send_signal(signal.SIGINT)
     for thread in threads:
         thread.join(20)

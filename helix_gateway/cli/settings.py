@@ -143,6 +143,12 @@ class ServeSettings(BaseModel):
         gt=0.0,
         le=86_400.0,
     )
+    drain_timeout: float = _setting(
+        _GATEWAY.drain_timeout_s,
+        "Seconds that what is in flight may go on once the server was told to stop.",
+        ge=0.0,
+        le=86_400.0,
+    )
     max_body_size: Size = _setting(
         _GATEWAY.max_body_bytes, "Largest body of a request, like 32MiB.", metavar="SIZE", ge=1024
     )
@@ -179,6 +185,7 @@ class ServeSettings(BaseModel):
             api_keys=tuple(self.api_key),
             max_body_bytes=self.max_body_size,
             request_timeout_s=self.request_timeout,
+            drain_timeout_s=self.drain_timeout,
             served_model_names=names,
         )
 

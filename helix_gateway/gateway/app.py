@@ -18,7 +18,7 @@ from helix_gateway.gateway.route import Route
 from helix_gateway.gateway.routes import chat, completions, docs, generate, health, models, root
 from helix_gateway.gateway.routes import metrics as metrics_route
 from helix_gateway.gateway.settings import GatewaySettings
-from helix_gateway.gateway.state import API, CALLERS, KEYS, METRICS, MODELS, SETTINGS, WORKERS
+from helix_gateway.gateway.state import API, CALLERS, DRAIN, KEYS, METRICS, MODELS, SETTINGS, WORKERS, Drain
 from helix_gateway.service.api import ModelService
 from helix_gateway.telemetry.metrics import Metrics
 
@@ -51,6 +51,7 @@ def create_app(
     app[MODELS] = ModelRegistry(models, settings.served_model_names)
     app[API] = OpenApi(ROUTES, model=next(iter(app[MODELS].names), ""))
     app[KEYS] = KeyRing(settings.api_keys, settings.api_key_file)
+    app[DRAIN] = Drain()
     app[CALLERS] = Callers(settings)
     app.on_response_prepare.append(add_headers)
     app[METRICS] = metrics or Metrics()

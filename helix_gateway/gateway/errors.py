@@ -79,6 +79,12 @@ class ApiError(Exception):
         return cls(429, message, "rate_limit_error", code="rate_limit_exceeded", headers=headers)
 
     @classmethod
+    def stopping(cls, retry_after_s: float) -> "ApiError":
+        """503 once the server takes nothing new."""
+        message = "The server is stopping and takes no new requests; try again in a moment."
+        return cls(503, message, SERVER_ERROR, code="engine_unavailable", headers=wait(retry_after_s))
+
+    @classmethod
     def timed_out(cls, limit_s: float) -> "ApiError":
         """504 for a request that took longer than it may; the same request would again."""
         message = f"The request took longer than the {limit_s:g} s that this server allows; ask for fewer tokens."

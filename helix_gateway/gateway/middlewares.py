@@ -10,11 +10,13 @@ import structlog
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
+from helix_gateway.gateway.drain import count_and_drain
 from helix_gateway.gateway.errors import ApiError, to_api_error
 from helix_gateway.gateway.limits.middleware import limit_rate, limit_time
 from helix_gateway.gateway.origins import host_allowed, origin_allowed
 from helix_gateway.gateway.state import (
     API,
+    DRAIN,
     KEYS,
     METRICS,
     RequestContext,
@@ -169,6 +171,9 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     for name, value in context.headers.items():
         # A refusal may know better what is left.
         response.headers.setdefault(name, value)
+    if request.app[DRAIN].draining:
+        response.force_close()
+        response.headers["Connection"] = "close"  # aiohttp has settled that header by now
     response.headers["Server"] = "helix"
     response.headers["x-request-id"] = context.request_id
     response.headers["openai-processing-ms"] = str(round(context.elapsed_ms))
@@ -178,6 +183,7 @@ MIDDLEWARES: tuple[Middleware, ...] = (
     identify_and_log,
     shape_errors,
     guard_browsers,
+    count_and_drain,
     authenticate,
     limit_rate,
     limit_time,

@@ -45,6 +45,7 @@ ERRORS = {
     500: "The server's own fault; the message has the request's id.",
     503: "The engine is loading, restarting or gone, or the server is about to stop. `Retry-After` says when to come "
     "again.",
+    504: "The request took longer than the server allows; the same request would again.",
 }
 EVERYWHERE = (403, 500)
 
@@ -53,6 +54,12 @@ HEADERS = {
     "openai-processing-ms": "Milliseconds until the answer began.",
     "Retry-After": "Seconds after which to come again.",
     "retry-after-ms": "The same in milliseconds.",
+    "x-ratelimit-limit-requests": "Requests of a minute; told where the server limits them.",
+    "x-ratelimit-remaining-requests": "How many of them are left.",
+    "x-ratelimit-reset-requests": "Until all of them are there again, like `1.5s`.",
+    "x-ratelimit-limit-tokens": "Tokens of a minute; told where the server limits them.",
+    "x-ratelimit-remaining-tokens": "How many of them are left.",
+    "x-ratelimit-reset-tokens": "Until all of them are there again.",
     "x-should-retry": "`false` where trying again cannot help.",
     "x-helix-seed": "The seed with which this answer can be had again.",
     "x-helix-clamped": "What was cut to what the context had left.",

@@ -86,4 +86,4 @@ class Route:
 
 
 GENERATION_HEADERS = ("x-helix-seed", "x-helix-clamped", "x-helix-ignored-fields")
-GENERATION_ERRORS = (400, 404, 413, 429, 503)
+GENERATION_ERRORS = (400, 404, 413, 429, 503, 504)

@@ -15,10 +15,11 @@ from typing import Any
 import structlog
 from aiohttp import web
 
+from helix_gateway.gateway.drain import drain
 from helix_gateway.gateway.errors import to_api_error
 from helix_gateway.gateway.keys import KeyFileError
 from helix_gateway.gateway.settings import GatewaySettings
-from helix_gateway.gateway.state import KEYS, new_request_id
+from helix_gateway.gateway.state import DRAIN, KEYS, new_request_id
 
 BACKLOG = 1024
 
@@ -145,26 +146,55 @@ async def listening(
 async def serve(
     app: web.Application, settings: GatewaySettings, sockets: Sequence[socket.socket], start: Start
 ) -> None:
-    """Serve until SIGINT or SIGTERM, which also end a start that is still loading.
+    """Serve until SIGINT or SIGTERM, then let what is in flight finish; a second one, or one while loading, ends it.
 
     Health and readiness are answered from the beginning; where to go is printed once ``start`` has come to its end.
     """
-    _cancel_when_told_to_stop()
+    stop = _Stop()
     _reread_keys_on_hangup(app)
     with suppress(asyncio.CancelledError):
         async with listening(app, settings, sockets) as where:
             await start()
             sys.stdout.write(f"Helix listens on {' and '.join(where)}\n")
             sys.stdout.flush()
-            await asyncio.Event().wait()
+            await stop.first()
+            await _drain(app, settings.drain_timeout_s)
 
 
-def _cancel_when_told_to_stop() -> None:
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None
-    with suppress(NotImplementedError):  # Windows has none: there Ctrl-C comes as KeyboardInterrupt
-        for name in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(name, task.cancel)
+class _Stop:
+    """What SIGINT and SIGTERM do: the first asks, any other cancels the task that made this."""
+
+    def __init__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._asked: asyncio.Event | None = None
+        with suppress(NotImplementedError):  # Windows has none: there Ctrl-C comes as KeyboardInterrupt
+            for name in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(name, self._on_signal)
+
+    def _on_signal(self) -> None:
+        if self._asked is None or self._asked.is_set():
+            self._task.cancel()
+        else:
+            self._asked.set()
+
+    async def first(self) -> None:
+        """Wait for the first; one before this ends the task."""
+        self._asked = asyncio.Event()
+        await self._asked.wait()
+
+
+async def _drain(app: web.Application, timeout_s: float) -> None:
+    in_flight = app[DRAIN].in_flight
+    if not in_flight:
+        return
+    sys.stderr.write(
+        f"helix: stopping; what is in flight ({in_flight}) has {timeout_s:g} s to finish, a second signal ends it now\n"
+    )
+    sys.stderr.flush()
+    if left := await drain(app, timeout_s):
+        sys.stderr.write(f"helix: {left} of {in_flight} did not finish in time and are cut off\n")
 
 
 def _reread_keys_on_hangup(app: web.Application) -> None:

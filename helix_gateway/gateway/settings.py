@@ -38,7 +38,9 @@ class GatewaySettings:
     """Host names, besides loopback ones, that a request may carry when listening on loopback; ``*``: any."""
     retry_after_s: float = 2.0
     """What clients are told to wait while the engine is down."""
-    shutdown_timeout_s: float = 5.0
+    drain_timeout_s: float = 30.0
     """How long running answers may go on once the server was told to stop."""
+    shutdown_timeout_s: float = 5.0
+    """How long those that are cut off then may take to say so."""
     worker_threads: int = 2
     """Threads that parse and tokenise what is too long for the event loop."""

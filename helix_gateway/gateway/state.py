@@ -6,8 +6,9 @@ Knows nothing about what is in them.
 import asyncio
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -64,6 +65,31 @@ class RequestContext:
             self.log["exception_type"] = type(error).__name__
             self.log["exc_info"] = None if isinstance(error, HelixError | ApiError) else error
 
+
+class Drain:
+    """What is in flight, and whether more may come."""
+
+    def __init__(self) -> None:
+        self.draining = False
+        self.in_flight = 0
+        self.idle = asyncio.Event()
+        """Set while nothing is in flight."""
+        self.idle.set()
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count one request for as long as it lasts."""
+        self.in_flight += 1
+        self.idle.clear()
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+            if not self.in_flight:
+                self.idle.set()
+
+
+DRAIN = web.AppKey("helix_drain", Drain)
 
 # Typed keys for requests came to aiohttp later than those for applications, and it warns of plain ones since.
 _CONTEXT: Any = web.RequestKey("helix_context", RequestContext) if hasattr(web, "RequestKey") else "helix_context"

@@ -9,7 +9,7 @@ from helix_gateway.gateway.chunks import to_json
 from helix_gateway.gateway.errors import wait
 from helix_gateway.gateway.route import Response, Route
 from helix_gateway.gateway.schemas.answers import ModelState, ServerState
-from helix_gateway.gateway.state import models_of, settings_of
+from helix_gateway.gateway.state import DRAIN, models_of, settings_of
 
 
 async def health(request: web.Request) -> web.Response:
@@ -20,9 +20,10 @@ async def health(request: web.Request) -> web.Response:
 async def ready(request: web.Request) -> web.Response:
     """200 when a request would be served now, 503 with the reason otherwise."""
     waiting = [model for model in models_of(request).models if model.service.state != "ready"]
-    if not waiting:
+    draining = request.app[DRAIN].draining
+    if not waiting and not draining:
         return _states(request, 200, "ready")
-    reason = "; ".join(f"{model.name} is {model.service.state}" for model in waiting)
+    reason = "draining" if draining else "; ".join(f"{model.name} is {model.service.state}" for model in waiting)
     response = _states(request, 503, reason)
     response.headers.update(wait(settings_of(request).retry_after_s))
     return response
