@@ -74,7 +74,7 @@ def _run(engine: EngineSettings, gateway: GatewaySettings) -> int:
     from helix_gateway.telemetry.metrics import Metrics
     from helix_gateway.text.tokenizer import Tokenizer
 
-    configure_logging()
+    configure_logging(engine.log)
     name = gateway.served_model_names[0]
     typer.echo(f"Loading {name} (the first start takes longer: kernels are compiled for this processor)", err=True)
     metrics = Metrics()

@@ -15,9 +15,11 @@ from pydantic_core import PydanticCustomError
 from helix_gateway.cli.sizes import parse_size
 from helix_gateway.gateway.settings import GatewaySettings
 from helix_gateway.service.settings import DeviceName, DTypeName, EngineSettings
+from helix_gateway.telemetry.settings import LogFormat, LogLevel, LogSettings
 
 _ENGINE = EngineSettings(model_path="")
 _GATEWAY = GatewaySettings()
+_LOG = LogSettings()
 _LARGEST_SEED = 2**64 - 1
 
 
@@ -168,6 +170,13 @@ class ServeSettings(BaseModel):
         unset="localhost and loopback addresses",
     )
 
+    log_level: LogLevel = _setting(_LOG.level, "Least important lines that are logged.")
+    log_format: LogFormat = _setting(
+        _LOG.format, "How lines are logged; auto: for people where stderr is a terminal, else JSON."
+    )
+    log_file: str | None = _setting(None, "File to log to, at its end.", metavar="FILE", unset="stderr")
+    log_prompts: bool = _setting(_GATEWAY.log_prompts, "Log what was asked, word for word.")
+
     @field_validator("*", mode="before")
     @classmethod
     def _no_boolean_is_a_number(cls, value: object, info: ValidationInfo) -> object:
@@ -195,6 +204,7 @@ class ServeSettings(BaseModel):
             **self._of(EngineSettings.__struct_fields__),
             model_path=model_path,
             kv_cache_memory_bytes=self.kv_cache_memory,
+            log=LogSettings(level=self.log_level, format=self.log_format, file=self.log_file),
         )
 
     def _of(self, names: tuple[str, ...]) -> Mapping[str, Any]:

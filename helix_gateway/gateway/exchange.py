@@ -73,6 +73,8 @@ async def open_exchange(
     context = context_of(request)
     _tell(context, body.ignored, plan)
     context.log.update(model=served.name, stream=fields.stream, choices=plan.num_choices * len(prompts))
+    if settings_of(request).log_prompts:
+        context.log["prompts"] = [prompt.token_ids if prompt.text is None else prompt.text for prompt in prompts]
     tally = Tally([len(prompt.token_ids) for prompt in prompts], plan.num_choices)
     return Exchange(context, served, reply, prompts, plan, tally)
 

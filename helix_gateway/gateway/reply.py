@@ -5,6 +5,7 @@ Knows nothing about chat or completions.
 
 import time
 import uuid
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,9 +48,9 @@ class Tally:
     """Of each prompt."""
     num_choices: int
     completion_tokens: int = 0
-    first_token_s: float | None = None
-    """The earliest of any choice, from its arrival at the engine."""
     finish_reasons: list[str] = field(default_factory=list)
+    measured: list[SequenceMetrics] = field(default_factory=list)
+    """Of each choice that has come to its end."""
     _cached: dict[int, int] = field(default_factory=dict)
 
     def add(self, choice: int, delta: TextDelta) -> None:
@@ -63,8 +64,7 @@ class Tally:
     def _measure(self, prompt_index: int, metrics: SequenceMetrics) -> None:
         known = self._cached.get(prompt_index, metrics.cached_tokens)
         self._cached[prompt_index] = min(known, metrics.cached_tokens)
-        times = (self.first_token_s, metrics.time_to_first_token_s)
-        self.first_token_s = min((time_s for time_s in times if time_s is not None), default=None)
+        self.measured.append(metrics)
 
     @property
     def cached_tokens(self) -> int:
@@ -93,11 +93,29 @@ class Tally:
 
     def for_log(self) -> dict[str, Any]:
         """The same figures as fields of the request's log line."""
-        first_ms = None if self.first_token_s is None else round(self.first_token_s * 1000, 1)
+        times_s = [time_s for metrics in self.measured for time_s in metrics.token_times_s]
+        rate = tokens_per_second(times_s)
         return {
             "prompt_tokens": sum(self.prompt_tokens),
             "completion_tokens": self.completion_tokens,
             "cached_tokens": self.cached_tokens,
-            "time_to_first_token_ms": first_ms,
+            "queue_ms": _least_ms(metrics.queue_time_s for metrics in self.measured),
+            "time_to_first_token_ms": _least_ms(times_s),
+            "tokens_per_s": None if rate is None else round(rate, 1),
+            "draft_tokens": sum(metrics.draft_tokens for metrics in self.measured),
+            "accepted_tokens": sum(metrics.accepted_tokens for metrics in self.measured),
             "finish_reasons": self.finish_reasons,
         }
+
+
+def _least_ms(seconds: Iterable[float]) -> float | None:
+    least = min(seconds, default=None)
+    return None if least is None else round(least * 1000, 1)
+
+
+def tokens_per_second(times_s: Sequence[float]) -> float | None:
+    """The rate after the first step, which also computed the prompt; None where one step made all."""
+    first, last = min(times_s, default=0.0), max(times_s, default=0.0)
+    if last <= first:
+        return None
+    return sum(time_s > first for time_s in times_s) / (last - first)

@@ -42,5 +42,7 @@ class GatewaySettings:
     """How long running answers may go on once the server was told to stop."""
     shutdown_timeout_s: float = 5.0
     """How long those that are cut off then may take to say so."""
+    log_prompts: bool = False
+    """Whether the log may hold what was asked."""
     worker_threads: int = 2
     """Threads that parse and tokenise what is too long for the event loop."""

@@ -18,7 +18,7 @@ from helix_gateway.core.errors import HelixError
 from helix_gateway.service.messages import Command, LoadFailed, Ready, Reply
 from helix_gateway.service.settings import EngineSettings
 from helix_gateway.service.wire import command_decoder, reply_encoder
-from helix_gateway.telemetry.logging import configure_logging
+from helix_gateway.telemetry.logging import configure_engine_logging
 
 if TYPE_CHECKING:
     Socket = zmq.Socket[bytes]
@@ -60,8 +60,8 @@ def main() -> None:
     # Ctrl-C, and a service manager's SIGTERM, reach the whole group; when to stop is the gateway's decision, which comes as the end of the pipe.
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
-    configure_logging()
     assignment = msgspec.json.decode(sys.stdin.buffer.readline(), type=Assignment)
+    configure_engine_logging(assignment.settings.log)
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
     context: zmq.Context[Socket] = zmq.Context.instance()
     commands, replies = context.socket(zmq.PULL), context.socket(zmq.PUSH)

@@ -7,6 +7,8 @@ from typing import Literal
 
 import msgspec
 
+from helix_gateway.telemetry.settings import LogSettings
+
 DTypeName = Literal["auto", "float32", "bfloat16"]
 DeviceName = Literal["auto", "cpu", "cuda", "directml", "mps", "xpu"]
 
@@ -31,3 +33,4 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Seeds of requests that bring none are drawn from this; None: from the system."""
     batch_window_ms: float = 0.0
     max_queue_len: int = 1024
+    log: LogSettings = LogSettings()

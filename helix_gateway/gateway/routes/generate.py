@@ -17,7 +17,7 @@ from helix_gateway.gateway.generation import closing, gather_answers
 from helix_gateway.gateway.logprobs import chat_logprobs, prompt_logprobs
 from helix_gateway.gateway.params import Wanted
 from helix_gateway.gateway.prompts import single_prompt
-from helix_gateway.gateway.reply import new_reply
+from helix_gateway.gateway.reply import new_reply, tokens_per_second
 from helix_gateway.gateway.route import EVENTS, GENERATION_ERRORS, GENERATION_HEADERS, Example, Response, Route
 from helix_gateway.gateway.schemas.answers import (
     AboutPrompt,
@@ -130,15 +130,8 @@ def _metrics(measured: SequenceMetrics | None) -> GenerateMetrics:
         "queue_time_s": measured.queue_time_s,
         "time_to_first_token_s": measured.time_to_first_token_s,
         "generation_time_s": times_s[-1] if times_s else None,
-        "tokens_per_second": _tokens_per_second(times_s),
+        "tokens_per_second": tokens_per_second(times_s),
     }
-
-
-def _tokens_per_second(times_s: Sequence[float]) -> float | None:
-    """The rate after the first step, which also computed the prompt; None where one step made all."""
-    if not times_s or times_s[-1] <= times_s[0]:
-        return None
-    return sum(time_s > times_s[0] for time_s in times_s) / (times_s[-1] - times_s[0])
 
 
 # ---- what clients are told of them --------------------------------------------------------------------------
