@@ -11,6 +11,7 @@ from helix_gateway.cli.settings import ServeSettings
 from helix_gateway.cli.sources import SettingsError, effective
 from helix_gateway.gateway.settings import GatewaySettings
 from helix_gateway.service.settings import EngineSettings
+from helix_gateway.telemetry.settings import LogSettings
 
 
 @pytest.fixture
@@ -143,6 +144,7 @@ def test_every_setting_that_is_a_number_refuses_one_out_of_range(name):
 def test_every_setting_has_a_flag_and_reaches_what_it_is_for():
     text = CliRunner().invoke(app, ["serve", "--help"]).output
     taken = {field.name for field in fields(GatewaySettings)} | set(EngineSettings.__struct_fields__)
+    taken |= {f"log_{name}" for name in LogSettings.__struct_fields__}
     renamed = {
         "model",
         "api_key",
@@ -155,6 +157,11 @@ def test_every_setting_has_a_flag_and_reaches_what_it_is_for():
     for name in ServeSettings.model_fields:
         assert flag_of(name) in text
         assert name in taken | renamed
+
+
+def test_where_to_log_reaches_the_engine_too():
+    settings = effective({"log_level": "debug", "log_format": "json", "log_file": "/tmp/x"}, None).settings
+    assert settings.engine("m").log == LogSettings(level="debug", format="json", file="/tmp/x")
 
 
 def test_show_config_is_a_file_that_sets_the_same_and_hides_keys(tmp_path, monkeypatch):
