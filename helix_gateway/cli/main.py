@@ -10,6 +10,7 @@ import typer
 
 from helix_gateway.cli.bench import bench
 from helix_gateway.cli.chat.command import chat
+from helix_gateway.cli.models import app as models
 from helix_gateway.cli.serve import serve
 from helix_gateway.cli.version import version
 from helix_gateway.core.errors import HelixError
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.command(name="serve")(serve)
 app.command(name="chat")(chat)
 app.command(name="bench")(bench)
+app.add_typer(models)
 app.command(name="version")(version)
 
 
