@@ -208,11 +208,54 @@ def test_the_checks_go_on_after_one_that_fails(tmp_path, monkeypatch, capfd):
     commands = {"first": [sys.executable, "-c", "exit(3)"], "second": [sys.executable, "-c", "print('ran')"]}
     monkeypatch.setattr(check, "checks", lambda python: commands)
     monkeypatch.setattr(check.environment, "ensure", lambda extras: Path(sys.executable))
+    monkeypatch.setattr(check.chromium, "ensure", lambda python: "no browser here")
     monkeypatch.setattr(sys, "argv", ["check.py"])
     assert check.main() == 1
     out = capfd.readouterr().out
     assert "ran" in out
     assert "FAILED (exit code 3)" in out
+
+
+@pytest.mark.parametrize("missing", [None, "no browser here"])
+def test_web_pages_that_are_not_tested_are_said_so_aloud(missing, monkeypatch, capfd):
+    import check
+
+    monkeypatch.setattr(check, "BROWSER_TESTS", "--version")
+    monkeypatch.setattr(check, "checks", lambda python: {})
+    monkeypatch.setattr(check.environment, "ensure", lambda extras: Path(sys.executable))
+    monkeypatch.setattr(check.chromium, "ensure", lambda python: missing)
+    monkeypatch.setattr(sys, "argv", ["check.py"])
+    assert check.main() == 0
+    summary = capfd.readouterr().out
+    assert ("=== browser: passed" in summary) == (missing is None)
+    assert ("SKIPPED: no browser here" in summary and "were NOT tested" in summary) == (missing is not None)
+
+
+def test_a_chromium_is_fetched_where_none_starts_and_the_next_way_is_tried_where_one_fails(checkout, monkeypatch):
+    import chromium
+
+    ran = []
+
+    def run_limited(command, limit_s):
+        ran.append(command[0])
+        return command[0] == "second"
+
+    monkeypatch.setattr(chromium, "run_limited", run_limited)
+    monkeypatch.setattr(chromium, "ways", lambda python: [("one", ["first"]), ("two", ["second"])])
+    monkeypatch.setattr(chromium, "starts", lambda python: "second" in ran)
+    assert chromium.ensure(Path(sys.executable)) is None
+    assert ran == ["first", "second"]
+    monkeypatch.setattr(chromium, "starts", lambda python: False)
+    assert "none could be fetched" in chromium.ensure(Path(sys.executable))
+
+
+def test_a_tool_that_hangs_or_is_missing_is_a_way_that_failed(checkout):
+    import chromium
+
+    assert not chromium.run_limited([sys.executable, "-c", "import time; time.sleep(60)"], 0.2)
+    assert not chromium.run_limited(["no-such-tool"], 5)
+    assert chromium.run_limited([sys.executable, "-c", "print('said')"], 30)
+    assert "said" in environment.LOG.read_text()
 
 
 @pytest.mark.parametrize("arguments,told", [([], None), (["--deep"], "1")])
@@ -223,6 +266,7 @@ def test_deep_checks_are_the_same_checks_at_a_higher_setting(arguments, told, mo
     show = [sys.executable, "-c", "import os; print('deep:', os.environ.get('HELIX_TEST_DEEP'))"]
     monkeypatch.setattr(check, "checks", lambda python: {"only": show})
     monkeypatch.setattr(check.environment, "ensure", lambda extras: Path(sys.executable))
+    monkeypatch.setattr(check.chromium, "ensure", lambda python: "no browser here")
     monkeypatch.setattr(sys, "argv", ["check.py", *arguments])
     assert check.main() == 0
     assert f"deep: {told}" in capfd.readouterr().out

@@ -158,3 +158,17 @@ async def test_what_tells_nothing_of_anybodys_work_needs_no_key_and_says_so():
                 async with gateway.get(path) as response:
                     assert (response.status == 401) == ("security" in operation), path
                     assert ("401" in operation["responses"]) == ("security" in operation)
+        for name in ("docs.css", "docs.js", "icon.svg"):
+            async with gateway.get(f"/docs/{name}") as response:
+                assert response.status == 200
+
+
+async def test_the_page_and_what_it_loads_come_with_a_policy_that_allows_this_server_only(gateway):
+    for path in ("/docs", "/docs/docs.js", "/docs/docs.css", "/docs/icon.svg"):
+        async with gateway.get(path) as response:
+            assert response.status == 200
+            policy = response.headers["Content-Security-Policy"]
+            assert "default-src 'none'" in policy
+            assert set(policy.replace(";", " ").split()) & {"*", "'unsafe-inline'", "'unsafe-eval'", "https:"} == set()
+    async with gateway.get("/docs/other.js") as response:
+        assert response.status == 404

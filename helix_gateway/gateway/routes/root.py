@@ -18,7 +18,8 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Helix</title>
 <style>body{{font-family:system-ui,sans-serif;max-width:42rem;margin:3rem auto;padding:0 1rem;line-height:1.5}}
 code{{background:#8882;padding:.1em .3em;border-radius:.2em}}</style></head>
-<body><h1>Helix</h1><p>{what}. Point any OpenAI client at <code>{base}/v1</code>; any key will do where none is set.</p>
+<body><h1>Helix</h1><p>{what}. Point any OpenAI client at <code>{base}/v1</code>; any key will do where none is set.
+<a href="/docs">What every route takes and answers</a>, to read and to try.</p>
 <p>Models served: {models}</p><table>{rows}</table></body></html>
 """
 
