@@ -18,7 +18,7 @@ from typing import Generic
 
 import structlog
 
-from helix_gateway.core.errors import ContextLengthError, OutOfMemoryError, QueueFullError
+from helix_gateway.core.errors import ContextLengthError, InvalidRequestError, OutOfMemoryError, QueueFullError
 from helix_gateway.core.event import ErrorKind, FinishReason, TokenEvent
 from helix_gateway.core.protocols import Logits, ModelRunner, StopCondition, TokenConstraint
 from helix_gateway.core.request import Request
@@ -31,8 +31,9 @@ from helix_gateway.engine.drafters.none import NoDrafter
 from helix_gateway.engine.ending import Ending, find_ending
 from helix_gateway.engine.kv_cache import PagedKVCache
 from helix_gateway.engine.plan import SequenceOutput, SpeculativeOutput, StepPlan
-from helix_gateway.engine.scheduler import Scheduler, SchedulerLimits
+from helix_gateway.engine.scheduler import PlanningError, Scheduler
 from helix_gateway.engine.sequence import Sequence, Timeline
+from helix_gateway.engine.step_budget import StepBudget
 
 log = structlog.get_logger(__name__)
 
@@ -84,9 +85,10 @@ class Engine(Generic[Logits]):
         self._eos_token_ids = eos_token_ids
         self._scheduler = Scheduler(
             self.cache,
-            SchedulerLimits(limits.max_num_seqs, limits.max_num_batched_tokens),
+            limits.max_num_seqs,
             depth_policy or FixedDepth(0, max_model_len=self.max_model_len),
         )
+        self._budget = StepBudget(limits.max_num_batched_tokens)
         self._decoder = AdaptiveSpeculativeDecoder(runner, drafter or NoDrafter(), self.cache)
         self._sequences: dict[str, list[Sequence]] = {}
         self._forks: dict[str, list[Sequence]] = {}
@@ -139,11 +141,14 @@ class Engine(Generic[Logits]):
             hooks: one for each choice, or none at all.
 
         Raises:
-            InvalidRequestError: it holds what this model has not, such as ids beyond its vocabulary.
+            InvalidRequestError: it holds what this model has not, such as ids beyond its vocabulary, or its own id is
+                that of a request being served.
             ContextLengthError: the prompt leaves no room for a token.
             QueueFullError: too many sequences wait already.
         """
         check_request(request, self._vocab_size)
+        if request.request_id in self._sequences:
+            raise InvalidRequestError(f"A request with the id {request.request_id} is already being served.")
         if len(request.prompt_token_ids) >= self.max_model_len:
             raise ContextLengthError(len(request.prompt_token_ids), self.max_model_len)
         free_places = max(0, self._limits.max_num_seqs - self.num_running)  # who fills them waits for no one
@@ -189,9 +194,13 @@ class Engine(Generic[Logits]):
 
     def step(self) -> list[TokenEvent]:
         """Compute one step; what it, and cancels since the last one, have to tell."""
-        plan = self._scheduler.schedule()
-        if plan.scheduled:
-            self._run(plan)
+        try:
+            plan = self._scheduler.schedule(self._budget.tokens)
+        except PlanningError as broken:
+            self._give_up(broken.plan, broken.cause)
+        else:
+            if plan.scheduled:
+                self._run(plan)
         events, self._events = self._events, []
         return events
 
@@ -202,47 +211,42 @@ class Engine(Generic[Logits]):
             timeline.first_scheduled = now if timeline.first_scheduled is None else timeline.first_scheduled
         try:
             self.last_output = self._decoder.speculative_decode_step(plan)
-        except OutOfMemoryError as error:
-            self._fit_smaller(plan, error)
-        except Exception as error:
-            # Whatever it was, it concerns the sequences of this step and nobody else.
-            log.exception("step_failed", sequences=len(plan.scheduled))
-            self._fail(plan, f"The engine failed while computing this request: {type(error).__name__}.", "failed")
+        except Exception as error:  # noqa: BLE001 - told in `_give_up`
+            self._give_up(plan, error)
         else:
             self._commit(self.last_output)
-            self._scheduler.limits = self._recovering_limits()
+            self._budget.grow()
 
-    def _fit_smaller(self, plan: StepPlan, error: OutOfMemoryError) -> None:
-        """Halve the step's budget and let the same tokens be planned again; fail what does not fit even alone."""
-        budget = sum(scheduled.num_tokens + scheduled.depth for scheduled in plan.scheduled) // 2
-        if budget == 0:
-            self._fail(plan, f"Out of memory: {error}", "out_of_memory")
+    def _give_up(self, plan: StepPlan, error: Exception) -> None:
+        """A step broke off: plan it anew, smaller, if memory was short; else fail its sequences, and nobody else."""
+        if isinstance(error, OutOfMemoryError | MemoryError) and self._budget.shrink(plan.num_tokens):
+            log.warning("out_of_memory", next_budget_tokens=self._budget.tokens)
+            self._scheduler.undo(plan)
             return
-        log.warning("out_of_memory", next_budget_tokens=budget)
-        # Some page copies may not have been made: what was reserved for the step is given up with it.
-        self._scheduler.requeue(plan)
-        self._scheduler.limits = SchedulerLimits(self._limits.max_num_seqs, budget)
-
-    def _recovering_limits(self) -> SchedulerLimits:
-        """Twice the budget of the step that went well, up to what was asked for."""
-        budget = min(self._limits.max_num_batched_tokens, 2 * self._scheduler.limits.max_num_batched_tokens)
-        return SchedulerLimits(self._limits.max_num_seqs, budget)
-
-    def _fail(self, plan: StepPlan, message: str, kind: ErrorKind) -> None:
+        log.error("step_failed", sequences=len(plan.scheduled), exc_info=error)
         for request_id in {scheduled.sequence.request.request_id for scheduled in plan.scheduled}:
-            self._end_request(request_id, "error", message, kind)
+            self._fail(request_id, error)
+
+    def _fail(self, request_id: str, error: Exception) -> None:
+        if isinstance(error, OutOfMemoryError | MemoryError):
+            self._end_request(request_id, "error", f"Out of memory: {error}", "out_of_memory")
+        else:
+            message = f"The engine failed while computing this request: {type(error).__name__}."
+            self._end_request(request_id, "error", message, "failed")
 
     def _commit(self, output: SpeculativeOutput) -> None:
         now = monotonic()
         for sequence_output in output.step.outputs:
-            request_id = sequence_output.scheduled.sequence.request.request_id
+            sequence = sequence_output.scheduled.sequence
+            if sequence.finish_reason is not None:  # another choice of its request has failed, and this one with it
+                continue
+            request_id = sequence.request.request_id
             try:
                 self._commit_one(sequence_output, now)
             except Exception as error:
                 # A stop condition that raises is its own request's trouble.
                 log.exception("commit_failed", request_id=request_id)
-                message = f"The engine failed while reading this answer: {type(error).__name__}."
-                self._end_request(request_id, "error", message, "failed")
+                self._fail(request_id, error)
 
     def _commit_one(self, output: SequenceOutput, now: float) -> None:
         scheduled = output.scheduled

@@ -84,22 +84,23 @@ class PagedKVCache:
             hit -= self._grain
         computed = min(hit, last)
         for prefix in found:
-            blocks = prefix.take(hit, computed)
-            for block in blocks:
+            for block in prefix.needed(hit, computed):
                 self.pool.share(block)
+                prefix.table.blocks.append(block)
+            prefix.settle(hit, computed)
         return max(computed, 0)
 
     def fork(self, parent: Hashable, child: Hashable, num_tokens: int) -> None:
         """Open a child's tables over the parent's blocks for the first ``num_tokens`` tokens; no copy is made yet."""
-        forks = []
-        for table in self._tables[parent]:
-            count = table.entries_for(num_tokens) - table.num_released
-            blocks = table.blocks[: max(0, count)]
-            for block in blocks:
+        forks = tuple(SequenceBlockTable(table.group, table.root) for table in self._tables[parent])
+        # Known before anything is shared, so that whatever goes wrong below can be given back.
+        self._tables[child] = forks
+        for table, fork in zip(self._tables[parent], forks, strict=True):
+            fork.num_released = table.num_released
+            fork.keys = table.keys[: num_tokens // table.group.tokens_per_block]
+            for block in table.blocks[: max(0, table.entries_for(num_tokens) - table.num_released)]:
                 self.pool.share(block)
-            keys = table.keys[: num_tokens // table.group.tokens_per_block]
-            forks.append(SequenceBlockTable(table.group, table.root, list(blocks), table.num_released, list(keys)))
-        self._tables[child] = tuple(forks)
+                fork.blocks.append(block)
 
     def reserve(self, sequence: Hashable, num_computed_tokens: int, num_tokens: int) -> list[PageCopy]:
         """Make positions ``num_computed_tokens`` to ``num_tokens - 1`` writable by this sequence alone.
@@ -223,7 +224,7 @@ class _FoundPrefix:
     """What the index knows of one table's leading full blocks."""
 
     def __init__(self, table: SequenceBlockTable, index: PrefixIndex, token_ids: Sequence[int]) -> None:
-        self._table = table
+        self.table = table
         size = table.group.tokens_per_block
         self._keys = []
         self._blocks: list[int | None] = []
@@ -236,24 +237,25 @@ class _FoundPrefix:
     def longest(self) -> int:
         """No prefix longer than this many tokens is covered."""
         found = [block is not None for block in self._blocks]
-        if self._table.group.window is None:
+        if self.table.group.window is None:
             count = found.index(False) if False in found else len(found)
         else:
             count = len(found) - found[::-1].index(True) if True in found else 0
-        return count * self._table.group.tokens_per_block
-
-    def _needed(self, num_tokens: int, num_computed_tokens: int) -> list[int | None]:
-        return self._blocks[self._table.first_needed(num_computed_tokens) : self._table.entries_for(num_tokens)]
+        return count * self.table.group.tokens_per_block
 
     def covers(self, num_tokens: int, num_computed_tokens: int) -> bool:
         """Whether all that the token at ``num_computed_tokens`` reads of the first ``num_tokens`` is there."""
-        return all(block is not None for block in self._needed(num_tokens, num_computed_tokens))
+        return None not in self._blocks[self._entries(num_tokens, num_computed_tokens)]
 
-    def take(self, num_tokens: int, num_computed_tokens: int) -> list[int]:
-        """Put those blocks into the table, and return them."""
-        table = self._table
-        blocks = [block for block in self._needed(num_tokens, num_computed_tokens) if block is not None]
-        table.num_released = table.first_needed(num_computed_tokens) if num_tokens else 0
-        table.blocks = list(blocks)
-        table.keys = self._keys[: table.entries_for(num_tokens)]
-        return blocks
+    def needed(self, num_tokens: int, num_computed_tokens: int) -> list[int]:
+        """Those blocks."""
+        blocks = self._blocks[self._entries(num_tokens, num_computed_tokens)]
+        return [block for block in blocks if block is not None]
+
+    def settle(self, num_tokens: int, num_computed_tokens: int) -> None:
+        """Let the table, which holds those blocks, know where they stand."""
+        self.table.num_released = self.table.first_needed(num_computed_tokens) if num_tokens else 0
+        self.table.keys = self._keys[: self.table.entries_for(num_tokens)]
+
+    def _entries(self, num_tokens: int, num_computed_tokens: int) -> slice:
+        return slice(self.table.first_needed(num_computed_tokens), self.table.entries_for(num_tokens))

@@ -37,6 +37,11 @@ class StepPlan:
     scheduled: list[ScheduledSequence] = field(default_factory=list)
     copies: list[PageCopy] = field(default_factory=list)
 
+    @property
+    def num_tokens(self) -> int:
+        """Most tokens that the step computes, drafts included."""
+        return sum(entry.num_tokens + entry.depth for entry in self.scheduled)
+
     def writes(self) -> list[Write]:
         """The positions that get their KV in this step."""
         return [

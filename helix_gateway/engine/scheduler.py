@@ -8,22 +8,27 @@ is preempted and computed again later.  The first in rank is never preempted, so
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from helix_gateway.engine.block_pool import NoFreeBlocksError
 from helix_gateway.engine.depth import DepthPolicy
-from helix_gateway.engine.kv_cache import PagedKVCache
+from helix_gateway.engine.kv_cache import PageCopy, PagedKVCache
 from helix_gateway.engine.plan import ScheduledSequence, StepPlan
-from helix_gateway.engine.sequence import Sequence
+from helix_gateway.engine.sequence import Sequence, SequenceKey
 from helix_gateway.engine.waiting import WaitingQueue
 
 
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """Bounds of a step."""
+class PlanningError(Exception):
+    """Planning broke off.
 
-    max_num_seqs: int
-    max_num_batched_tokens: int
+    Args:
+        plan: what was planned up to there, and, last, the part that was being planned.
+        cause: why.
+    """
+
+    def __init__(self, plan: StepPlan, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.plan = plan
+        self.cause = cause
 
 
 class Scheduler:
@@ -31,14 +36,14 @@ class Scheduler:
 
     Args:
         cache: where KV is accounted.
-        limits: bounds of a step.
+        max_num_seqs: most sequences that run at once.
         depth_policy: how many draft tokens a sequence should get.
     """
 
-    def __init__(self, cache: PagedKVCache, limits: SchedulerLimits, depth_policy: DepthPolicy) -> None:
+    def __init__(self, cache: PagedKVCache, max_num_seqs: int, depth_policy: DepthPolicy) -> None:
         self._cache = cache
         self._depth_policy = depth_policy
-        self.limits = limits
+        self._max_num_seqs = max_num_seqs
         self.running: list[Sequence] = []
         self.waiting = WaitingQueue()
         self.num_preemptions = 0
@@ -59,22 +64,50 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def requeue(self, plan: StepPlan) -> None:
-        """Undo a plan that could not be computed: its sequences wait again, to be computed anew."""
-        for scheduled in plan.scheduled:
-            self._preempt(scheduled.sequence, _StepInMaking(0))
+    def undo(self, plan: StepPlan) -> None:
+        """Let the sequences of a step that was not computed go on from where they were; they keep what was reserved.
 
-    def schedule(self) -> StepPlan:
-        """Plan one step; blocks for all that it could write are reserved."""
-        step = _StepInMaking(self.limits.max_num_batched_tokens)
+        Those whose pages were to be copied first wait again, and are computed anew: nobody knows what was copied.
+        """
+        copied = {destination for _, destination in plan.copies}
+        for sequence in [entry.sequence for entry in plan.scheduled if entry.sequence in self.running]:
+            if any(block in copied for table in self._cache.tables(sequence.key) for block in table.blocks):
+                self._preempt(sequence, _StepInMaking(0))
+
+    def schedule(self, max_tokens: int) -> StepPlan:
+        """Plan one step; blocks for all that it could write are reserved.
+
+        Args:
+            max_tokens: tokens that the step may compute, drafts included.
+
+        Raises:
+            PlanningError: something in it failed; the sequence that was being planned holds no blocks any more.
+        """
+        step = _StepInMaking(max_tokens)
+        try:
+            self._fill(step)
+        except Exception as error:
+            raise PlanningError(self._broken_off(step), error) from error
+        return step.plan()
+
+    def _fill(self, step: "_StepInMaking") -> None:
         # Those that lack least come first: a long prompt's chunk must not hold up everybody's next token.
         for sequence in sorted(self.running, key=lambda s: s.num_pending_tokens):
             if sequence in self.running and step.budget:
+                step.at = sequence
                 self._continue(sequence, step)
-        while self.waiting and step.budget and len(self.running) < self.limits.max_num_seqs:
-            if not self._admit(self.waiting.head(), step):
+        while self.waiting and step.budget and len(self.running) < self._max_num_seqs:
+            step.at = self.waiting.head()
+            if not self._admit(step.at, step):
                 break
-        return step.plan()
+
+    def _broken_off(self, step: "_StepInMaking") -> StepPlan:
+        plan, last = step.plan(), step.at
+        if last is not None:
+            wanted = min(last.num_pending_tokens, step.budget)
+            self._preempt(last, step)
+            plan.scheduled.append(ScheduledSequence(last, last.num_computed_tokens, wanted, 0))
+        return plan
 
     def _continue(self, sequence: Sequence, step: "_StepInMaking") -> None:
         """Give a running sequence its part of the step, if need be at the cost of those that rank after it."""
@@ -166,21 +199,22 @@ class _StepInMaking:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self._scheduled: dict[int, ScheduledSequence] = {}
-        self._copies: list[tuple[int, int]] = []
+        self.at: Sequence | None = None
+        """Whose part is being planned."""
+        self._parts: dict[SequenceKey, tuple[ScheduledSequence, list[PageCopy]]] = {}
 
-    def add(self, scheduled: ScheduledSequence, copies: list[tuple[int, int]]) -> None:
+    def add(self, scheduled: ScheduledSequence, copies: list[PageCopy]) -> None:
         """Take a sequence's part into the step."""
-        self._scheduled[id(scheduled.sequence)] = scheduled
-        self._copies += copies
+        self._parts[scheduled.sequence.key] = scheduled, copies
         self.budget -= scheduled.num_tokens + scheduled.depth
 
     def withdraw(self, sequence: Sequence) -> None:
-        """Take it out again, where it is in; its page copies stay, they harm nobody."""
-        scheduled = self._scheduled.pop(id(sequence), None)
-        if scheduled is not None:
+        """Take it out again, where it is in."""
+        if sequence.key in self._parts:
+            scheduled, _ = self._parts.pop(sequence.key)
             self.budget += scheduled.num_tokens + scheduled.depth
 
     def plan(self) -> StepPlan:
         """What stands at the end."""
-        return StepPlan(list(self._scheduled.values()), self._copies)
+        parts = self._parts.values()
+        return StepPlan([scheduled for scheduled, _ in parts], [copy for _, copies in parts for copy in copies])

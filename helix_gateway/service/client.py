@@ -10,7 +10,20 @@ from helix_gateway.core.errors import EngineUnavailableError, HelixError
 from helix_gateway.core.stats import EngineStats
 from helix_gateway.service.api import GenerationCall, ServiceState, TextDelta
 from helix_gateway.service.backlog import Backlog, limit_bytes
-from helix_gateway.service.messages import Alive, Cancel, Command, Events, LoadFailed, Ready, Refused, Reply, Submit
+from helix_gateway.service.messages import (
+    Alive,
+    Cancel,
+    Command,
+    Events,
+    Invalid,
+    LoadFailed,
+    NotTaken,
+    PromptTooLong,
+    QueueFull,
+    Ready,
+    Reply,
+    Submit,
+)
 from helix_gateway.service.observer import EngineObserver
 from helix_gateway.service.requests_in_flight import RequestsInFlight, Sink
 from helix_gateway.service.seeds import seed_source
@@ -122,7 +135,7 @@ class EngineClient(ABC):
                 self._in_flight.deliver(events)
             case EngineStats():
                 self._observer.take_stats(reply)
-            case Refused():
+            case PromptTooLong() | QueueFull() | Invalid() | NotTaken():
                 self._in_flight.refuse(reply)
             case Ready():
                 self._observer.engine_ready()

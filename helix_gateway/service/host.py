@@ -7,14 +7,14 @@ from typing import Any
 
 import structlog
 
-from helix_gateway.core.errors import ContextLengthError, HelixError, ModelLoadError, QueueFullError
+from helix_gateway.core.errors import ContextLengthError, InvalidRequestError, ModelLoadError, QueueFullError
 from helix_gateway.core.event import TokenEvent
 from helix_gateway.core.request import Request, SamplingParams
 from helix_gateway.engine.audit import BrokenInvariantError
 from helix_gateway.engine.engine import ChoiceHooks, Engine, EngineLimits
 from helix_gateway.runtime.factory import LoadedRunner, load_runner
 from helix_gateway.service.api import GenerationCall
-from helix_gateway.service.messages import Refused
+from helix_gateway.service.messages import Invalid, NotTaken, PromptTooLong, QueueFull, Refused
 from helix_gateway.service.settings import EngineSettings
 from helix_gateway.service.stops import stop_condition
 from helix_gateway.text.tokenizer import Tokenizer
@@ -77,10 +77,10 @@ class EngineHost:
         """Take a call, or say why not."""
         self._served_since_check = True
         request = call.request
-        hooks = [ChoiceHooks(stop=stop_condition(self._tokenizer, call)) for _ in range(request.sampling.n)]
         try:
+            hooks = [ChoiceHooks(stop=stop_condition(self._tokenizer, call)) for _ in range(request.sampling.n)]
             self._engine.submit(request, hooks)
-        except HelixError as error:
+        except Exception as error:  # noqa: BLE001 - told apart there
             return _refusal(request.request_id, error)
         return None
 
@@ -133,15 +133,14 @@ def _limits(settings: EngineSettings, loaded: LoadedRunner) -> EngineLimits:
     )
 
 
-def _refusal(request_id: str, error: HelixError) -> Refused:
-    if isinstance(error, ContextLengthError):
-        return Refused(
-            request_id,
-            "context_length",
-            str(error),
-            prompt_tokens=error.prompt_tokens,
-            max_model_len=error.max_model_len,
-        )
-    if isinstance(error, QueueFullError):
-        return Refused(request_id, "queue_full", str(error), retry_after_s=error.retry_after_s)
-    return Refused(request_id, "invalid", str(error))
+def _refusal(request_id: str, error: Exception) -> Refused:
+    match error:
+        case ContextLengthError():
+            return PromptTooLong(request_id, error.prompt_tokens, error.max_model_len)
+        case QueueFullError():
+            return QueueFull(request_id, str(error), error.retry_after_s)
+        case InvalidRequestError():
+            return Invalid(request_id, str(error))
+    # Whatever it was, it is this request's trouble and must not end the loop.
+    log.error("submit_failed", request_id=request_id, exc_info=error)
+    return NotTaken(request_id, f"The engine could not take this request: {type(error).__name__}.")

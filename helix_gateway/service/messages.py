@@ -3,7 +3,7 @@
 Plain data that msgspec can write; the same objects serve a thread's queue and another process's socket.
 """
 
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import msgspec
 
@@ -46,18 +46,37 @@ class Events(msgspec.Struct, frozen=True, tag=True):
     events: list[TokenEvent]
 
 
-RefusalKind = Literal["context_length", "queue_full", "invalid"]
-
-
-class Refused(msgspec.Struct, frozen=True, tag=True):
-    """A request was not taken."""
+class PromptTooLong(msgspec.Struct, frozen=True, tag=True):
+    """A request was not taken: its prompt leaves no room for an answer."""
 
     request_id: str
-    kind: RefusalKind
+    prompt_tokens: int
+    max_model_len: int
+
+
+class QueueFull(msgspec.Struct, frozen=True, tag=True):
+    """A request was not taken: too many wait already."""
+
+    request_id: str
     message: str
-    prompt_tokens: int = 0
-    max_model_len: int = 0
-    retry_after_s: float = 0.0
+    retry_after_s: float
+
+
+class Invalid(msgspec.Struct, frozen=True, tag=True):
+    """A request was not taken: it asks for what this model cannot do."""
+
+    request_id: str
+    message: str
+
+
+class NotTaken(msgspec.Struct, frozen=True, tag=True):
+    """A request was not taken, through no fault of its own."""
+
+    request_id: str
+    message: str
+
+
+Refused: TypeAlias = PromptTooLong | QueueFull | Invalid | NotTaken
 
 
 class Alive(msgspec.Struct, frozen=True, tag=True):

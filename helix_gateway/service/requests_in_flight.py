@@ -14,7 +14,7 @@ from helix_gateway.core.errors import (
     QueueFullError,
 )
 from helix_gateway.core.event import TokenEvent
-from helix_gateway.service.messages import Refused
+from helix_gateway.service.messages import Invalid, NotTaken, PromptTooLong, QueueFull, Refused
 
 Sink = Callable[[TokenEvent | HelixError], None]
 """Takes what happens to one request; must not block."""
@@ -68,8 +68,12 @@ class RequestsInFlight:
 
 
 def _as_error(refused: Refused) -> HelixError:
-    if refused.kind == "context_length":
-        return ContextLengthError(refused.prompt_tokens, refused.max_model_len)
-    if refused.kind == "queue_full":
-        return QueueFullError(refused.message, retry_after_s=refused.retry_after_s)
-    return InvalidRequestError(refused.message)
+    match refused:
+        case PromptTooLong(prompt_tokens=prompt_tokens, max_model_len=max_model_len):
+            return ContextLengthError(prompt_tokens, max_model_len)
+        case QueueFull(message=message, retry_after_s=retry_after_s):
+            return QueueFullError(message, retry_after_s=retry_after_s)
+        case Invalid(message=message):
+            return InvalidRequestError(message)
+        case NotTaken(message=message):
+            return HelixError(message)
