@@ -11,7 +11,7 @@ from helix_gateway.core.event import SequenceMetrics, TokenEvent
 from helix_gateway.service import engine_process
 from helix_gateway.service.loop import ALIVE_INTERVAL_S
 from helix_gateway.service.messages import Alive, Events, Ready, Submit
-from helix_gateway.service.wire import reply_encoder
+from helix_gateway.service.wire import encoded
 
 MAX_MODEL_LEN = 8192
 VOCAB_SIZE = 49152
@@ -79,7 +79,8 @@ def serve(settings, commands, replies):
     """In place of the real engine's: told the same way, with nothing behind it."""
 
     def tell(reply):
-        replies.send(reply_encoder.encode(reply))
+        for message in encoded(reply):
+            replies.send(message)
 
     tell(Ready(MAX_MODEL_LEN, VOCAB_SIZE))
     FakeEngine(tell, float(os.environ["HELIX_FAKE_STEP_MS"]) / 1e3).run(engine_process.SocketInbox(commands))

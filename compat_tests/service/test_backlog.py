@@ -9,6 +9,8 @@ from helix_gateway.core.errors import EngineUnavailableError, SlowReaderError
 from helix_gateway.core.event import TokenEvent, TokenLogprobs
 from helix_gateway.service import backlog as backlog_module
 from helix_gateway.service.backlog import MAX_JOINED_TOKENS, MAX_REQUEST_BYTES, MAX_TOTAL_BYTES, Backlog, limit_bytes
+from helix_gateway.service.messages import Events
+from helix_gateway.service.wire import encoded, reply_decoder
 
 
 def event(token, *, index=0, top=None, **fields):
@@ -104,3 +106,17 @@ def test_what_is_counted_is_about_what_is_taken():
 def test_many_requests_share_what_all_may_take():
     assert limit_bytes(0) == limit_bytes(1) == MAX_REQUEST_BYTES
     assert 1000 * limit_bytes(1000) <= MAX_TOTAL_BYTES
+
+
+async def test_a_long_prompts_logprobs_cross_in_short_messages_and_are_read_whole():
+    told = [None, *[TokenLogprobs(token, -1.0, 1, [1] * 20, [-1.0] * 20) for token in range(1000)]]
+    others = [event(5, index=index) for index in (1, 2)]
+    messages = list(encoded(Events([others[0], event(7, prompt_logprobs=told), others[1]])))
+    assert max(map(len, messages)) < sum(map(len, messages)) / 3
+    waiting, _ = backlog()
+    for message in messages:
+        for each in reply_decoder.decode(message).events:
+            waiting.put(each)
+    events = {got.index: got for got in await drained(waiting, 3)}
+    assert events[0].prompt_logprobs == told
+    assert (events[0].token_ids, events[1].prompt_logprobs) == ([7], None)

@@ -66,7 +66,8 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: list[TokenLogprobs] | None = None
     """One per token of ``token_ids``, where asked for."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
-    """One per prompt token (None for the first), with the first event of index 0, where asked for."""
+    """One per prompt token (None for the first), with the first event of index 0, where asked for; between processes,
+    parts of them may come ahead in events of their own, without tokens."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     """The stop token's id or the stop string that ended it; None for EOS, length and abort."""

@@ -14,8 +14,9 @@ import msgspec
 from aiohttp import web
 
 from helix_gateway.gateway.errors import ApiError
+from helix_gateway.gateway.long_bodies import holds_long_value, limit_bytes
 from helix_gateway.gateway.schemas.common import WireModel
-from helix_gateway.gateway.state import in_worker, settings_of
+from helix_gateway.gateway.state import in_worker, models_of, settings_of
 
 INLINE_BYTES = 64 * 1024
 """Longer bodies are parsed in a worker thread: up to here it takes a fraction of a millisecond."""
@@ -54,7 +55,24 @@ async def read_body(request: web.Request, schema: type[Schema]) -> Body[Schema]:
         raise ApiError.too_large(limit) from error
     if len(data) <= INLINE_BYTES:
         return parse_body(data, schema)
-    return await in_worker(request, parse_body, data, schema)
+    return await in_worker(request, _parse_long_body, data, schema, models_of(request).longest_context)
+
+
+def _parse_long_body(data: bytes, schema: type[Schema], longest_context: int | None) -> Body[Schema]:
+    if longest_context is not None and schema.prompt_field is not None:
+        limit = limit_bytes(longest_context)
+        if len(data) > limit and holds_long_value(data, schema.prompt_field, schema.prompt_opening, limit):
+            raise _prompt_too_long(schema.prompt_field, limit, longest_context)
+    return parse_body(data, schema)
+
+
+def _prompt_too_long(name: str, limit: int, context_tokens: int) -> ApiError:
+    return ApiError.bad_request(
+        f"This model's maximum context length is {context_tokens} tokens, but `{name}` alone has more than {limit} bytes, "
+        "which no prompt of so many tokens has. Shorten the prompt.",
+        param=name,
+        code="context_length_exceeded",
+    )
 
 
 def parse_body(data: bytes, schema: type[Schema]) -> Body[Schema]:

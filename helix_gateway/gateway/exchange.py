@@ -5,14 +5,14 @@ nothing about what chat and completions look like.
 """
 
 import re
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from aiohttp import web
 
 from helix_gateway.gateway.body import Body
-from helix_gateway.gateway.chunks import to_json
+from helix_gateway.gateway.chunks import in_pieces, to_json
 from helix_gateway.gateway.errors import ApiError, to_api_error
 from helix_gateway.gateway.generation import Deltas, closing, generate, without_output
 from helix_gateway.gateway.params import Plan, Wanted, make_plan
@@ -24,6 +24,9 @@ from helix_gateway.gateway.sse import EventStream
 from helix_gateway.gateway.state import RequestContext, context_of, settings_of, sized
 
 MAX_HEADER_CHARACTERS = 1000
+
+T = TypeVar("T")
+
 _unsafe_in_header = re.compile(r"[^A-Za-z0-9_.\[\]-]")
 
 
@@ -31,6 +34,7 @@ _unsafe_in_header = re.compile(r"[^A-Za-z0-9_.\[\]-]")
 class Exchange:
     """One request on its way: what was planned for it and what has been counted."""
 
+    request: web.Request
     context: RequestContext
     served: ServedModel
     reply: Reply
@@ -48,6 +52,15 @@ class Exchange:
         finally:
             self.context.log.update(self.tally.for_log())
             self.context.tokens = self.tally.total_tokens
+
+    async def written(self, size: int, write: Callable[..., T], *args: Any) -> T:
+        """What ``write(*args)`` makes, in a worker thread where ``size`` (of `weight`) says that it takes long."""
+        return await sized(self.request, size, write, *args)
+
+    async def whole(self, size: int, write: Callable[..., Mapping[str, object]], *args: Any) -> web.Response:
+        """The answer that is not a stream: the JSON of what ``write(*args)`` makes; ``size`` as for `written`."""
+        payload = await self.written(size, lambda: in_pieces(write(*args)))
+        return web.Response(body=payload, content_type="application/json")
 
     def _source(self) -> Deltas:
         deltas = generate(self.served.service, self.plan)
@@ -76,7 +89,7 @@ async def open_exchange(
     if settings_of(request).log_prompts:
         context.log["prompts"] = [prompt.token_ids if prompt.text is None else prompt.text for prompt in prompts]
     tally = Tally([len(prompt.token_ids) for prompt in prompts], plan.num_choices)
-    return Exchange(context, served, reply, prompts, plan, tally)
+    return Exchange(request, context, served, reply, prompts, plan, tally)
 
 
 def _tell(context: RequestContext, ignored: list[str], plan: Plan) -> None:
@@ -99,7 +112,7 @@ def _header_list(names: list[str]) -> str:
 
 
 def answer_json(body: Mapping[str, object]) -> web.Response:
-    """The whole answer at once."""
+    """A short answer."""
     return web.Response(body=to_json(body), content_type="application/json")
 
 

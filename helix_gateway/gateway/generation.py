@@ -171,6 +171,19 @@ class Answer:
         return sum(token.logprob for token in self.logprobs) / max(1, len(self.logprobs))
 
 
+def weight(*parts: TextDelta | Answer) -> int:
+    """How much there is to write as JSON, in characters of text: a token id counts for one, a logprob for two."""
+    return sum(
+        len(part.token_ids) + logprobs_weight(part.logprobs) + logprobs_weight(part.prompt_logprobs) for part in parts
+    )
+
+
+def logprobs_weight(logprobs: Sequence[TokenLogprobs | None] | None) -> int:
+    """The same of some logprobs alone; a prompt's first token has none, all others have equally many."""
+    last = logprobs[-1] if logprobs else None
+    return 0 if last is None or logprobs is None else 2 * len(logprobs) * (1 + len(last.top_ids))
+
+
 async def gather_answers(deltas: Deltas, count: int) -> list[Answer]:
     """Wait for all choices."""
     answers = [Answer() for _ in range(count)]

@@ -19,12 +19,14 @@ from helix_gateway.gateway.errors import ApiError, kind_of
 from helix_gateway.gateway.registry import ServedModel
 from helix_gateway.gateway.schemas.chat import ChatMessage
 from helix_gateway.gateway.schemas.completions import MAX_PROMPTS
-from helix_gateway.gateway.state import sized
+from helix_gateway.gateway.state import INLINE_SIZE, sized
 
 MAX_PROMPT_IDS = 1024 * 1024
 """Token ids over all prompts of one request."""
 SUSPECT_BYTES_PER_TOKEN = 8
 """A prompt of more bytes than this for each token of the context hardly fits: it is tokenised in part first."""
+CHARACTERS_PER_MESSAGE = 50
+"""A message costs the template as much as so many characters cost the tokenizer, however short it is."""
 TRIAL_SLACK_TOKENS = 64
 """Tokens that cutting a text may add at the cut, generously."""
 
@@ -46,12 +48,15 @@ async def chat_prompt(request: web.Request, served: ServedModel, messages: Seque
     Raises:
         InvalidRequestError: the template refuses it, the model has none, or it does not fit the context.
     """
-    texts = [text for message in messages for text in message.texts]
-    return await sized(request, sum(map(len, texts)), _encode_chat, served, messages, texts)
+    size = CHARACTERS_PER_MESSAGE * len(messages)
+    if size <= INLINE_SIZE:
+        size += sum(len(text) for message in messages for text in message.texts)
+    return await sized(request, size, _encode_chat, served, messages)
 
 
-def _encode_chat(served: ServedModel, messages: Sequence[ChatMessage], texts: list[str]) -> Prompt:
+def _encode_chat(served: ServedModel, messages: Sequence[ChatMessage]) -> Prompt:
     tokenizer = served.service.tokenizer
+    texts = [text for message in messages for text in message.texts]
     _refuse_hopeless(served, texts, "messages")
     text = tokenizer.render_chat([message.for_template() for message in messages])
     token_ids = encode_bounded(served, text, "messages", add_special_tokens=False)

@@ -54,6 +54,12 @@ class ModelRegistry:
         """Every name that a request may give."""
         return list(self._by_name)
 
+    @property
+    def longest_context(self) -> int | None:
+        """Tokens that the model with the longest context holds; None before one is ready."""
+        ready = (model.service for model in self.models if model.service.state == "ready")
+        return max((service.max_model_len for service in ready), default=None)
+
     def resolve(self, name: str) -> ServedModel:
         """The model of that name; no name means the one that is served, where it is only one.
 

@@ -20,6 +20,7 @@ from helix_gateway.gateway.errors import to_api_error
 from helix_gateway.gateway.keys import KeyFileError
 from helix_gateway.gateway.settings import GatewaySettings
 from helix_gateway.gateway.state import DRAIN, KEYS, new_request_id
+from helix_gateway.gateway.turns import quick_turns
 
 BACKLOG = 1024
 
@@ -157,8 +158,9 @@ async def serve(
             await start()
             sys.stdout.write(f"Helix listens on {' and '.join(where)}\n")
             sys.stdout.flush()
-            await stop.first()
-            await _drain(app, settings.drain_timeout_s)
+            with quick_turns():
+                await stop.first()
+                await _drain(app, settings.drain_timeout_s)
 
 
 class _Stop:

@@ -50,6 +50,8 @@ class Backlog:
         self._waiting: deque[list[TokenEvent]] = deque()
         self._newest: dict[int, list[TokenEvent]] = {}
         """By choice, its last slot in `_waiting`: an event, in a list of its own so that it can be replaced."""
+        self._ahead: list[TokenLogprobs | None] = []
+        """A long prompt's first logprobs, which come in parts."""
         self._failure: HelixError | None = None
         self._arrival = asyncio.Event()
         self.num_bytes = 0
@@ -82,6 +84,12 @@ class Backlog:
         return event
 
     def _add(self, event: TokenEvent) -> None:
+        if event.prompt_logprobs is not None:
+            self._ahead += event.prompt_logprobs
+            if not event.token_ids and event.finish_reason is None:
+                return
+            event = msgspec.structs.replace(event, prompt_logprobs=self._ahead)
+            self._ahead = []
         slot = self._newest.get(event.index)
         if slot is None or len(slot[0].token_ids) + len(event.token_ids) > MAX_JOINED_TOKENS:
             slot = self._newest[event.index] = [event]

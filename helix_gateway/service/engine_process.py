@@ -17,7 +17,7 @@ import zmq
 from helix_gateway.core.errors import HelixError
 from helix_gateway.service.messages import Command, LoadFailed, Ready, Reply
 from helix_gateway.service.settings import EngineSettings
-from helix_gateway.service.wire import command_decoder, reply_encoder
+from helix_gateway.service.wire import command_decoder, encoded
 from helix_gateway.telemetry.logging import configure_engine_logging
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ def _serve(settings: EngineSettings, commands: "Socket", replies: "Socket") -> b
     """Load and serve; False if the model cannot be loaded."""
 
     def tell(reply: Reply) -> None:
-        replies.send(reply_encoder.encode(reply))
+        for message in encoded(reply):
+            replies.send(message)
 
     # Imported here: what is heavy is loaded once the parent can already be told of trouble.
     try:

@@ -6,16 +6,44 @@ port.  One PUSH to one PULL in each direction.
 
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
-from helix_gateway.service.messages import Command, Reply
+from helix_gateway.core.event import TokenEvent
+from helix_gateway.service.messages import Command, Events, Reply
 
 command_encoder = msgspec.msgpack.Encoder()
 command_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
-reply_encoder = msgspec.msgpack.Encoder()
 reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+
+
+MAX_PROMPT_LOGPROBS = 256
+"""Of one message: whoever reads it does so in one go, about a millisecond with 20 alternatives each."""
+
+_encode_reply = msgspec.msgpack.Encoder().encode
+
+
+def encoded(reply: Reply) -> Iterator[bytes]:
+    """A reply as messages; one, but for the logprobs of a long prompt, of which parts go ahead."""
+    if isinstance(reply, Events):
+        for place, event in enumerate(reply.events):
+            if event.prompt_logprobs is not None and len(event.prompt_logprobs) > MAX_PROMPT_LOGPROBS:
+                *parts, last = _parts(event)
+                yield from (_encode_reply(Events([part])) for part in parts)
+                reply = Events([*reply.events[:place], last, *reply.events[place + 1 :]])
+    yield _encode_reply(reply)
+
+
+def _parts(event: TokenEvent) -> Iterator[TokenEvent]:
+    """Events of prompt logprobs alone, and the event itself with the rest of them."""
+    logprobs = event.prompt_logprobs or []
+    last_start = (len(logprobs) - 1) // MAX_PROMPT_LOGPROBS * MAX_PROMPT_LOGPROBS
+    for start in range(0, last_start, MAX_PROMPT_LOGPROBS):
+        piece = logprobs[start : start + MAX_PROMPT_LOGPROBS]
+        yield TokenEvent(request_id=event.request_id, index=event.index, token_ids=[], prompt_logprobs=piece)
+    yield msgspec.structs.replace(event, prompt_logprobs=logprobs[last_start:])
 
 
 class Endpoints:

@@ -9,9 +9,9 @@ from typing import Any
 from aiohttp import web
 
 from helix_gateway.gateway.body import read_body
-from helix_gateway.gateway.chunks import NO_USAGE_YET, ChunkFrame, to_json
-from helix_gateway.gateway.exchange import Exchange, answer_json, answer_stream, open_exchange
-from helix_gateway.gateway.generation import Answer, best_answers, closing, gather_answers
+from helix_gateway.gateway.chunks import NO_USAGE_YET, ChunkFrame, in_pieces, to_json
+from helix_gateway.gateway.exchange import Exchange, answer_stream, open_exchange
+from helix_gateway.gateway.generation import Answer, best_answers, closing, gather_answers, weight
 from helix_gateway.gateway.logprobs import chat_logprobs, prompt_logprobs
 from helix_gateway.gateway.params import Wanted
 from helix_gateway.gateway.prompts import chat_prompt
@@ -34,7 +34,8 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     exchange = await open_exchange(request, served, body, new_reply("chatcmpl", served), [prompt], wanted)
     if body.fields.stream:
         return await answer_stream(request, _events(exchange, body.fields))
-    return answer_json(await _body(exchange, body.fields))
+    answers = await gather_answers(exchange.deltas(), exchange.plan.num_choices)
+    return await exchange.whole(weight(*answers), _body, exchange, body.fields, answers)
 
 
 def _wanted(body: ChatRequest, default_max_tokens: int | None) -> Wanted:
@@ -49,8 +50,7 @@ def _wanted(body: ChatRequest, default_max_tokens: int | None) -> Wanted:
 # ---- the whole answer ---------------------------------------------------------------------------------------
 
 
-async def _body(exchange: Exchange, body: ChatRequest) -> dict[str, Any]:
-    answers = await gather_answers(exchange.deltas(), exchange.plan.num_choices)
+def _body(exchange: Exchange, body: ChatRequest, answers: list[Answer]) -> dict[str, Any]:
     chosen = best_answers(answers, exchange.plan.num_choices, body.n)
     return {
         **exchange.reply.fields("chat.completion"),
@@ -93,7 +93,7 @@ async def _events(exchange: Exchange, body: ChatRequest) -> AsyncGenerator[bytes
     writer = _ChunkWriter(exchange, body)
     async with closing(exchange.deltas()) as deltas:
         async for choice, delta in deltas:
-            if payload := writer.chunks(choice, delta):
+            if payload := await exchange.written(weight(delta), writer.chunks, choice, delta):
                 yield payload
     yield (writer.frame.usage_chunk(exchange.tally.usage()) if include_usage else b"") + DONE
 
@@ -126,7 +126,7 @@ class _ChunkWriter:
 
     def _opening(self, choice: int, delta: TextDelta) -> bytes:
         about = _about_prompt(self._exchange, self._body, delta.prompt_logprobs) if choice == 0 else {}
-        beside = b"," + to_json(about)[1:-1] if about else b""
+        beside = b"," + in_pieces(about)[1:-1] if about else b""
         fields = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
         return self.frame.chunk(choice, fields, beside)
 

@@ -11,14 +11,16 @@ from aiohttp import web
 
 from helix_gateway.core.event import TokenLogprobs
 from helix_gateway.gateway.body import read_body
-from helix_gateway.gateway.chunks import NO_USAGE_YET, ChunkFrame, to_json
-from helix_gateway.gateway.exchange import Exchange, answer_json, answer_stream, open_exchange
+from helix_gateway.gateway.chunks import NO_USAGE_YET, ChunkFrame, in_pieces, to_json
+from helix_gateway.gateway.exchange import Exchange, answer_stream, open_exchange
 from helix_gateway.gateway.generation import (
     Answer,
     best_answers,
     closing,
     gather_answers,
+    logprobs_weight,
     prompt_logprobs_first,
+    weight,
 )
 from helix_gateway.gateway.logprobs import LegacyLogprobs, joined, prompt_logprobs
 from helix_gateway.gateway.params import Wanted
@@ -45,7 +47,8 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
     exchange = await open_exchange(request, served, body, reply, prompts, _wanted(body.fields))
     if body.fields.stream:
         return await answer_stream(request, _events(exchange, body.fields))
-    return answer_json(await _body(exchange, body.fields))
+    answers = await gather_answers(exchange.deltas(), exchange.plan.num_choices * len(prompts))
+    return await exchange.whole(weight(*answers), _body, exchange, body.fields, answers)
 
 
 def _wanted(body: CompletionRequest) -> Wanted:
@@ -105,9 +108,8 @@ class _Choices:
 # ---- the whole answer ---------------------------------------------------------------------------------------
 
 
-async def _body(exchange: Exchange, body: CompletionRequest) -> dict[str, Any]:
+def _body(exchange: Exchange, body: CompletionRequest, answers: list[Answer]) -> dict[str, Any]:
     candidates = exchange.plan.num_choices
-    answers = await gather_answers(exchange.deltas(), candidates * len(exchange.prompts))
     asked_back = [answer.prompt_logprobs for answer in answers[::candidates]]
     writer = _Choices(exchange, body)
     chosen = enumerate(best_answers(answers, candidates, body.n))
@@ -144,7 +146,7 @@ async def _events(exchange: Exchange, body: CompletionRequest) -> AsyncGenerator
         deltas = prompt_logprobs_first(deltas, exchange.plan.num_choices)
     async with closing(deltas) as source:
         async for choice, delta in source:
-            if payload := writer.chunks(choice, delta):
+            if payload := await exchange.written(writer.weight(choice, delta), writer.chunks, choice, delta):
                 yield payload
     include_usage = body.stream_options.include_usage
     yield (writer.frame.usage_chunk(exchange.tally.usage()) if include_usage else b"") + DONE
@@ -163,6 +165,11 @@ class _ChunkWriter:
         self._plain = body.logprobs is None and not body.return_token_ids
         self._opens = body.echo or body.return_token_ids or body.prompt_logprobs is not None
 
+    def weight(self, choice: int, delta: TextDelta) -> int:
+        """How much `chunks` would write."""
+        echoed = None if choice in self._opened else self._prompt_logprobs.get(choice // self._num_choices)
+        return weight(delta) + logprobs_weight(echoed)
+
     def chunks(self, choice: int, delta: TextDelta) -> bytes:
         """One delta's events, joined; empty where there is nothing to tell yet."""
         payload = b""
@@ -179,7 +186,7 @@ class _ChunkWriter:
         prompt_index = choice // self._num_choices
         logprobs = self._prompt_logprobs.setdefault(prompt_index, delta.prompt_logprobs)
         opening = self._choices.opening(choice, prompt_index, logprobs)
-        return self.frame.chunk(choice, to_json({**opening, "finish_reason": None})[1:-1])
+        return self.frame.chunk(choice, in_pieces({**opening, "finish_reason": None})[1:-1])
 
     def _text(self, choice: int, delta: TextDelta) -> bytes:
         if self._plain:

@@ -11,9 +11,9 @@ from aiohttp import web
 
 from helix_gateway.core.event import SequenceMetrics, TokenLogprobs
 from helix_gateway.gateway.body import read_body
-from helix_gateway.gateway.chunks import to_json
-from helix_gateway.gateway.exchange import Exchange, answer_json, answer_stream, open_exchange
-from helix_gateway.gateway.generation import closing, gather_answers
+from helix_gateway.gateway.chunks import in_pieces
+from helix_gateway.gateway.exchange import Exchange, answer_stream, open_exchange
+from helix_gateway.gateway.generation import Answer, closing, gather_answers, weight
 from helix_gateway.gateway.logprobs import chat_logprobs, prompt_logprobs
 from helix_gateway.gateway.params import Wanted
 from helix_gateway.gateway.prompts import single_prompt
@@ -56,11 +56,11 @@ async def _answer(request: web.Request, schema: type[GenerateRequest]) -> web.St
     exchange = await open_exchange(request, served, body, new_reply("gen", served), [prompt], wanted)
     if fields.stream:
         return await answer_stream(request, _events(exchange, fields))
-    return answer_json(await _body(exchange, fields))
-
-
-async def _body(exchange: Exchange, body: GenerateRequest) -> GenerateAnswer:
     (answer,) = await gather_answers(exchange.deltas(), 1)
+    return await exchange.whole(weight(answer), _body, exchange, fields, answer)
+
+
+def _body(exchange: Exchange, body: GenerateRequest, answer: Answer) -> GenerateAnswer:
     return {
         "id": exchange.reply.id,
         "model": exchange.reply.model,
@@ -75,14 +75,25 @@ async def _body(exchange: Exchange, body: GenerateRequest) -> GenerateAnswer:
 
 
 async def _events(exchange: Exchange, body: GenerateRequest) -> AsyncGenerator[bytes, None]:
-    opened = False
+    write = _first_chunk
     async with closing(exchange.deltas()) as deltas:
         async for _, delta in deltas:
-            about_prompt = {} if opened else _of_prompt(exchange, body, delta.prompt_logprobs)
-            about_output = _of_output(exchange, body, delta.logprobs or ())
-            yield event(to_json({**_event(exchange, delta), **about_output, **about_prompt}))
-            opened = True
+            yield await exchange.written(weight(delta), write, exchange, body, delta)
+            write = _chunk
     yield DONE
+
+
+def _first_chunk(exchange: Exchange, body: GenerateRequest, delta: TextDelta) -> bytes:
+    about_prompt = _of_prompt(exchange, body, delta.prompt_logprobs)
+    return event(in_pieces({**_of_delta(exchange, body, delta), **about_prompt}))
+
+
+def _chunk(exchange: Exchange, body: GenerateRequest, delta: TextDelta) -> bytes:
+    return event(in_pieces(_of_delta(exchange, body, delta)))
+
+
+def _of_delta(exchange: Exchange, body: GenerateRequest, delta: TextDelta) -> dict[str, object]:
+    return {**_event(exchange, delta), **_of_output(exchange, body, delta.logprobs or ())}
 
 
 def _event(exchange: Exchange, delta: TextDelta) -> GenerateEvent:

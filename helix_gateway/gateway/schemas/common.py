@@ -48,6 +48,11 @@ class WireModel(BaseModel):
     """Fields that may be as large as the body, each with a reader of its outline: it fails at the first thing that
     is wrong, before megabytes of that become objects."""
 
+    prompt_field: ClassVar[str | None] = None
+    """The field whose length the model's context bounds."""
+    prompt_opening: ClassVar[bytes] = b""
+    """How its value begins, without spaces, where it is one prompt and not several."""
+
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, data: Any) -> Any:

@@ -25,6 +25,7 @@ class CompletionRequest(GenerationRequest):
 
     inert_fields = frozenset({"user", "store", "metadata", "service_tier"})
     raw_fields = frozenset({"prompt"})
+    prompt_field, prompt_opening = "prompt", b'"'
 
     # msgspec.Raw as it comes from the body
     prompt: Any = Field(json_schema_extra={"anyOf": [*ONE_PROMPT, *_many(*ONE_PROMPT)]})
