@@ -128,6 +128,27 @@ def test_servers_on_other_addresses_do_not_check_hosts():
 def test_a_page_that_the_server_itself_served_may_use_it():
     assert origin_allowed("http://192.168.1.2:8000", "192.168.1.2:8000", ())
     assert not origin_allowed("http://192.168.1.2:3000", "192.168.1.2:8000", ())
+    for name in ("gpu-box:8000", "gpu-box.local:8000", "[fe80::1]:8000"):
+        assert origin_allowed(f"http://{name}", name, ())
+
+
+def test_a_page_whose_name_was_rebound_to_this_server_may_not_use_it():
+    assert not origin_allowed("http://evil.example.com:8000", "evil.example.com:8000", ())
+    assert origin_allowed("https://llm.example.com", "llm.example.com", (), ("LLM.example.com",))
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/generate/stream", "/metrics", "/openapi.json", "/docs"])
+async def test_every_route_answers_preflights_and_its_errors_can_be_read(path):
+    async with running(api_keys=("secret",), rate_limit=1) as gateway:
+        page = {"Origin": "app://obsidian.md"}
+        async with gateway.session.options(gateway.url + path, headers={**page, **PREFLIGHT}) as response:
+            assert response.status == 204
+            assert response.headers["Access-Control-Allow-Origin"] == page["Origin"]
+        for headers in (page, {**page, "Authorization": "Bearer wrong"}):
+            async with gateway.session.put(gateway.url + path, headers=headers) as response:
+                assert response.status in (401, 405)
+                assert response.headers["Access-Control-Allow-Origin"] == page["Origin"]
+                assert "x-request-id" in response.headers["Access-Control-Expose-Headers"]
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST.", "127.3.2.1", "::1", "[::1]", "a.b.localhost"])

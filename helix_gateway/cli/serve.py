@@ -5,6 +5,7 @@ Turns settings into what the rooms below take and brings those together; knows n
 
 import asyncio
 import contextlib
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +16,7 @@ from helix_gateway.gateway.settings import GatewaySettings
 from helix_gateway.service.settings import EngineSettings
 
 if TYPE_CHECKING:
+    from helix_gateway.cli.settings import ServeSettings
     from helix_gateway.cli.sources import Effective
     from helix_gateway.text.tokenizer import Tokenizer
 
@@ -34,6 +36,9 @@ def serve(
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Print every setting with where it was set, and stop.")
     ] = False,
+    reload: Annotated[
+        bool, typer.Option("--reload", help="Start again whenever a file of Helix itself changes; to work on Helix.")
+    ] = False,
     **flags: Any,
 ) -> None:
     """Serve a model through OpenAI's API until Ctrl-C.
@@ -46,10 +51,17 @@ def serve(
         from helix_gateway.cli.show_config import show
 
         typer.echo(show(found))
-        return
+    elif reload:
+        from helix_gateway.cli.reload import serve_again_on_change
+
+        serve_again_on_change(sys.argv[1:])
+    else:
+        _serve(found.settings)
+
+
+def _serve(settings: "ServeSettings") -> None:
     from helix_gateway.runtime.model_source import resolve, served_name
 
-    settings = found.settings
     engine = settings.engine(resolve(settings.model))
     raise typer.Exit(_run(engine, settings.gateway(served_name(settings.model))))
 

@@ -117,7 +117,7 @@ async def guard_browsers(request: web.Request, handler: Handler) -> web.StreamRe
         )
     if origin is None:
         return await handler(request)
-    if not origin_allowed(origin, host, settings.allowed_origins):
+    if not origin_allowed(origin, host, settings.allowed_origins, settings.allowed_hosts):
         raise ApiError.forbidden(
             f"Pages of the origin {origin[:100]} may not use this server; see --allowed-origins.",
             code="origin_not_allowed",

@@ -27,8 +27,13 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def origin_allowed(origin: str, host_header: str | None, allowed: Collection[str]) -> bool:
-    """Whether a page of ``origin`` may use the server: by rule, by name, or because the server itself served it."""
+def origin_allowed(
+    origin: str, host_header: str | None, allowed: Collection[str], own_names: Collection[str] = ()
+) -> bool:
+    """Whether a page of ``origin`` may use the server: by rule, by name, or because the server itself served it.
+
+    The last holds only under a name that nobody can rebind; ``own_names`` are those that the operator vouches for.
+    """
     if ANY in allowed or origin.rstrip("/") in {name.rstrip("/") for name in allowed}:
         return True
     try:
@@ -40,7 +45,22 @@ def origin_allowed(origin: str, host_header: str | None, allowed: Collection[str
         return True
     if parts.scheme not in ("http", "https"):
         return False
-    return is_loopback(hostname) or (host_header is not None and parts.netloc.lower() == host_header.lower())
+    same = host_header is not None and parts.netloc.lower() == host_header.lower()
+    return is_loopback(hostname) or (same and (is_local(hostname) or named(hostname, own_names)))
+
+
+def is_local(host: str) -> bool:
+    """Whether a host is an address or a name of the local network: no stranger's name server answers for it."""
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return "." not in host.rstrip(".") or host.rstrip(".").lower().endswith(".local")
+    return True
+
+
+def named(host: str, names: Collection[str]) -> bool:
+    """Whether a host is among names that an operator wrote, in whatever case."""
+    return host.lower() in {name.lower() for name in names}
 
 
 def host_allowed(host_header: str | None, listening_on: str, allowed: Collection[str]) -> bool:
@@ -51,4 +71,4 @@ def host_allowed(host_header: str | None, listening_on: str, allowed: Collection
         hostname = urlsplit(f"//{host_header}").hostname or ""
     except ValueError:
         return False
-    return is_loopback(hostname) or hostname == CONTAINER_HOST or hostname in {name.lower() for name in allowed}
+    return is_loopback(hostname) or hostname == CONTAINER_HOST or named(hostname, allowed)

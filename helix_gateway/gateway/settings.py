@@ -35,7 +35,8 @@ class GatewaySettings:
     allowed_origins: tuple[str, ...] = ()
     """Besides loopback origins and the schemes of desktop apps; ``*`` allows every origin."""
     allowed_hosts: tuple[str, ...] = ()
-    """Host names, besides loopback ones, that a request may carry when listening on loopback; ``*``: any."""
+    """Host names, besides loopback ones, that a request may carry when listening on loopback (``*``: any), and
+    whose own pages may call."""
     retry_after_s: float = 2.0
     """What clients are told to wait while the engine is down."""
     drain_timeout_s: float = 30.0
