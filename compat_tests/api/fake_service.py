@@ -56,6 +56,7 @@ class FakeService:
     def __init__(self, answer: str = ANSWER, *, max_model_len: int = 512, token_s: float | None = None):
         self.tokenizer = ByteTokenizer()
         self.max_model_len = max_model_len
+        self.max_sequences = 1088
         self.vocab_size = self.tokenizer.vocab_size
         self.state = "ready"
         self.answer = answer

@@ -77,6 +77,12 @@ CASES = {
     ),
     "10 MB of arrays of token ids": (COMPLETIONS, b'{"prompt": [' + b"[1]," * 2 * MB + b"[1]]}", "prompt", None),
     "10,000 prompts": (COMPLETIONS, b'{"prompt": [' + b'"a",' * 10_000 + b'"a"]}', "prompt", None),
+    "more answers than are ever queued": (
+        COMPLETIONS,
+        b'{"n": 2, "prompt": [' + b'"a",' * 1023 + b'"a"]}',
+        "prompt",
+        None,
+    ),
     "no prompt": (COMPLETIONS, b"{}", "prompt", None),
     "no prompts": (COMPLETIONS, b'{"prompt": []}', "prompt", None),
     "an empty prompt of ids": (COMPLETIONS, b'{"prompt": [[1], []]}', "prompt[1]", None),

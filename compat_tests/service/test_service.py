@@ -10,6 +10,7 @@ from helix_gateway.core.event import TokenEvent
 from helix_gateway.core.request import Request, SamplingParams
 from helix_gateway.service.api import GenerationCall, StopStrings
 from helix_gateway.service.in_process import InProcessService
+from helix_gateway.service.process import ProcessService
 from helix_gateway.service.settings import EngineSettings
 from helix_gateway.service.stops import ChoiceText, stop_condition
 from helix_gateway.text.tokenizer import Tokenizer
@@ -142,3 +143,8 @@ def test_stop_strings_are_not_looked_for_before_min_tokens(tokenizer):
     tokens = tokenizer.encode("one stop two stop three")
     assert feed_all(call(tokenizer, "x", stop=(" stop",)), tokenizer, tokens) == (2, "one")
     assert feed_all(call(tokenizer, "x", stop=(" stop",), min_tokens=2), tokenizer, tokens) == (4, "one stop two")
+
+
+async def test_what_may_be_asked_at_once_is_taken(service, tokenizer):
+    few = EngineSettings(model_path=service._settings.model_path, max_num_seqs=3, max_queue_len=4)
+    assert ProcessService(few, tokenizer).max_sequences == 7

@@ -62,6 +62,7 @@ def make_plan(
         ApiError: 400.
     """
     sampling = _sampling(served, body, wanted)
+    _refuse_too_many(len(prompts), sampling.n, served.service.max_sequences)
     stop = StopStrings(
         strings=tuple(body.stop),
         include_in_output=body.include_stop_str_in_output,
@@ -74,6 +75,12 @@ def make_plan(
     limits = [call.request.sampling.max_tokens or 0 for call in calls]
     clamped = wanted.token_limit is not None and min(limits) < wanted.token_limit
     return Plan(calls, sampling.n, sampling.seed, min(limits) if clamped else None, wanted.token_limit == 0)
+
+
+def _refuse_too_many(num_prompts: int, num_choices: int, most: int) -> None:
+    if num_prompts > 1 and num_prompts * num_choices > most:
+        total = f"asks for {num_prompts * num_choices} answers ({num_prompts} prompts, {num_choices} answers to each)"
+        raise _wrong("prompt", f"{total}; at most {most} fit into one request. Send fewer prompts, or a smaller `n`")
 
 
 def _request(

@@ -67,6 +67,10 @@ class ModelService(Protocol):
         """Ids below this may stand in prompts and logit_bias."""
 
     @property
+    def max_sequences(self) -> int:
+        """Sequences that an idle engine takes, running and waiting; a request of more is never served."""
+
+    @property
     def state(self) -> ServiceState:
         """Whether a call would be served now."""
 

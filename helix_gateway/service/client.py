@@ -82,6 +82,11 @@ class EngineClient(ABC):
         return self._facts().vocab_size
 
     @property
+    def max_sequences(self) -> int:
+        """See `ModelService`."""
+        return self._settings.max_num_seqs + self._settings.max_queue_len
+
+    @property
     def state(self) -> ServiceState:
         """See `ModelService`."""
         return self._state
