@@ -6,6 +6,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from helix_gateway import __version__
 from helix_gateway.cli import serve as serve_module
 from helix_gateway.cli.main import app, main
 from helix_gateway.cli.sizes import parse_size
@@ -140,6 +141,11 @@ def test_trouble_at_the_start_is_one_line_and_exit_code_1(trouble, monkeypatch, 
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == f"helix: {trouble}"
+
+
+def test_the_version_flag_prints_one_line():
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"helix {__version__}\n")
 
 
 def test_version_names_what_decides_what_helix_can_do():

@@ -105,7 +105,7 @@ async def test_an_unknown_model_is_404(gateway):
             assert response.status == 404
             error = await error_of(response)
         assert (error["code"], error["param"]) == ("model_not_found", "model")
-        assert "tiny" in error["message"]
+        assert error["message"] == "There is no model `gpt-9` on this server. It serves: `tiny`."
     async with gateway.get("/v1/models/gpt-9") as response:
         assert response.status == 404
         assert (await error_of(response))["code"] == "model_not_found"
@@ -117,6 +117,13 @@ async def test_an_unknown_route_is_404(gateway, method, path):
     async with gateway.session.request(method, gateway.url + path) as response:
         assert response.status == 404
         assert (await error_of(response))["code"] == "not_found"
+
+
+async def test_a_route_of_openais_that_is_not_here_names_those_that_are(gateway):
+    async with gateway.post("/v1/responses", chat_body()) as response:
+        message = (await error_of(response))["message"]
+    assert "POST /v1/responses is not a route" in message
+    assert "POST /v1/chat/completions" in message
 
 
 @pytest.mark.parametrize(

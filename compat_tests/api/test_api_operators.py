@@ -131,6 +131,7 @@ async def test_a_client_that_left_is_logged_as_such(gateway, log_lines):
     asking.cancel()
     await until(lambda: log_lines)
     assert log_lines[0]["status"] == 499
+    assert None not in log_lines[0].values()
 
 
 def test_a_port_in_use_is_one_clear_line():

@@ -101,9 +101,15 @@ async def test_a_seed_is_drawn_and_told_or_taken_as_it_is(gateway):
     assert (await sampling_of(gateway, seed=-(2**63))).seed == 2**63
 
 
-async def test_the_lesser_of_both_names_for_max_tokens_holds(gateway):
+async def test_max_completion_tokens_goes_before_max_tokens(gateway):
     assert (await sampling_of(gateway, max_completion_tokens=5)).max_tokens == 5
-    assert (await sampling_of(gateway, max_completion_tokens=5, max_tokens=4)).max_tokens == 4
+    assert (await sampling_of(gateway, max_completion_tokens=5, max_tokens=4)).max_tokens == 5
+
+
+async def test_a_max_tokens_that_is_overruled_is_named(gateway):
+    for other, ignored in ((4, "max_tokens"), (5, None)):
+        async with gateway.post(CHAT, chat_body(max_completion_tokens=5, max_tokens=other)) as response:
+            assert response.headers.get("x-helix-ignored-fields") == ignored
 
 
 async def test_more_tokens_than_fit_are_clamped_and_said():

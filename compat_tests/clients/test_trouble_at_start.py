@@ -43,8 +43,9 @@ def test_a_context_longer_than_the_model_was_made_for(smollm2_path):
     assert "8192" in serve(smollm2_path, "--port", "0", "--max-model-len", "9000")
 
 
-def test_a_cache_that_does_not_hold_a_page(smollm2_path):
-    assert "page" in serve(smollm2_path, "--port", "0", "--kv-cache-memory", "1KiB")
+def test_a_cache_that_does_not_hold_a_block(smollm2_path):
+    said = serve(smollm2_path, "--port", "0", "--kv-cache-memory", "512KiB")
+    assert "0.5 MiB were given, but one block of 16 tokens takes 0.703 MiB. Raise --kv-cache-memory" in said
 
 
 def test_a_device_that_is_not_there(smollm2_path):

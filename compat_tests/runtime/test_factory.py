@@ -46,6 +46,6 @@ def test_half_of_what_is_free_is_the_most(folder, monkeypatch):
 
 def test_memory_for_not_one_page_is_said_in_one_line(folder):
     _, path = folder
-    with pytest.raises(ModelLoadError, match=r"KV cache does not fit.*100 bytes") as refusal:
+    with pytest.raises(ModelLoadError, match=r"KV cache does not fit.*MiB.*--kv-cache-memory") as refusal:
         load_runner(path, device="cpu", kv_cache_memory_bytes=100, max_tokens_in_use=1000)
     assert "\n" not in str(refusal.value)

@@ -159,7 +159,7 @@ def test_a_pool_takes_what_memory_holds_and_no_more_than_its_tokens_need():
     assert count == (1 << 20) // page_bytes
     # 100 tokens are 7 blocks of the windowed layers, and 3 of 48 tokens for the one full layer.
     assert pages(kv_memory_bytes=1 << 30, max_tokens=100)[0] == 7 + 3
-    with pytest.raises(OutOfMemoryError, match="one page"):
+    with pytest.raises(OutOfMemoryError, match="one block"):
         pages(kv_memory_bytes=page_bytes - 1)
 
 

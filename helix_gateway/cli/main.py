@@ -5,6 +5,7 @@ once: each subcommand imports what it runs when it runs.
 """
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -12,17 +13,28 @@ from helix_gateway.cli.bench import bench
 from helix_gateway.cli.chat.command import chat
 from helix_gateway.cli.models import app as models
 from helix_gateway.cli.serve import serve
-from helix_gateway.cli.version import version
+from helix_gateway.cli.version import print_version, version
 from helix_gateway.core.errors import HelixError
 
 app = typer.Typer(
     name="helix",
-    help="Serve language models through OpenAI's API.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+@app.callback()
+def helix(
+    *,
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=print_version)
+    ] = False,
+) -> None:
+    """Serve language models through OpenAI's API."""
+
+
 app.command(name="serve")(serve)
 app.command(name="chat")(chat)
 app.command(name="bench")(bench)

@@ -19,6 +19,13 @@ def version() -> None:
         typer.echo(f"{name} {_version_of(name)}")
 
 
+def print_version(asked: bool) -> None:
+    """The callback of ``helix --version``: one line, and no more."""
+    if asked:
+        typer.echo(f"helix {__version__}")
+        raise typer.Exit
+
+
 def _version_of(name: str) -> str:
     try:
         return installed_version(name)

@@ -37,7 +37,7 @@ class Body(Generic[Schema]):
 
     fields: Schema
     ignored: list[str]
-    """Fields that nobody knows, by path, in the order in which they came."""
+    """Fields that change nothing, by path: those that nobody knows, in the order in which they came, and overruled ones."""
 
 
 async def read_body(request: web.Request, schema: type[Schema]) -> Body[Schema]:
@@ -95,7 +95,7 @@ def parse_body(data: bytes, schema: type[Schema]) -> Body[Schema]:
         elif name not in schema.inert_fields:
             unknown.append(name)
     fields = schema.model_validate(values)
-    return Body(fields, unknown + fields.unknown_below())
+    return Body(fields, unknown + fields.overruled() + fields.unknown_below())
 
 
 def _read_field(name: str, raw: msgspec.Raw, size: int, schema: type[WireModel]) -> Any:

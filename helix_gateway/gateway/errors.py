@@ -64,6 +64,11 @@ class ApiError(Exception):
         return cls(404, message, param="model", code="model_not_found", headers=NO_RETRY)
 
     @classmethod
+    def no_route(cls, message: str) -> "ApiError":
+        """404 for a path that nothing answers at."""
+        return cls(404, message, code="not_found", headers=NO_RETRY)
+
+    @classmethod
     def too_large(cls, limit: int) -> "ApiError":
         """413 for a body over ``limit`` bytes."""
         return cls(413, f"The request's body is too large; the limit is {limit} bytes.", headers=NO_RETRY)
@@ -151,7 +156,7 @@ def _from_aiohttp(error: web.HTTPException) -> ApiError:
         message = f"Method {error.method} is not allowed on this route; allowed: {allowed}."
         return ApiError(405, message, code="method_not_allowed", headers={**NO_RETRY, "Allow": allowed})
     if isinstance(error, web.HTTPNotFound):
-        return ApiError(404, "There is no such route; GET / tells which there are.", code="not_found", headers=NO_RETRY)
+        return ApiError.no_route("There is no such route; GET / tells which there are.")
     return ApiError(error.status, error.reason, INVALID_REQUEST if error.status < 500 else SERVER_ERROR)
 
 

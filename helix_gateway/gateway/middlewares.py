@@ -99,10 +99,22 @@ async def shape_errors(request: web.Request, handler: Handler) -> web.StreamResp
     context, settings = context_of(request), settings_of(request)
     try:
         return await handler(request)
+    except web.HTTPNotFound:
+        api_error = _no_route(request)
+        context.note_error(api_error, api_error)
+        return api_error.response()
     except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer and the log the rest
         api_error = to_api_error(error, request_id=context.request_id, retry_after_s=settings.retry_after_s)
         context.note_error(error, api_error)
         return api_error.response()
+
+
+def _no_route(request: web.Request) -> ApiError:
+    served = ", ".join(f"POST {route.path}" for route in request.app[API].routes if route.method == "POST")
+    return ApiError.no_route(
+        f"{request.method} {request.path[:200]} is not a route of this server. Text is made by {served}; "
+        "GET / lists all routes."
+    )
 
 
 @web.middleware

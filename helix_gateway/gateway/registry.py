@@ -70,9 +70,9 @@ class ModelRegistry:
             return model
         served = ", ".join(f"`{known}`" for known in self._by_name)
         if name:
-            raise ApiError.model_not_found(f"The model `{name[:200]}` is not served here; what is: {served}.")
+            raise ApiError.model_not_found(f"There is no model `{name[:200]}` on this server. It serves: {served}.")
         if len(models := self.models) != 1:
-            raise ApiError.model_not_found(f"The request names no model and several are served: {served}.")
+            raise ApiError.model_not_found(f"The request names no model, and this server has several: {served}.")
         return models[0]
 
     def resolve_ready(self, name: str) -> ServedModel:

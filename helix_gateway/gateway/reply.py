@@ -95,7 +95,7 @@ class Tally:
         """The same figures as fields of the request's log line."""
         times_s = [time_s for metrics in self.measured for time_s in metrics.token_times_s]
         rate = tokens_per_second(times_s)
-        return {
+        figures = {
             "prompt_tokens": sum(self.prompt_tokens),
             "completion_tokens": self.completion_tokens,
             "cached_tokens": self.cached_tokens,
@@ -106,6 +106,8 @@ class Tally:
             "accepted_tokens": sum(metrics.accepted_tokens for metrics in self.measured),
             "finish_reasons": self.finish_reasons,
         }
+        # What an answer that was cut off has not come to is left out, rather than said to be nothing.
+        return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def _least_ms(seconds: Iterable[float]) -> float | None:

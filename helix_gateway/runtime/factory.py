@@ -72,7 +72,7 @@ def load_runner(
 
 def _does_not_fit(asked_bytes: int, device: torch.device, error: OutOfMemoryError) -> str:
     if asked_bytes < free_memory_bytes(device):
-        return f"The KV cache does not fit: {error}."
+        return f"The KV cache does not fit: {error}. Raise --kv-cache-memory."
     return (
         f"A KV cache of {asked_bytes / 2**30:.1f} GiB does not fit: {free_memory_bytes(device) / 2**30:.1f} GiB are free "
         f"once the weights are loaded. Lower --kv-cache-memory."

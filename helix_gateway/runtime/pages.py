@@ -94,6 +94,10 @@ def _lay_out_group(group: LayerGroup, slices: int, slice_elements: int, block_si
     )
 
 
+def _in_mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.3g} MiB"
+
+
 def pages_in(layout: PageLayout, dtype: torch.dtype, memory_bytes: int | None, max_tokens: int | None) -> int:
     """How many pages to take: what the memory holds, but no more than ``max_tokens`` need in every group.
 
@@ -105,7 +109,11 @@ def pages_in(layout: PageLayout, dtype: torch.dtype, memory_bytes: int | None, m
         raise ValueError("an arena needs a number of pages, or its memory in bytes")
     page_bytes = layout.page_elements * dtype.itemsize
     if memory_bytes < page_bytes:
-        raise OutOfMemoryError(f"the KV pool has {memory_bytes} bytes, but one page of this model takes {page_bytes}")
+        block_tokens = min(group.tokens_per_block for group in layout.groups)
+        raise OutOfMemoryError(
+            f"{_in_mib(memory_bytes)} were given, but one block of {block_tokens} tokens takes "
+            f"{_in_mib(page_bytes)}"
+        )
     pages = memory_bytes // page_bytes
     if max_tokens is None:
         return pages

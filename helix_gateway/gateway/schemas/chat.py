@@ -30,7 +30,9 @@ class ContentPart(WireModel):
     def _only_text(self) -> "ContentPart":
         if self.type not in TEXT_PARTS:
             raise PydanticCustomError(
-                "part", "is a `{part}` part, which is not supported: only text is", {"part": self.type[:40]}
+                "part",
+                "has the type `{part}`, which is not supported: send text, as `{text}`",
+                {"part": self.type[:40], "text": '{"type": "text", "text": "…"}'},
             )
         if self.type not in self.model_fields_set:
             raise PydanticCustomError("part", "lacks the field `{part}`", {"part": self.type})
@@ -171,6 +173,9 @@ class ChatRequest(GenerationRequest):
 
     @property
     def token_limit(self) -> int | None:
-        """The lesser of both fields: each is an upper bound."""
-        limits = [limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None]
-        return min(limits, default=None)
+        """`max_completion_tokens`, which took the place of `max_tokens`, or else that."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def overruled(self) -> list[str]:
+        """See `WireModel`."""
+        return ["max_tokens"] if self.max_tokens not in (None, self.token_limit) else []

@@ -83,6 +83,10 @@ class WireModel(BaseModel):
                 prefix = f"{name}[]" if isinstance(value, list) else name
                 yield from (f"{prefix}.{path}" for path in item.unknown_here())
 
+    def overruled(self) -> list[str]:
+        """Known fields that had to give way to others of this request."""
+        return []
+
     def unknown_here(self) -> list[str]:
         """Unknown fields of this object and of those in it."""
         own = [name for name in self.model_extra or () if name not in self.inert_fields]
