@@ -120,6 +120,29 @@ def test_a_wrong_flag_is_one_line(flags):
     assert len(result.output.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "flags,variables,said",
+    [
+        (["--port", "70000"], {}, "--port: must be at most 65535, not 70000."),
+        (["--max-num-seqs", "-4"], {}, "--max-num-seqs: must be at least 1, not -4."),
+        (["--config", "{tmp}"], {}, "is a folder, not a TOML file."),
+        (["--config", "{tmp}/wrong.toml"], {}, "`prot` is no setting of Helix; did you mean `port`?"),
+        (["--api-key-file", "{tmp}"], {}, "cannot be read: Is a directory."),
+        ([], {"HELIX_REQUEST_TIMEOUT": "soon"}, "HELIX_REQUEST_TIMEOUT: must be a number, not 'soon'."),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_use_is_one_line_and_exit_code_2(flags, variables, said, tmp_path, monkeypatch):
+    (tmp_path / "wrong.toml").write_text("prot = 1\n")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    done = helix("serve", *(flag.format(tmp=tmp_path) for flag in flags))
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("helix: ")
+    assert line.endswith(said)
+
+
 def test_a_model_that_is_not_there_is_one_line_and_exit_code_1(tmp_path):
     done = helix("serve", str(tmp_path / "missing.gguf"))
     assert done.returncode == 1

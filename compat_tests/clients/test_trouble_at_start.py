@@ -23,6 +23,10 @@ def test_a_port_in_use(smollm2_path):
         assert f"{port}" in serve(smollm2_path, "--port", str(port))
 
 
+def test_a_host_that_is_nowhere(smollm2_path):
+    assert "no-such-host.invalid" in serve(smollm2_path, "--host", "no-such-host.invalid")
+
+
 def test_a_model_that_is_not_there():
     assert "no-such-file.gguf" in serve("/no-such-file.gguf")
 
