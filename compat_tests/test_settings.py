@@ -153,6 +153,7 @@ def test_every_setting_has_a_flag_and_reaches_what_it_is_for():
         "max_body_size",
         "request_timeout",
         "drain_timeout",
+        "otlp_endpoint",
     }
     for name in ServeSettings.model_fields:
         assert flag_of(name) in text

@@ -77,10 +77,10 @@ def events_of(payload: bytes) -> list[str]:
 
 
 @asynccontextmanager
-async def running(service=None, models=None, **settings):
+async def running(service=None, models=None, tracer=None, **settings):
     settings = GatewaySettings(port=0, **settings)
     service = service or FakeService()
-    app = create_app(settings, models or {"tiny": service})
+    app = create_app(settings, models or {"tiny": service}, tracer=tracer)
     async with listening(app, settings, bind(settings)) as urls, aiohttp.ClientSession() as session:
         yield Gateway(urls[0], session, service)
 

@@ -18,6 +18,7 @@ from helix_gateway.service.settings import EngineSettings
 if TYPE_CHECKING:
     from helix_gateway.cli.settings import ServeSettings
     from helix_gateway.cli.sources import Effective
+    from helix_gateway.telemetry.tracing import Tracer
     from helix_gateway.text.tokenizer import Tokenizer
 
 WRONG_USE = 2
@@ -63,7 +64,7 @@ def _serve(settings: "ServeSettings") -> None:
     from helix_gateway.runtime.model_source import resolve, served_name
 
     engine = settings.engine(resolve(settings.model))
-    raise typer.Exit(_run(engine, settings.gateway(served_name(settings.model))))
+    raise typer.Exit(_run(engine, settings.gateway(served_name(settings.model)), settings.otlp_endpoint))
 
 
 def _effective(flags: dict[str, Any], config: str | None) -> "Effective":
@@ -77,7 +78,7 @@ def _effective(flags: dict[str, Any], config: str | None) -> "Effective":
         raise typer.Exit(WRONG_USE) from None
 
 
-def _run(engine: EngineSettings, gateway: GatewaySettings) -> int:
+def _run(engine: EngineSettings, gateway: GatewaySettings, otlp_endpoint: str | None) -> int:
     from helix_gateway.gateway.app import create_app
     from helix_gateway.gateway.server import run
     from helix_gateway.service.observer import EngineObserver
@@ -89,9 +90,9 @@ def _run(engine: EngineSettings, gateway: GatewaySettings) -> int:
     configure_logging(engine.log)
     name = gateway.served_model_names[0]
     typer.echo(f"Loading {name} (the first start takes longer: kernels are compiled for this processor)", err=True)
-    metrics = Metrics()
+    metrics, tracer = Metrics(), _tracer(otlp_endpoint)
     service = ProcessService(engine, Tokenizer.load(engine.model_path), EngineObserver(metrics, name))
-    app = create_app(gateway, dict.fromkeys(gateway.served_model_names, service), metrics)
+    app = create_app(gateway, dict.fromkeys(gateway.served_model_names, service), metrics, tracer)
 
     async def stop(_app: object) -> None:
         await service.stop()
@@ -102,6 +103,22 @@ def _run(engine: EngineSettings, gateway: GatewaySettings) -> int:
     # Before connections are closed: whoever is being answered hears that the server stops.
     app.on_shutdown.append(stop)
     return run(app, gateway, start)
+
+
+def _tracer(endpoint: str | None) -> "Tracer | None":
+    from helix_gateway.telemetry.tracing import TracingUnavailableError, open_tracer
+
+    try:
+        return open_tracer(endpoint)
+    except TracingUnavailableError as error:
+        if endpoint is not None:
+            typer.echo(f"helix: {error}", err=True)
+            raise typer.Exit(1) from None
+        import structlog
+
+        # Such variables are often set for every program of a machine.
+        structlog.get_logger(__name__).warning("no_traces", reason=str(error))
+        return None
 
 
 def _render_once(tokenizer: "Tokenizer") -> None:

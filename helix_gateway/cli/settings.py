@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from helix_gateway.cli.sizes import parse_size
@@ -37,8 +37,15 @@ def _one_key(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _url(value: str) -> str:
+    if not value.startswith(("http://", "https://")):
+        raise PydanticCustomError("url", "must begin with http:// or https://")
+    return value
+
+
 Size = Annotated[int, BeforeValidator(_size)]
 """Bytes; written as a number or like 2GiB."""
+Url = Annotated[str, AfterValidator(_url)]
 Names = Annotated[list[str], BeforeValidator(_one_or_several)]
 Keys = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_one_key)]
 
@@ -176,6 +183,12 @@ class ServeSettings(BaseModel):
     )
     log_file: str | None = _setting(None, "File to log to, at its end.", metavar="FILE", unset="stderr")
     log_prompts: bool = _setting(_GATEWAY.log_prompts, "Log what was asked, word for word.")
+    otlp_endpoint: Url | None = _setting(
+        None,
+        "Collector that spans of requests are sent to over HTTP, like http://localhost:4318.",
+        metavar="URL",
+        unset="what OTEL_EXPORTER_OTLP_ENDPOINT says, or none",
+    )
 
     @field_validator("*", mode="before")
     @classmethod

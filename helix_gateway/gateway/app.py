@@ -3,6 +3,7 @@
 Knows nothing about sockets (`server.py`) nor about where engines run: it is given services.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,9 +19,10 @@ from helix_gateway.gateway.route import Route
 from helix_gateway.gateway.routes import chat, completions, docs, generate, health, models, root
 from helix_gateway.gateway.routes import metrics as metrics_route
 from helix_gateway.gateway.settings import GatewaySettings
-from helix_gateway.gateway.state import API, CALLERS, DRAIN, KEYS, METRICS, MODELS, SETTINGS, WORKERS, Drain
+from helix_gateway.gateway.state import API, CALLERS, DRAIN, KEYS, METRICS, MODELS, SETTINGS, TRACER, WORKERS, Drain
 from helix_gateway.service.api import ModelService
 from helix_gateway.telemetry.metrics import Metrics
+from helix_gateway.telemetry.tracing import Tracer
 
 ROUTES: tuple[Route, ...] = (
     *chat.ROUTES,
@@ -36,12 +38,16 @@ ROUTES: tuple[Route, ...] = (
 
 
 def create_app(
-    settings: GatewaySettings, models: Mapping[str, ModelService], metrics: Metrics | None = None
+    settings: GatewaySettings,
+    models: Mapping[str, ModelService],
+    metrics: Metrics | None = None,
+    tracer: Tracer | None = None,
 ) -> web.Application:
     """The gateway over ``models``: names that clients may ask for, several of one service being aliases.
 
     Services are used as they are: whoever made them starts and stops them (``app.cleanup_ctx`` is a good place).
-    ``metrics`` are those that their observers keep.
+    ``metrics`` are those that their observers keep; ``tracer``, where there is one, is told of every request and
+    closed at the end.
 
     Raises:
         KeyFileError: the file of keys cannot be used.
@@ -57,6 +63,9 @@ def create_app(
     app[METRICS] = metrics or Metrics()
     app.cleanup_ctx.append(_workers)
     app.cleanup_ctx.append(watch_lag)
+    if tracer is not None:
+        app[TRACER] = tracer
+        app.cleanup_ctx.append(_tracer)
     _add_routes(app)
     return app
 
@@ -66,6 +75,11 @@ def _add_routes(app: web.Application) -> None:
         for path in route.spellings:
             add = app.router.add_get if route.method == "GET" else app.router.add_post
             add(path, route.handler)
+
+
+async def _tracer(app: web.Application) -> AsyncIterator[None]:
+    yield
+    await asyncio.to_thread(app[TRACER].close)
 
 
 async def _workers(app: web.Application) -> AsyncIterator[None]:

@@ -7,6 +7,7 @@ nothing about what chat and completions look like.
 import re
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, TypeVar
 
 from aiohttp import web
@@ -21,7 +22,7 @@ from helix_gateway.gateway.registry import ServedModel
 from helix_gateway.gateway.reply import Reply, Tally
 from helix_gateway.gateway.schemas.common import GenerationRequest
 from helix_gateway.gateway.sse import EventStream
-from helix_gateway.gateway.state import RequestContext, context_of, settings_of, sized
+from helix_gateway.gateway.state import Generation, RequestContext, context_of, settings_of, sized
 
 MAX_HEADER_CHARACTERS = 1000
 
@@ -89,6 +90,9 @@ async def open_exchange(
     if settings_of(request).log_prompts:
         context.log["prompts"] = [prompt.token_ids if prompt.text is None else prompt.text for prompt in prompts]
     tally = Tally([len(prompt.token_ids) for prompt in prompts], plan.num_choices)
+    context.generation = Generation(
+        plan.calls, served.name, reply.id, fields.stream, tally.measured, tally.finish_reasons, perf_counter()
+    )
     return Exchange(request, context, served, reply, prompts, plan, tally)
 
 

@@ -19,12 +19,14 @@ from helix_gateway.gateway.state import (
     DRAIN,
     KEYS,
     METRICS,
+    TRACER,
     RequestContext,
     attach_context,
     context_of,
     new_request_id,
     settings_of,
 )
+from helix_gateway.gateway.traces import traced
 from helix_gateway.telemetry.catalogue import HTTP_REQUESTS
 
 EXPOSED_HEADERS = (
@@ -34,6 +36,8 @@ EXPOSED_HEADERS = (
     "x-helix-ignored-fields, x-helix-clamped, x-helix-seed"
 )
 PREFLIGHT_AGE_S = 600
+PROBES = frozenset({"/health", "/ready", "/metrics"})
+"""Asked every few seconds by machines."""
 
 _sane_id = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _header_names = re.compile(r"[A-Za-z0-9_, -]{0,2000}")
@@ -53,6 +57,7 @@ async def identify_and_log(request: web.Request, handler: Handler) -> web.Stream
         return response
     finally:
         _count_request(request, status)
+        _trace_request(request, context, status)
         _log_request(request, context, status)
 
 
@@ -73,9 +78,16 @@ def _route(request: web.Request) -> str:
     return resource.canonical.rstrip("/").removeprefix("/v1") or "/"
 
 
+def _trace_request(request: web.Request, context: RequestContext, status: int) -> None:
+    tracer = request.app.get(TRACER)
+    if tracer is None or bare_path(request) in PROBES:
+        return
+    context.log["trace_id"] = tracer.record(traced(request, context, route=_route(request), status=status))
+
+
 def _log_request(request: web.Request, context: RequestContext, status: int) -> None:
     # Probes come every few seconds, and a 503 while loading is what they ask for.
-    quiet = bare_path(request) in ("/health", "/ready", "/metrics") and status in (200, 503)
+    quiet = bare_path(request) in PROBES and status in (200, 503)
     log = _log.debug if quiet else _log.error if status >= 500 else _log.info
     log(
         "request",

@@ -49,7 +49,7 @@ class Tally:
     num_choices: int
     completion_tokens: int = 0
     finish_reasons: list[str] = field(default_factory=list)
-    measured: list[SequenceMetrics] = field(default_factory=list)
+    measured: dict[int, SequenceMetrics] = field(default_factory=dict)
     """Of each choice that has come to its end."""
     _cached: dict[int, int] = field(default_factory=dict)
 
@@ -59,12 +59,12 @@ class Tally:
         if delta.finish_reason is not None:
             self.finish_reasons.append(delta.finish_reason)
         if delta.metrics is not None:
-            self._measure(choice // self.num_choices, delta.metrics)
+            self.measured[choice] = delta.metrics
+            self._count_cached(choice // self.num_choices, delta.metrics)
 
-    def _measure(self, prompt_index: int, metrics: SequenceMetrics) -> None:
+    def _count_cached(self, prompt_index: int, metrics: SequenceMetrics) -> None:
         known = self._cached.get(prompt_index, metrics.cached_tokens)
         self._cached[prompt_index] = min(known, metrics.cached_tokens)
-        self.measured.append(metrics)
 
     @property
     def cached_tokens(self) -> int:
@@ -93,17 +93,18 @@ class Tally:
 
     def for_log(self) -> dict[str, Any]:
         """The same figures as fields of the request's log line."""
-        times_s = [time_s for metrics in self.measured for time_s in metrics.token_times_s]
+        measured = self.measured.values()
+        times_s = [time_s for metrics in measured for time_s in metrics.token_times_s]
         rate = tokens_per_second(times_s)
         figures = {
             "prompt_tokens": sum(self.prompt_tokens),
             "completion_tokens": self.completion_tokens,
             "cached_tokens": self.cached_tokens,
-            "queue_ms": _least_ms(metrics.queue_time_s for metrics in self.measured),
+            "queue_ms": _least_ms(metrics.queue_time_s for metrics in measured),
             "time_to_first_token_ms": _least_ms(times_s),
             "tokens_per_s": None if rate is None else round(rate, 1),
-            "draft_tokens": sum(metrics.draft_tokens for metrics in self.measured),
-            "accepted_tokens": sum(metrics.accepted_tokens for metrics in self.measured),
+            "draft_tokens": sum(metrics.draft_tokens for metrics in measured),
+            "accepted_tokens": sum(metrics.accepted_tokens for metrics in measured),
             "finish_reasons": self.finish_reasons,
         }
         # What an answer that was cut off has not come to is left out, rather than said to be nothing.

@@ -6,7 +6,7 @@ Knows nothing about what is in them.
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 
 from helix_gateway.core.errors import HelixError, InvalidRequestError
+from helix_gateway.core.event import SequenceMetrics
 from helix_gateway.gateway.errors import ApiError
 from helix_gateway.gateway.keys import KeyRing
 from helix_gateway.gateway.limits.callers import Callers
@@ -22,7 +23,9 @@ from helix_gateway.gateway.limits.time import TimeLimit
 from helix_gateway.gateway.openapi import OpenApi
 from helix_gateway.gateway.registry import ModelRegistry
 from helix_gateway.gateway.settings import GatewaySettings
+from helix_gateway.service.api import GenerationCall
 from helix_gateway.telemetry.metrics import Metrics
+from helix_gateway.telemetry.tracing import Tracer
 
 SETTINGS = web.AppKey("helix_settings", GatewaySettings)
 MODELS = web.AppKey("helix_models", ModelRegistry)
@@ -31,8 +34,26 @@ KEYS = web.AppKey("helix_keys", KeyRing)
 CALLERS = web.AppKey("helix_callers", Callers)
 WORKERS = web.AppKey("helix_workers", Executor)
 METRICS = web.AppKey("helix_metrics", Metrics)
+TRACER = web.AppKey("helix_tracer", Tracer)
+"""Only where spans are wanted."""
 
 T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Generation:
+    """What a request asked of the engine and what came of it."""
+
+    calls: Sequence[GenerationCall]
+    """One a prompt."""
+    model: str
+    response_id: str
+    stream: bool
+    measured: Mapping[int, SequenceMetrics]
+    """Of each choice that has come to its end."""
+    finish_reasons: Sequence[str]
+    submitted_s: float
+    """When the engine was asked, on the clock of `RequestContext.started_s`."""
 
 
 @dataclass(slots=True)
@@ -48,6 +69,7 @@ class RequestContext:
     tokens: int = 0
     """Of prompt and answer, known at the end."""
     time_limit: TimeLimit = field(default_factory=TimeLimit)
+    generation: Generation | None = None
 
     @property
     def elapsed_ms(self) -> float:
