@@ -64,7 +64,7 @@ def _serve(settings: "ServeSettings") -> None:
     from helix_gateway.runtime.model_source import resolve, served_name
 
     engine = settings.engine(resolve(settings.model))
-    raise typer.Exit(_run(engine, settings.gateway(served_name(settings.model)), settings.otlp_endpoint))
+    raise typer.Exit(_run(engine, settings.gateway(served_name(settings.model))))
 
 
 def _effective(flags: dict[str, Any], config: str | None) -> "Effective":
@@ -78,7 +78,7 @@ def _effective(flags: dict[str, Any], config: str | None) -> "Effective":
         raise typer.Exit(WRONG_USE) from None
 
 
-def _run(engine: EngineSettings, gateway: GatewaySettings, otlp_endpoint: str | None) -> int:
+def _run(engine: EngineSettings, gateway: GatewaySettings) -> int:
     from helix_gateway.gateway.app import create_app
     from helix_gateway.gateway.server import run
     from helix_gateway.service.observer import EngineObserver
@@ -90,7 +90,7 @@ def _run(engine: EngineSettings, gateway: GatewaySettings, otlp_endpoint: str | 
     configure_logging(engine.log)
     name = gateway.served_model_names[0]
     typer.echo(f"Loading {name} (the first start takes longer: kernels are compiled for this processor)", err=True)
-    metrics, tracer = Metrics(), _tracer(otlp_endpoint)
+    metrics, tracer = Metrics(), _tracer(gateway.otlp_endpoint)
     service = ProcessService(engine, Tokenizer.load(engine.model_path), EngineObserver(metrics, name))
     app = create_app(gateway, dict.fromkeys(gateway.served_model_names, service), metrics, tracer)
 

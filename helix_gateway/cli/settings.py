@@ -184,7 +184,7 @@ class ServeSettings(BaseModel):
     log_file: str | None = _setting(None, "File to log to, at its end.", metavar="FILE", unset="stderr")
     log_prompts: bool = _setting(_GATEWAY.log_prompts, "Log what was asked, word for word.")
     otlp_endpoint: Url | None = _setting(
-        None,
+        _GATEWAY.otlp_endpoint,
         "Collector that spans of requests are sent to over HTTP, like http://localhost:4318.",
         metavar="URL",
         unset="what OTEL_EXPORTER_OTLP_ENDPOINT says, or none",

@@ -45,5 +45,7 @@ class GatewaySettings:
     """How long those that are cut off then may take to say so."""
     log_prompts: bool = False
     """Whether the log may hold what was asked."""
+    otlp_endpoint: str | None = None
+    """Where spans of requests go; None: where OpenTelemetry's own variables say, if they do."""
     worker_threads: int = 2
     """Threads that parse and tokenise what is too long for the event loop."""
