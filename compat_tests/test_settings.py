@@ -132,6 +132,14 @@ def test_a_wrong_variable_names_itself_and_its_bound(monkeypatch, variable, valu
     assert said in wrong()
 
 
+def test_a_variable_that_looks_misspelt_is_doubted_and_others_are_left_alone(monkeypatch):
+    monkeypatch.setenv("HELIX_PROT", "9")
+    monkeypatch.setenv("HELIX_CACHE", "/somewhere")
+    monkeypatch.setenv("HELIX_SERVICE_HOST", "10.0.0.1")  # as Kubernetes does
+    monkeypatch.setenv("HELIX_PORT_8000_TCP", "tcp://10.0.0.1:8000")
+    assert effective({}, None).doubts == ["HELIX_PROT is no variable of Helix; did you mean HELIX_PORT?"]
+
+
 @pytest.mark.parametrize("name", ServeSettings.model_fields)
 def test_every_setting_that_is_a_number_refuses_one_out_of_range(name):
     field = ServeSettings.model_fields[name]

@@ -80,6 +80,19 @@ async def test_tokens_of_a_minute_run_out():
             assert "20 tokens of a minute" in await refusal_of(response)
 
 
+async def test_what_the_engine_refuses_costs_no_tokens():
+    async def script(call):
+        raise QueueFullError("The queue is full.", retry_after_s=1.0)
+        yield
+
+    async with running(token_rate_limit=20) as gateway:
+        gateway.service.script = script
+        for _ in range(3):
+            async with gateway.post(CHAT, chat_body()) as response:
+                assert await refusal_of(response) == "The queue is full."
+                assert response.headers["x-ratelimit-remaining-tokens"] == "20"
+
+
 async def test_a_key_with_too_many_requests_at_once_is_refused_until_one_ends():
     async with running(concurrency_limit=1, api_keys=("one", "two")) as gateway:
         gateway.service.script = forever

@@ -48,6 +48,8 @@ def serve(
     variables, and variables over the file.
     """
     found = _effective(flags, config)
+    for doubt in found.doubts:
+        typer.echo(f"helix: {doubt}", err=True)
     if show_config:
         from helix_gateway.cli.show_config import show
 

@@ -6,7 +6,7 @@ about what the settings do.
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from helix_gateway.cli.settings import ServeSettings, note
 from helix_gateway.core.errors import HelixError
 from helix_gateway.gateway.keys import KeyFileError, read_key_file
 
+PREFIX = "HELIX_"
 CONFIG_VARIABLE = "HELIX_CONFIG"
 DEFAULT = "default"
 _SEVERAL_KEYS = "HELIX_API_KEYS"
@@ -34,7 +35,7 @@ class _Environment(ServeSettings, BaseSettings):
     """The same fields, for pydantic-settings to look for in the environment."""
 
     model_config = SettingsConfigDict(
-        env_prefix="HELIX_", env_ignore_empty=True, enable_decoding=False, extra="ignore", protected_namespaces=()
+        env_prefix=PREFIX, env_ignore_empty=True, enable_decoding=False, extra="ignore", protected_namespaces=()
     )
 
 
@@ -46,6 +47,8 @@ class Effective:
     origins: Mapping[str, str]
     """Field to flag, variable, or "file (key)"; `DEFAULT` where nobody set it."""
     file: Path | None
+    doubts: list[str]
+    """Variables that look like misspelt ones, a line each; Kubernetes and others may mean something by them."""
 
 
 def effective(flags: Mapping[str, Any], config: str | None) -> Effective:
@@ -70,7 +73,9 @@ def effective(flags: Mapping[str, Any], config: str | None) -> Effective:
     except ValidationError as error:
         raise SettingsError("\n".join(_problems(error, values, origins))) from None
     _check_key_file(settings, origins)
-    return Effective(settings, {name: origins.get(name, DEFAULT) for name in ServeSettings.model_fields}, file)
+    return Effective(
+        settings, {name: origins.get(name, DEFAULT) for name in ServeSettings.model_fields}, file, list(_doubts())
+    )
 
 
 Found = Mapping[str, tuple[Any, str]]
@@ -84,11 +89,19 @@ def _from_flags(flags: Mapping[str, Any]) -> Found:
 
 def _from_environment() -> Found:
     read = EnvSettingsSource(_Environment)()
-    found = {name: (value, f"HELIX_{name.upper()}") for name, value in read.items()}
+    found = {name: (value, f"{PREFIX}{name.upper()}") for name, value in read.items()}
     if several := os.environ.get(_SEVERAL_KEYS):
         keys = [key.strip() for key in several.split(",") if key.strip()]
         found.setdefault("api_key", (keys, _SEVERAL_KEYS))
     return found
+
+
+def _doubts() -> Iterator[str]:
+    known = {*(name.upper() for name in ServeSettings.model_fields), "CONFIG", "API_KEYS"}
+    ours = (name.removeprefix(PREFIX) for name in os.environ if name.startswith(PREFIX))
+    for name in sorted(set(ours) - known):
+        if near := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
+            yield f"{PREFIX}{name} is no variable of Helix; did you mean {PREFIX}{near[0]}?"
 
 
 def _config_file(named: str | None) -> Path | None:

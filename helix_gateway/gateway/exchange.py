@@ -49,10 +49,10 @@ class Exchange:
             async with closing(self._source()) as source:
                 async for choice, delta in source:
                     self.tally.add(choice, delta)
+                    self.context.tokens = self.tally.total_tokens  # a request that the engine refuses costs none
                     yield choice, delta
         finally:
             self.context.log.update(self.tally.for_log())
-            self.context.tokens = self.tally.total_tokens
 
     async def written(self, size: int, write: Callable[..., T], *args: Any) -> T:
         """What ``write(*args)`` makes, in a worker thread where ``size`` (of `weight`) says that it takes long."""
