@@ -26,7 +26,7 @@ def test_a_loaded_folder_gives_the_models_own_logits(folder):
     with torch.inference_mode():
         wanted = model(torch.tensor(tokens[None], dtype=torch.long)).logits[0]
     torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=2e-5)
-    assert (loaded.context_length, loaded.device_type) == (512, "cpu")
+    assert (loaded.context_length, loaded.step_tokens) == (512, 256)
     assert torch.get_num_threads() == 1
 
 

@@ -1,9 +1,13 @@
 """Helix as a library: many prompts, streams, wrong options."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from helix_gateway import HelixEngine
 from helix_gateway.core.errors import ContextLengthError, EngineUnavailableError, InvalidRequestError
+from helix_gateway.service import helix_engine
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +23,33 @@ def test_one_prompt_and_many(engine):
     many = engine.generate(["The capital of France is", "One, two,"], max_tokens=6, temperature=0, n=2)
     assert many[0].text == result.text
     assert [len(each.choices) for each in many] == [2, 2]
+
+
+async def test_it_answers_where_an_event_loop_runs_already_as_in_a_notebook(engine):
+    assert "Paris" in engine.generate("The capital of France is", max_tokens=6, temperature=0).text
+    with pytest.raises(ContextLengthError):
+        engine.generate([[5] * 9000])
+
+
+async def test_an_interrupted_answer_leaves_nothing_running_in_a_notebook(engine, monkeypatch):
+    class Impatient(ThreadPoolExecutor):
+        def submit(self, *call):
+            running = super().submit(*call)
+
+            def interrupted():
+                while not engine._service.host.engine.num_running:
+                    time.sleep(0.01)
+                raise KeyboardInterrupt
+
+            running.result = interrupted
+            return running
+
+    monkeypatch.setattr(helix_engine, "ThreadPoolExecutor", Impatient)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate("Once upon a time", max_tokens=4000, ignore_eos=True)
+    monkeypatch.undo()
+    assert engine.generate("Hi", max_tokens=1).finish_reason
+    assert engine._service.host.engine.num_running == 0
 
 
 async def test_a_stream_says_what_generate_says(engine):

@@ -15,6 +15,8 @@ from helix_gateway.runtime.runner import TransformersRunner
 
 _KV_SHARE = 0.5
 """Of the memory that is free once the weights are there; the rest is for activations and for everybody else."""
+_STEP_TOKENS_CPU = 256
+_STEP_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,8 @@ class LoadedRunner:
 
     runner: TransformersRunner
     context_length: int
-    device_type: str
+    step_tokens: int
+    """Tokens computed in one step that suit the device: more make a step longer and hardly more efficient."""
 
 
 def load_runner(
@@ -67,7 +70,7 @@ def load_runner(
             )
         except OutOfMemoryError as error:
             raise ModelLoadError(_does_not_fit(memory, where, error)) from error
-    return LoadedRunner(runner, runner.context_length, where.type)
+    return LoadedRunner(runner, runner.context_length, _STEP_TOKENS_CPU if where.type == "cpu" else _STEP_TOKENS)
 
 
 def _does_not_fit(asked_bytes: int, device: torch.device, error: OutOfMemoryError) -> str:

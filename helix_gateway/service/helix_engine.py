@@ -8,11 +8,12 @@ Calls from several threads, and several prompts in one call, share one continuou
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import msgspec
 
@@ -25,6 +26,8 @@ from helix_gateway.service.api import GenerationCall, StopStrings, TextDelta
 from helix_gateway.service.in_process import InProcessService
 from helix_gateway.service.settings import EngineSettings
 from helix_gateway.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 Prompt = str | Sequence[int]
 _REQUEST_OPTIONS = ("priority", "cache_salt")
@@ -103,7 +106,7 @@ class HelixEngine:
     @overload
     def generate(self, prompts: Sequence[Prompt], /, **options: Any) -> list[GenerationResult]: ...
     def generate(self, prompt: str | Sequence[Prompt], /, **options: Any) -> GenerationResult | list[GenerationResult]:
-        """Answer one prompt, or many in one batch.
+        """Answer one prompt, or many in one batch; in a notebook too, where an event loop runs already.
 
         Args:
             prompt: text, or a list of prompts, each text or token ids.
@@ -117,7 +120,7 @@ class HelixEngine:
             HelixError: the engine failed while answering.
         """
         many = [prompt] if isinstance(prompt, str) else list(prompt)
-        results = asyncio.run(self._generate_all(many, options))
+        results = _run(self._generate_all(many, options))
         return results[0] if isinstance(prompt, str) else results
 
     async def _generate_all(self, prompts: Sequence[Prompt], options: dict[str, Any]) -> list[GenerationResult]:
@@ -174,6 +177,25 @@ class HelixEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Wait for a coroutine, on a thread and a loop of its own where this thread's loop runs already."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(coroutine)
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            running = thread.submit(loop.run_until_complete, task)
+            try:
+                return running.result()
+            finally:  # where a notebook's user interrupts it, too
+                loop.call_soon_threadsafe(task.cancel)
+    finally:
+        loop.close()
 
 
 def _sampling(options: dict[str, Any]) -> SamplingParams:

@@ -21,9 +21,6 @@ from helix_gateway.text.tokenizer import Tokenizer
 
 log = structlog.get_logger(__name__)
 
-_DEFAULT_STEP_TOKENS_CPU = 256
-_DEFAULT_STEP_TOKENS = 2048
-
 
 class EngineHost:
     """Loads what the settings name, and passes calls on to the engine.
@@ -124,11 +121,10 @@ def _limits(settings: EngineSettings, loaded: LoadedRunner) -> EngineLimits:
         raise ModelLoadError(
             f"--max-model-len {wished} is more than the {model_len} tokens that this model was made for."
         )
-    default_tokens = _DEFAULT_STEP_TOKENS_CPU if loaded.device_type == "cpu" else _DEFAULT_STEP_TOKENS
     return EngineLimits(
         max_model_len=wished,
         max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens or max(default_tokens, settings.max_num_seqs),
+        max_num_batched_tokens=settings.max_num_batched_tokens or max(loaded.step_tokens, settings.max_num_seqs),
         max_queue_len=settings.max_queue_len,
     )
 
