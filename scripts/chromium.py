@@ -42,6 +42,7 @@ def ensure(python: Path) -> str | None:
             fetched = run_limited(command, FETCH_LIMIT_S)
         if fetched and starts(python):
             return None
+        print(f"{name} gave none that starts", flush=True)
     return f"no Chromium starts on this machine and none could be fetched; {environment.LOG} has the reasons"
 
 

@@ -125,6 +125,7 @@ async def test_without_max_tokens_an_answer_goes_on_to_its_end_or_the_operators_
         ({**BODY, "max_tokens": 0}, "max_tokens"),
         ({**BODY, "n": 2}, "n"),
         ({**BODY, "best_of": 2}, "best_of"),
+        ({**BODY, "best_of": True}, "best_of"),
         ({**BODY, "temperature": 3}, "temperature"),
         ({"prompt": "a" * 4096}, "prompt"),
     ],

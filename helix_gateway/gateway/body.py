@@ -23,10 +23,22 @@ INLINE_BYTES = 64 * 1024
 MAX_FIELD_BYTES = 1024 * 1024
 """Any field but the prompt; 64 stop strings of 1,024 escaped characters fit."""
 
+EXACT_INTEGERS = 2**53
+"""Up to here a float holds every integer."""
+
 Schema = TypeVar("Schema", bound=WireModel)
 
 _read_envelope = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_read_value = msgspec.json.Decoder().decode
+
+
+def _number(text: str) -> float:
+    """JSON has one kind of number: ``16.0`` is an integer too, for some languages write every number so."""
+    value = float(text)
+    return int(value) if abs(value) <= EXACT_INTEGERS and value.is_integer() else value
+
+
+read_value = msgspec.json.Decoder(float_hook=_number).decode
+"""A JSON text as Python has it."""
 _msgspec_path = re.compile(r" - at `\$(?P<path>.*)`$")
 _half_pair = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}")
 
@@ -104,7 +116,7 @@ def _read_field(name: str, raw: msgspec.Raw, size: int, schema: type[WireModel])
         if outline is None:
             raise ApiError.bad_request(f"`{name}` has {size} bytes; the limit is {MAX_FIELD_BYTES}.", param=name)
         read_json(raw, outline, name)
-    return read_json(raw, _read_value, name)
+    return read_json(raw, read_value, name)
 
 
 def read_json(data: bytes | msgspec.Raw, read: Callable[[Any], Any], path: str) -> Any:

@@ -39,7 +39,7 @@ ERRORS = {
     "`context_length_exceeded` says that the prompt alone does not fit.",
     401: "A key is needed, or the one that was sent is wrong.",
     403: "The page's origin or the host name may not use this server.",
-    404: "No model of that name is served here.",
+    404: "There is nothing of that name here; of a model that is not served the code is `model_not_found`.",
     413: "The body is over the server's limit.",
     429: "The queue is full, or the key is over its rate; nothing was computed. `Retry-After` says when to come again.",
     500: "The server's own fault; the message has the request's id.",
@@ -174,7 +174,7 @@ def _content(answer: Response, schemas: dict[Any, Document]) -> Document:
     if answer.media_type == JSON:
         return {"schema": schemas[answer.schema]}
     if answer.media_type == EVENTS:
-        return {"schema": {"type": "string"}, "x-event-schema": schemas[answer.schema]}
+        return {"x-event-schema": schemas[answer.schema]}
     return {"schema": {"type": "string"}}
 
 

@@ -14,7 +14,7 @@ import msgspec
 from aiohttp import web
 
 from helix_gateway.core.errors import ContextLengthError, InvalidRequestError
-from helix_gateway.gateway.body import read_json
+from helix_gateway.gateway.body import read_json, read_value
 from helix_gateway.gateway.errors import ApiError, kind_of
 from helix_gateway.gateway.registry import ServedModel
 from helix_gateway.gateway.schemas.chat import ChatMessage
@@ -29,8 +29,6 @@ CHARACTERS_PER_MESSAGE = 50
 """A message costs the template as much as so many characters cost the tokenizer, however short it is."""
 TRIAL_SLACK_TOKENS = 64
 """Tokens that cutting a text may add at the cut, generously."""
-
-_read_value = msgspec.json.Decoder().decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +87,7 @@ async def single_prompt(
 
 def _encode_prompt(served: ServedModel, raw: msgspec.Raw, *, add_special_tokens: bool) -> Prompt:
     _refuse_too_many_ids(served, bytes(memoryview(raw)))
-    value = read_json(raw, _read_value, "prompt")
+    value = read_json(raw, read_value, "prompt")
     if isinstance(value, str):
         return _text_prompt(served, value, "prompt", add_special_tokens=add_special_tokens)
     if isinstance(value, list):
@@ -99,7 +97,7 @@ def _encode_prompt(served: ServedModel, raw: msgspec.Raw, *, add_special_tokens:
 
 def _encode_prompts(served: ServedModel, raw: msgspec.Raw, *, add_special_tokens: bool) -> list[Prompt]:
     _refuse_too_many_ids(served, bytes(memoryview(raw)))
-    value = read_json(raw, _read_value, "prompt")
+    value = read_json(raw, read_value, "prompt")
     if isinstance(value, str):
         return [_text_prompt(served, value, "prompt", add_special_tokens=add_special_tokens)]
     if not isinstance(value, list):

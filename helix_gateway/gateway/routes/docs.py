@@ -76,5 +76,6 @@ ROUTES = (
         open=True,
         parameters={"asset": f"One of {', '.join(ASSETS)}."},
         responses=tuple(Response(description="The file.", media_type=kind) for kind in ASSETS.values()),
+        errors=(404,),
     ),
 )

@@ -23,9 +23,9 @@ class GenerateRequest(GenerationRequest):
     max_tokens: int | None = Field(None, ge=1)
     """The most tokens of the answer. Left out, it goes on to a stop or the end of the context. What the context has no
     room for is cut off it, and the header `x-helix-clamped` says so."""
-    n: Literal[1] = 1
+    n: int = Field(1, ge=1, le=1)
     """One prompt has one answer here; `/v1/completions` gives several."""
-    best_of: Literal[1] | None = None
+    best_of: int | None = Field(None, ge=1, le=1)
     """As `n`."""
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     """Tells each token's log-probability and this many of the likeliest in its place."""
