@@ -9,7 +9,7 @@ import pytest
 from fake_service import ANSWER, FakeService
 
 from compat_tests.browser.conftest import gateway
-from compat_tests.clients.conftest import start_server, stop_server
+from compat_tests.serving import start_server, stop_server
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -6,7 +6,7 @@ import time
 
 import httpx
 
-from compat_tests.clients.conftest import start_server
+from compat_tests.serving import start_server
 
 BODY = {"messages": [{"role": "user", "content": "Count."}], "stream": True, "ignore_eos": True, "max_tokens": 80}
 

@@ -11,7 +11,7 @@ import time
 import httpx
 import pytest
 
-from compat_tests.clients.conftest import start_server, stop_server
+from compat_tests.serving import start_server, stop_server
 from helix_gateway.service import process
 from helix_gateway.service.process import ProcessService
 from helix_gateway.service.settings import EngineSettings

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from compat_tests.clients.conftest import start_server, stop_server
 from compat_tests.clients.test_engine_death import children_of
 from compat_tests.scraping import Scrape
+from compat_tests.serving import start_server, stop_server
 
 SECRET = "The marmalade protocol of Ulan Bator"
 
