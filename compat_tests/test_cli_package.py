@@ -42,7 +42,7 @@ MODULES = {
 }
 OF_PYDANTIC = {"annotated_types", "pydantic_core", "typing_extensions"}  # pydantic cannot be without them
 UNSEEN = {"jinja2", "tornado"}
-OPTIONAL = {"torch_directml", "matplotlib"}
+OPTIONAL = {"matplotlib", "opentelemetry", "torch_directml", "watchfiles"}  # extras, or development
 
 
 def third_party_imports():

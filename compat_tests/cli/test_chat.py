@@ -20,6 +20,7 @@ from helix_gateway.cli.chat.conversation import Conversation, Leave, obey
 from helix_gateway.cli.chat.editor import cleaned
 from helix_gateway.cli.chat.rendering import MarkdownRenderer, harmless
 from helix_gateway.core.errors import HelixError
+from helix_gateway.service.tiny_model import write_tiny_model
 
 CTRL_C, ALT_ENTER = "\x03", "\x1b\r"
 BRACKETED_PASTE_ON = "\x1b[?2004h"
@@ -200,18 +201,22 @@ def test_a_key_that_is_wrong_is_said(tmp_path):
     assert "401" in refused.stderr
 
 
-def test_without_a_server_one_is_started_and_ends_with_the_conversation(smollm2_path, tmp_path):
-    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "HELIX_KV_CACHE_MEMORY": "256MiB", "TERM": "xterm"}
-    command = ["-m", "helix_gateway", "chat", smollm2_path, "--temperature", "0", "--max-tokens", "8"]
+def test_without_a_server_one_is_started_and_ends_with_the_conversation(tmp_path):
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "HELIX_KV_CACHE_MEMORY": "16MiB"}
+    environment |= {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    (tmp_path / "tiny").mkdir()
+    command = ["-m", "helix_gateway", "chat", str(write_tiny_model(tmp_path / "tiny")), "--max-tokens", "8"]
     child = pexpect.spawn(sys.executable, command, env=environment, encoding="utf-8", timeout=120)
-    child.expect_exact("Ctrl-D leaves")
+    child.expect_exact("tiny: Enter sends")
     servers = psutil.Process(child.pid).children(recursive=True)
     assert len(servers) == 2, "a gateway and its engine"
+    child.expect_exact(BRACKETED_PASTE_ON)
     child.send("Hi\r")
-    child.expect(r"8 tokens")
+    child.expect("first after")
     child.kill(signal.SIGKILL)
     _, alive = psutil.wait_procs(servers, timeout=20)
     assert alive == []
+    child.close()
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path):

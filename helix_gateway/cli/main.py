@@ -11,6 +11,7 @@ import typer
 
 from helix_gateway.cli.bench import bench
 from helix_gateway.cli.chat.command import chat
+from helix_gateway.cli.doctor.command import doctor
 from helix_gateway.cli.models import app as models
 from helix_gateway.cli.serve import serve
 from helix_gateway.cli.version import print_version, version
@@ -38,6 +39,7 @@ def helix(
 app.command(name="serve")(serve)
 app.command(name="chat")(chat)
 app.command(name="bench")(bench)
+app.command(name="doctor")(doctor)
 app.add_typer(models)
 app.command(name="version")(version)
 
