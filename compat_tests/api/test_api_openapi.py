@@ -1,5 +1,8 @@
 """`/openapi.json` says what the server does: every route, every answer, every error, and examples that work."""
 
+import re
+from pathlib import Path
+
 import pytest
 from conftest import chat_body, running
 from described import Description
@@ -7,6 +10,7 @@ from fake_service import FakeService
 from jsonschema import Draft202012Validator, ValidationError
 
 from helix_gateway.core.errors import QueueFullError
+from helix_gateway.gateway import errors, openapi
 from helix_gateway.gateway.app import create_app
 from helix_gateway.gateway.settings import GatewaySettings
 
@@ -40,6 +44,15 @@ async def test_every_route_says_what_it_is_and_what_it_answers(described):
         assert operation["summary"], route
         assert any(status.startswith("2") for status in operation["responses"]), route
         assert operation["tags"][0] in {tag["name"] for tag in described.described.document["tags"]}
+
+
+def test_every_status_that_the_gateway_gives_is_described():
+    given = set()
+    for file in Path(errors.__file__).parent.rglob("*.py"):
+        given |= {int(code) for code in re.findall(r"(?:ApiError|cls)\(\s*(\d{3}),", file.read_text())}
+    assert {400, 429, 503} < given
+    no_route = {405, 408}  # a wrong method; an error in the middle of a stream
+    assert given - no_route == set(openapi.ERRORS)
 
 
 async def test_every_field_of_a_request_is_explained_with_its_default(described):

@@ -1,11 +1,14 @@
 """Real clients against a real server and the real model: alone, streaming, and sixteen at once."""
 
 import asyncio
+import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
 import pytest
+from jsonschema import Draft202012Validator
 from langchain_openai import ChatOpenAI
 
 QUESTIONS = [f"Write one sentence about the number {n}." for n in range(16)]
@@ -149,3 +152,58 @@ def test_a_client_that_leaves_does_not_hold_anybody_up(server, client):
     began = time.monotonic()
     client.chat.completions.create(messages=ask("Hi"), **{**OPTIONS, "max_tokens": 1})
     assert time.monotonic() - began < 5
+
+
+@pytest.fixture(scope="module")
+def document(server):
+    return httpx.get(f"{server.url}/openapi.json").json()
+
+
+def check(document, schema, value):
+    Draft202012Validator({**schema, "components": document["components"]}).validate(value)
+
+
+def test_generate_tells_true_times_and_a_stream_says_the_same_text(server, document):
+    body = {"prompt": "Once upon a time", "max_tokens": 24, "temperature": 0}
+    whole = httpx.post(f"{server.url}/generate", json=body, timeout=60).json()
+    check(document, {"$ref": "#/components/schemas/GenerateAnswer"}, whole)
+    metrics = whole["metrics"]
+    assert 0 <= metrics["queue_time_s"] <= metrics["time_to_first_token_s"] < metrics["generation_time_s"]
+    decoding_s = metrics["generation_time_s"] - metrics["time_to_first_token_s"]
+    assert 0 < metrics["tokens_per_second"] <= (len(whole["token_ids"]) - 1) / decoding_s * 1.01
+    arrivals, events = [], []
+    with httpx.stream("POST", f"{server.url}/generate/stream", json=body, timeout=60) as stream:
+        for line in stream.iter_lines():
+            if line.startswith("data: {"):
+                arrivals.append(time.perf_counter())
+                events.append(json.loads(line.removeprefix("data: ")))
+    for event in events:
+        check(document, {"$ref": "#/components/schemas/GenerateEvent"}, event)
+    assert "".join(event["text"] for event in events) == whole["text"]
+    assert [token for event in events for token in event["token_ids"]] == whole["token_ids"]
+    assert len(events) > 5
+    assert arrivals[-1] - arrivals[0] > events[-1]["metrics"]["generation_time_s"] / 4
+
+
+def test_every_example_of_the_description_works_with_a_real_model(server, document):
+    def ask(path, operation, example):
+        response = httpx.post(server.url + path, json=example, timeout=120)
+        assert response.status_code == 200, (path, example, response.text)
+        if response.headers["content-type"].startswith("application/json"):
+            schema = operation["responses"]["200"]["content"]["application/json"]["schema"]
+            check(document, schema, response.json())
+        else:
+            assert response.text.endswith("data: [DONE]\n\n")
+
+    asked = [
+        (path, operation, example["value"])
+        for path, methods in document["paths"].items()
+        for operation in methods.values()
+        for example in operation.get("requestBody", {"content": {}})["content"]
+        .get("application/json", {})
+        .get("examples", {})
+        .values()
+    ]
+    assert len(asked) > 8
+    with ThreadPoolExecutor(len(asked)) as pool:
+        list(pool.map(ask, *zip(*asked, strict=True)))

@@ -28,8 +28,6 @@ EXACT_INTEGERS = 2**53
 
 Schema = TypeVar("Schema", bound=WireModel)
 
-_read_envelope = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-
 
 def _number(text: str) -> float:
     """JSON has one kind of number: ``16.0`` is an integer too, for some languages write every number so."""
@@ -37,6 +35,7 @@ def _number(text: str) -> float:
     return int(value) if abs(value) <= EXACT_INTEGERS and value.is_integer() else value
 
 
+_read_envelope = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 read_value = msgspec.json.Decoder(float_hook=_number).decode
 """A JSON text as Python has it."""
 _msgspec_path = re.compile(r" - at `\$(?P<path>.*)`$")

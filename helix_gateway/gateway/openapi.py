@@ -26,7 +26,8 @@ as absent. Fields that Helix does not know are accepted and named in the respons
 
 Streams are server-sent events: `data:` and a JSON object each, the last one `data: [DONE]`; a line that begins with a
 colon only keeps the connection open. Trouble before the first event is an ordinary error with its status; after it,
-the last event is `{"error": …}` and no `[DONE]` follows."""
+the last event is `{"error": …}` and no `[DONE]` follows; a client that reads too slowly is let go that way, with the
+code `read_too_slowly`."""
 
 TAGS = {
     "OpenAI": "What OpenAI's clients ask.",
