@@ -1,5 +1,6 @@
 """The `helix` command: what it takes, what it says where something is wrong, and that it is quick to answer."""
 
+import socket
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from helix_gateway.cli import serve as serve_module
 from helix_gateway.cli.main import app, main
 from helix_gateway.cli.sizes import parse_size
 from helix_gateway.core.errors import EngineUnavailableError
+from helix_gateway.gateway import server as server_module
 
 
 def helix(*arguments):
@@ -22,7 +24,8 @@ def helix(*arguments):
 def started(monkeypatch, tmp_path):
     """What ``helix serve`` would start, for the arguments given."""
     runs = []
-    monkeypatch.setattr(serve_module, "_run", lambda engine, gateway: runs.append((engine, gateway)))
+    monkeypatch.setattr(serve_module, "_run", lambda engine, gateway, sockets: runs.append((engine, gateway)))
+    monkeypatch.setattr(server_module, "bind", lambda gateway: [])
     monkeypatch.delenv("HELIX_API_KEY", raising=False)
     model = tmp_path / "tiny.gguf"
     model.touch()
@@ -30,8 +33,10 @@ def started(monkeypatch, tmp_path):
     def start(flags=""):
         result = CliRunner().invoke(app, ["serve", str(model), *flags.split()])
         assert result.exit_code == 0, result.output
+        start.output.append(result.output)
         return runs[-1]
 
+    start.output = []
     return start
 
 
@@ -72,6 +77,22 @@ def test_serve_hands_every_flag_on(started):
     assert (engine.enable_prefix_caching, engine.seed, engine.batch_window_ms) == (False, 2**64 - 1, 2.5)
     assert (gateway.host, gateway.port, gateway.api_keys, gateway.default_max_tokens) == ("0.0.0.0", 9, ("k",), 9)
     assert (gateway.served_model_names, gateway.allowed_origins) == (("a", "b"), ("https://a.example",))
+
+
+@pytest.mark.parametrize(
+    "flags,warns", [("--host 0.0.0.0", True), ("--host 0.0.0.0 --api-key k", False), ("--host ::1", False)]
+)
+def test_a_server_that_everybody_can_reach_without_a_key_says_so(started, flags, warns):
+    started(flags)
+    assert ("whoever reaches 0.0.0.0 is served" in started.output[-1]) == warns
+
+
+def test_a_port_in_use_is_known_before_a_model_is_looked_for():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = helix("serve", "/no/such/model.gguf", "--port", str(port))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"helix: Port {port} on 127.0.0.1 is in use; choose another with --port.\n"
 
 
 def test_serve_without_flags_uses_the_settings_own_defaults(started):
@@ -144,7 +165,7 @@ def test_wrong_use_is_one_line_and_exit_code_2(flags, variables, said, tmp_path,
 
 
 def test_a_model_that_is_not_there_is_one_line_and_exit_code_1(tmp_path):
-    done = helix("serve", str(tmp_path / "missing.gguf"))
+    done = helix("serve", str(tmp_path / "missing.gguf"), "--port", "0")
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert "missing.gguf" in done.stderr
@@ -154,13 +175,13 @@ def test_a_model_that_is_not_there_is_one_line_and_exit_code_1(tmp_path):
     "trouble", [OSError(28, "No space left on device"), EngineUnavailableError("The engine did not start.")]
 )
 def test_trouble_at_the_start_is_one_line_and_exit_code_1(trouble, monkeypatch, tmp_path):
-    def fail(engine, gateway):
+    def fail(engine, gateway, sockets):
         raise trouble
 
     model = tmp_path / "tiny.gguf"
     model.touch()
     monkeypatch.setattr(serve_module, "_run", fail)
-    monkeypatch.setattr("sys.argv", ["helix", "serve", str(model)])
+    monkeypatch.setattr("sys.argv", ["helix", "serve", str(model), "--port", "0"])
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == f"helix: {trouble}"

@@ -163,14 +163,18 @@ SERVER = """
     sys.path.insert(0, {tests!r})
     from fake_service import FakeService
     from helix_gateway.gateway.app import create_app
-    from helix_gateway.gateway.server import run
+    from helix_gateway.gateway.server import BindError, bind, run
     from helix_gateway.gateway.settings import GatewaySettings
     settings = GatewaySettings(port={port})
+    try:
+        sockets = bind(settings)
+    except BindError as error:
+        sys.exit(str(error))
     app = create_app(settings, {{"tiny": FakeService()}})
     async def start():
         pass
     {more}
-    sys.exit(run(app, settings, start))
+    sys.exit(run(app, settings, sockets, start))
 """
 
 LOADING_FOREVER = """

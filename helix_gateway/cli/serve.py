@@ -12,10 +12,14 @@ import typer
 
 from helix_gateway.cli.options import with_flags
 from helix_gateway.core.errors import InvalidRequestError
+from helix_gateway.gateway.origins import is_loopback
 from helix_gateway.gateway.settings import GatewaySettings
 from helix_gateway.service.settings import EngineSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from socket import socket
+
     from helix_gateway.cli.settings import ServeSettings
     from helix_gateway.cli.sources import Effective
     from helix_gateway.telemetry.tracing import Tracer
@@ -63,10 +67,14 @@ def serve(
 
 
 def _serve(settings: "ServeSettings") -> None:
+    from helix_gateway.gateway.server import bind
     from helix_gateway.runtime.model_source import resolve, served_name
 
-    engine = settings.engine(resolve(settings.model))
-    raise typer.Exit(_run(engine, settings.gateway(served_name(settings.model))))
+    gateway = settings.gateway(served_name(settings.model))
+    sockets = bind(gateway)
+    if not (gateway.api_keys or gateway.api_key_file or is_loopback(gateway.host)):
+        typer.echo(f"helix: whoever reaches {gateway.host} is served; set --api-key or --api-key-file", err=True)
+    raise typer.Exit(_run(settings.engine(resolve(settings.model)), gateway, sockets))
 
 
 def _effective(flags: dict[str, Any], config: str | None) -> "Effective":
@@ -80,7 +88,7 @@ def _effective(flags: dict[str, Any], config: str | None) -> "Effective":
         raise typer.Exit(WRONG_USE) from None
 
 
-def _run(engine: EngineSettings, gateway: GatewaySettings) -> int:
+def _run(engine: EngineSettings, gateway: GatewaySettings, sockets: "Sequence[socket]") -> int:
     from helix_gateway.gateway.app import create_app
     from helix_gateway.gateway.server import run
     from helix_gateway.service.observer import EngineObserver
@@ -104,7 +112,7 @@ def _run(engine: EngineSettings, gateway: GatewaySettings) -> int:
 
     # Before connections are closed: whoever is being answered hears that the server stops.
     app.on_shutdown.append(stop)
-    return run(app, gateway, start)
+    return run(app, gateway, sockets, start)
 
 
 def _tracer(endpoint: str | None) -> "Tracer | None":

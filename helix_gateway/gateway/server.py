@@ -15,6 +15,7 @@ from typing import Any
 import structlog
 from aiohttp import web
 
+from helix_gateway.core.errors import HelixError
 from helix_gateway.gateway.drain import drain
 from helix_gateway.gateway.errors import to_api_error
 from helix_gateway.gateway.keys import KeyFileError
@@ -30,14 +31,15 @@ Start = Callable[[], Awaitable[object]]
 _log = structlog.get_logger("helix.server")
 
 
-class BindError(Exception):
+class BindError(HelixError):
     """The address cannot be listened on; the message is one clear line."""
 
 
 def bind(settings: GatewaySettings) -> list[socket.socket]:
     """Bind every address that the host name stands for, all on one port.
 
-    Done before any model is loaded, so that a port in use is known at once.
+    Done before a model is fetched or loaded, so that a port in use is known at once.  Nobody can connect until
+    `listening`: better refused than kept waiting.
 
     Raises:
         BindError: the port is in use or may not be used, or the host has no address here.
@@ -65,7 +67,6 @@ def _bound(family: int, address: tuple[Any, ...]) -> socket.socket:
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(address)
-        sock.listen(BACKLOG)
     except OSError:
         sock.close()
         raise
@@ -138,10 +139,17 @@ async def listening(
     try:
         await runner.setup()
         for sock in sockets:
-            await web.SockSite(runner, sock).start()
+            await _listen(runner, sock, settings)
         yield urls(sockets)
     finally:
         await runner.cleanup()
+
+
+async def _listen(runner: web.AppRunner, sock: socket.socket, settings: GatewaySettings) -> None:
+    try:
+        await web.SockSite(runner, sock, backlog=BACKLOG).start()
+    except OSError as error:  # somebody else was quicker
+        raise BindError(_why_not(settings, error)) from error
 
 
 async def serve(
@@ -213,16 +221,11 @@ def _reread_keys_on_hangup(app: web.Application) -> None:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reread)
 
 
-def run(app: web.Application, settings: GatewaySettings, start: Start) -> int:
-    """Bind, start what is served, serve until told to stop, and answer with the exit code.
+def run(app: web.Application, settings: GatewaySettings, sockets: Sequence[socket.socket], start: Start) -> int:
+    """Start what is served, serve on bound sockets until told to stop, and answer with the exit code.
 
     What ``start`` raises ends the server and is raised here.
     """
-    try:
-        sockets = bind(settings)
-    except BindError as error:
-        sys.stderr.write(f"helix: {error}\n")
-        return 1
     try:
         run_event_loop(serve(app, settings, sockets, start))
     except KeyboardInterrupt:
