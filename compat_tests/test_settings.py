@@ -1,6 +1,8 @@
 """Settings from flags, variables and a file: which wins, what a wrong one is told, and what --show-config shows."""
 
+import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -12,6 +14,8 @@ from helix_gateway.cli.sources import SettingsError, effective
 from helix_gateway.gateway.settings import GatewaySettings
 from helix_gateway.service.settings import EngineSettings
 from helix_gateway.telemetry.settings import LogSettings
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -171,6 +175,17 @@ def test_every_setting_has_a_flag_and_reaches_what_it_is_for():
 def test_where_to_log_reaches_the_engine_too():
     settings = effective({"log_level": "debug", "log_format": "json", "log_file": "/tmp/x"}, None).settings
     assert settings.engine("m").log == LogSettings(level="debug", format="json", file="/tmp/x")
+
+
+def test_the_readme_tells_every_option_and_the_operating_guide_a_file_that_works(tmp_path, monkeypatch):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in ServeSettings.model_fields:
+        assert name == "model" or f"| `{flag_of(name)}`" in readme, name
+    guide = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```toml\n(.*?)```", guide, re.DOTALL)
+    (tmp_path / "keys").write_text("alice: sk-1\n")
+    (tmp_path / "helix.toml").write_text(example.replace("/etc/helix/keys", str(tmp_path / "keys")))
+    assert effective({}, str(tmp_path / "helix.toml")).settings.drain_timeout == 60
 
 
 def test_show_config_is_a_file_that_sets_the_same_and_hides_keys(tmp_path, monkeypatch):

@@ -66,6 +66,11 @@ async def test_preflights_are_answered_on_every_route_without_a_key(path):
             assert await response.read() == b""
 
 
+async def test_what_is_cached_without_a_page_is_not_handed_to_one(gateway):
+    async with gateway.get("/v1/models") as response:
+        assert response.headers["Vary"] == "Origin"
+
+
 async def test_errors_can_be_read_by_the_page(gateway):
     async with gateway.post(CHAT, b"{", headers={"Origin": "http://localhost"}) as response:
         assert response.status == 400

@@ -156,7 +156,6 @@ def _cors_headers(origin: str) -> dict[str, str]:
     return {
         "Access-Control-Allow-Origin": origin,
         "Access-Control-Expose-Headers": EXPOSED_HEADERS,
-        "Vary": "Origin",
     }
 
 
@@ -198,6 +197,8 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     if request.app[DRAIN].draining:
         response.force_close()
         response.headers["Connection"] = "close"  # aiohttp has settled that header by now
+    # Also where no page asked: what a browser keeps of that answer must not be handed to a page.
+    response.headers.setdefault("Vary", "Origin")
     response.headers["Server"] = "helix"
     response.headers["x-request-id"] = context.request_id
     response.headers["openai-processing-ms"] = str(round(context.elapsed_ms))
