@@ -5,6 +5,7 @@ from collections import deque
 import pytest
 
 from compat_tests.engine.toy import make_engine, request
+from helix_gateway.core.stats import EngineStats
 from helix_gateway.service.api import GenerationCall
 from helix_gateway.service.loop import Closed, run_loop
 from helix_gateway.service.messages import Cancel, Events, Submit
@@ -72,3 +73,17 @@ def test_a_cancel_is_obeyed_before_the_next_step():
     assert len(host.steps) == 2
     assert told[-1].events[0].finish_reason == "abort"
     assert host.engine.cache.pool.num_referenced == 0
+
+
+def test_figures_are_told_seldom_and_before_the_events_that_end_an_answer():
+    host = ToyHost()
+    told = []
+    long = Submit(GenerationCall(request=request("long", [1, 2, 3], ignore_eos=True, max_tokens=60)))
+    run_loop(host, ScriptedInbox(host, [[submit("a")], [long]]), told.append)
+    assert len(host.steps) >= 60
+    reports = [place for place, reply in enumerate(told) if isinstance(reply, EngineStats)]
+    assert reports[0] == 0, "where an engine's counts begin is told before anything is counted"
+    assert told[reports[-1]].num_running == told[reports[-1]].kv_blocks_referenced == 0
+    assert reports[-1] == len(told) - 2
+    assert told[-1].events[-1].finish_reason == "length"
+    assert len(reports) <= 4, "the toy's sixty steps take a few tenths of a second"

@@ -3,12 +3,16 @@
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram
 
 from compat_tests.engine.toy import VOCAB, Answers, ScriptedDrafter, alone, make_engine, request
 from compat_tests.scraping import Scrape
 from helix_gateway.core.event import SequenceMetrics, TokenEvent
 from helix_gateway.engine.depth import FixedDepth
 from helix_gateway.service.observer import EngineObserver
+from helix_gateway.telemetry.histogram import BulkHistogram
 from helix_gateway.telemetry.metrics import Metrics
 
 
@@ -193,3 +197,21 @@ def test_buckets_hold_what_they_say():
     assert scrape.value("inter_token_latency_seconds_bucket", le="+Inf") == 3
     assert scrape.value("inter_token_latency_seconds_sum") == pytest.approx(8.5)
     assert scrape.value("e2e_request_latency_seconds_bucket", le="10.0") == 1
+
+
+@given(st.lists(st.lists(st.sampled_from([0.0, 0.0005, 0.001, 0.0025, 0.01, 4.99, 5.0, 5.01, 700.0]), max_size=9)))
+def test_values_taken_at_once_are_counted_as_the_library_counts_them_one_by_one(batches):
+    bounds = (0.001, 0.0025, 0.01, 5.0)
+    at_once, registry = BulkHistogram("h", "text", ("who",), bounds), CollectorRegistry()
+    one_by_one = Histogram("h", "text", ("who",), buckets=bounds, registry=registry)
+    one_by_one.labels("me")
+    at_once.observe(("me",), ())
+    for batch in batches:
+        at_once.observe(("me",), batch)
+        for value in batch:
+            one_by_one.labels("me").observe(value)
+    (expected,), (found,) = registry.collect(), at_once.collect()
+    expected_values = {
+        (s.name, s.labels.get("le")): s.value for s in expected.samples if not s.name.endswith("_created")
+    }
+    assert {(s.name, s.labels.get("le")): pytest.approx(s.value) for s in found.samples} == expected_values
