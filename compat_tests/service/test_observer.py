@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram
 
-from compat_tests.engine.toy import VOCAB, Answers, ScriptedDrafter, alone, make_engine, request
+from compat_tests.engine.toy import VOCAB, Answers, ScriptedDrafter, alone, drain, make_engine, request
 from compat_tests.scraping import Scrape
 from helix_gateway.core.event import SequenceMetrics, TokenEvent
 from helix_gateway.engine.depth import FixedDepth
@@ -159,6 +159,23 @@ def test_counters_of_a_new_engine_are_added_to_those_of_the_one_that_died():
         scrape.value("spec_decode_num_draft_tokens_total") == died.value("spec_decode_num_draft_tokens_total") + drafts
     )
     assert scrape.value("num_preemptions_total") == died.value("num_preemptions_total")
+
+
+def test_what_an_engine_did_to_warm_up_counts_as_nobodys():
+    drafter = ScriptedDrafter(lambda sequence, tokens: 3)
+    engine = make_engine(drafter=drafter, depth_policy=FixedDepth(2, max_model_len=200))
+    metrics = Metrics()
+    observer = EngineObserver(metrics, "toy")
+    for name in ("warm-up", "first"):
+        engine.submit(request(name, [1, 2], ignore_eos=True))
+        drain(engine)
+        observer.take_stats(engine.stats())
+        drafted = engine.stats().drafts["scripted"].num_draft_tokens
+        counted = Scrape(metrics.render("")[0].decode()).value("spec_decode_num_draft_tokens_total")
+        if name == "warm-up":
+            assert counted == 0
+            warm_up = drafted
+    assert counted == drafted - warm_up > 0
 
 
 def test_an_aborted_sequence_is_an_abort_and_no_latency():
