@@ -53,7 +53,7 @@ def test_a_machine_without_the_default_model_is_examined_with_a_tiny_one(tmp_pat
     assert findings["answer"]["state"] == "ok"
     assert "GB/s" in findings["memory bandwidth"]["said"]
     assert "tokens/s" in findings["speed"]["said"]
-    assert {"device", "start", "compiled kernels", "processor", "port"} <= set(findings)
+    assert {"device", "start", "compiled kernels", "threads", "processor", "port"} <= set(findings)
 
 
 def test_the_tiny_model_s_stored_answer_is_the_one_of_transformers(tmp_path):

@@ -65,7 +65,7 @@ class _Choice(msgspec.Struct):
 class _Chunk(msgspec.Struct):
     choices: list[_Choice] = []
     usage: Usage | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 @dataclass(slots=True)
@@ -157,7 +157,7 @@ class OpenAIClient:
             return names[0]
         if not names:
             raise ServerError(f"{self.base_url} serves no model.")
-        raise ServerError(f"{self.base_url} serves several models; choose one with --model: {', '.join(names)}.")
+        raise ServerError(f"{self.base_url} serves several models; name one of them: {', '.join(names)}.")
 
     async def stream(self, api: Api, body: bytes) -> AsyncGenerator[Piece, None]:
         """Send a request whose body asks for a stream, and yield what comes, until ``[DONE]``.
@@ -214,7 +214,7 @@ def _piece(payload: bytes, at_s: float) -> Piece:
         chunk = _decode_chunk(payload)
     except msgspec.DecodeError as error:
         raise ServerError(f"The stream holds what is not a chunk of OpenAI's: {error}.") from None
-    if chunk.error is not None and bytes(chunk.error) != b"null":
+    if chunk.error is not None:
         raise ServerError(_message_of(payload))
     piece = Piece(at_s, usage=chunk.usage)
     for choice in chunk.choices:
