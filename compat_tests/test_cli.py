@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from helix_gateway import __version__
 from helix_gateway.cli import serve as serve_module
 from helix_gateway.cli.main import app, main
-from helix_gateway.cli.sizes import parse_size
+from helix_gateway.cli.sizes import parse_size, size_text
 from helix_gateway.core.errors import EngineUnavailableError
 from helix_gateway.gateway import server as server_module
 
@@ -224,3 +224,8 @@ def test_sizes_are_read_as_people_write_them(text, size_bytes):
 def test_what_is_no_size_is_refused_with_an_example(text):
     with pytest.raises(ValueError, match="2GiB"):
         parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["1023", "1KiB", "1025", "32MiB", "3GiB", "1536MiB", "2TiB"])
+def test_sizes_are_written_as_they_are_read(text):
+    assert size_text(parse_size(text)) == text

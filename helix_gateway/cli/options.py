@@ -13,6 +13,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from helix_gateway.cli.settings import ServeSettings, choices_of, note
+from helix_gateway.cli.sizes import size_text
 
 Command = Callable[..., None]
 
@@ -72,7 +73,7 @@ def default_text(name: str) -> str:
     default = ServeSettings.model_fields[name].default
     if isinstance(default, bool):
         return "on" if default else "off"
-    return note(name, "unset") or _number(default)
+    return note(name, "unset") or value_text(name, default)
 
 
 def bounds_of(name: str) -> list[str]:
@@ -80,8 +81,11 @@ def bounds_of(name: str) -> list[str]:
     known = (
         (bound, _BOUNDS[type(bound)]) for bound in ServeSettings.model_fields[name].metadata if type(bound) in _BOUNDS
     )
-    return [f"{words} {_number(getattr(bound, key))}" for bound, (words, key) in known]
+    return [f"{words} {value_text(name, getattr(bound, key))}" for bound, (words, key) in known]
 
 
-def _number(value: object) -> str:
+def value_text(name: str, value: object) -> str:
+    """A value of a setting as a person would write it: sizes with their units."""
+    if isinstance(value, int) and note(name, "metavar") == "SIZE":
+        return size_text(value)
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -6,7 +6,7 @@ Knows nothing about what the settings do.
 import json
 from collections.abc import Iterator
 
-from helix_gateway.cli.options import default_text
+from helix_gateway.cli.options import default_text, value_text
 from helix_gateway.cli.settings import ServeSettings, note
 from helix_gateway.cli.sources import DEFAULT, Effective, usual_config_file
 
@@ -31,7 +31,7 @@ def _line(effective: Effective, name: str) -> str:
         return f"# {name}: {default_text(name)}"
     if note(name, "secret"):
         return f"# {name} = {_toml([MASK] * len(value))}"
-    return f"{name} = {_toml(value)}"
+    return f"{name} = {_toml(value_text(name, value) if note(name, 'metavar') == 'SIZE' else value)}"
 
 
 def _toml(value: object) -> str:

@@ -33,3 +33,11 @@ def parse_size(text: str) -> int:
     if size_bytes < 1:
         raise ValueError(f"{text!r} is no memory at all; write a size above zero, like 2GiB.")
     return size_bytes
+
+
+def size_text(size_bytes: int) -> str:
+    """The shortest way to write a size that `parse_size` reads: ``32MiB``, or plain bytes where no unit divides it."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        if size_bytes and size_bytes % _UNITS[unit.lower()] == 0:
+            return f"{size_bytes // _UNITS[unit.lower()]}{unit}"
+    return str(size_bytes)
