@@ -1,5 +1,6 @@
 """The `helix` command: what it takes, what it says where something is wrong, and that it is quick to answer."""
 
+import asyncio
 import socket
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from helix_gateway import __version__
+from helix_gateway.cli import first_start
 from helix_gateway.cli import serve as serve_module
 from helix_gateway.cli.main import app, main
 from helix_gateway.cli.sizes import parse_size, size_text
@@ -176,6 +178,23 @@ def test_a_model_that_is_not_there_is_one_line_and_exit_code_1(tmp_path):
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert "missing.gguf" in done.stderr
+
+
+async def test_a_start_that_compiles_says_so_and_one_that_does_not_is_silent(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(first_start, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(first_start, "_TOLD_EVERY_S", 0.01)
+    (tmp_path / "old.nbc").touch()
+    async with first_start.telling_of_compilation():
+        await asyncio.sleep(0.1)
+    assert capsys.readouterr().err == ""
+    async with first_start.telling_of_compilation():
+        await asyncio.sleep(0.1)
+        (tmp_path / "new.nbc").touch()
+        await asyncio.sleep(0.3)
+    said = capsys.readouterr().err.splitlines()
+    assert "for this processor" in said[0]
+    assert "1 kernels after" in said[1]
 
 
 @pytest.mark.parametrize(

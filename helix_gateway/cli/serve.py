@@ -70,11 +70,14 @@ def _serve(settings: "ServeSettings") -> None:
     from helix_gateway.gateway.server import bind
     from helix_gateway.runtime.model_source import resolve, served_name
 
-    gateway = settings.gateway(served_name(settings.model))
+    name = served_name(settings.model)
+    gateway = settings.gateway(name)
     sockets = bind(gateway)
     if not (gateway.api_keys or gateway.api_key_file or is_loopback(gateway.host)):
         typer.echo(f"helix: whoever reaches {gateway.host} is served; set --api-key or --api-key-file", err=True)
-    raise typer.Exit(_run(settings.engine(resolve(settings.model)), gateway, sockets))
+    engine = settings.engine(resolve(settings.model))
+    typer.echo(f"Loading {name}", err=True)
+    raise typer.Exit(_run(engine, gateway, sockets))
 
 
 def _effective(flags: dict[str, Any], config: str | None) -> "Effective":
@@ -89,6 +92,7 @@ def _effective(flags: dict[str, Any], config: str | None) -> "Effective":
 
 
 def _run(engine: EngineSettings, gateway: GatewaySettings, sockets: "Sequence[socket]") -> int:
+    from helix_gateway.cli.first_start import telling_of_compilation
     from helix_gateway.gateway.app import create_app
     from helix_gateway.gateway.server import run
     from helix_gateway.service.observer import EngineObserver
@@ -99,7 +103,6 @@ def _run(engine: EngineSettings, gateway: GatewaySettings, sockets: "Sequence[so
 
     configure_logging(engine.log)
     name = gateway.served_model_names[0]
-    typer.echo(f"Loading {name} (the first start takes longer: kernels are compiled for this processor)", err=True)
     metrics, tracer = Metrics(), _tracer(gateway.otlp_endpoint)
     service = ProcessService(engine, Tokenizer.load(engine.model_path), EngineObserver(metrics, name))
     app = create_app(gateway, dict.fromkeys(gateway.served_model_names, service), metrics, tracer)
@@ -108,7 +111,8 @@ def _run(engine: EngineSettings, gateway: GatewaySettings, sockets: "Sequence[so
         await service.stop()
 
     async def start() -> None:
-        await asyncio.gather(service.start(), asyncio.to_thread(_render_once, service.tokenizer))
+        async with telling_of_compilation():
+            await asyncio.gather(service.start(), asyncio.to_thread(_render_once, service.tokenizer))
 
     # Before connections are closed: whoever is being answered hears that the server stops.
     app.on_shutdown.append(stop)

@@ -1,12 +1,18 @@
 """How long parts of getting and loading a model are shown to whoever waits: bytes done out of bytes wanted.
 
-Knows nothing about what the bytes are.  A bar is drawn on stderr where that is a terminal, and nowhere else.
+Knows nothing about what the bytes are.  A bar is drawn on stderr where that is a terminal; elsewhere
+what takes long is told in lines.
 """
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from threading import Event, Timer
+from time import monotonic
 from typing import TypeAlias
+
+QUIET_S = 1.0
+"""What takes less is not worth a line."""
 
 Report: TypeAlias = Callable[[int], None]
 """Told how many bytes are done so far."""
@@ -23,13 +29,50 @@ def silent(_label: str, _total_bytes: int) -> Iterator[Report]:
 
 @contextmanager
 def terminal_bar(label: str, total_bytes: int) -> Iterator[Report]:
-    """A `Progress` that draws a bar on stderr, where stderr is a terminal."""
-    if not sys.stderr.isatty():
-        with silent(label, total_bytes) as report:
-            yield report
-        return
-    with _rich_bar(label, total_bytes) as report:
+    """A `Progress` on stderr: a bar where that is a terminal, otherwise lines."""
+    with (_rich_bar if sys.stderr.isatty() else lines)(label, total_bytes) as report:
         yield report
+
+
+@contextmanager
+def lines(label: str, total_bytes: int) -> Iterator[Report]:
+    """A `Progress` of a line for each tenth, once it has taken a second, and one at the end."""
+    started_s, told = monotonic(), [0]
+
+    def report(done_bytes: int) -> None:
+        tenths = min(10, 10 * done_bytes // max(1, total_bytes))
+        if tenths > told[0] and monotonic() - started_s > QUIET_S:
+            told[0] = tenths
+            _say(f"{label}: {tenths * 10} % of {total_bytes / 1e6:.0f} MB")
+
+    with told_if_long(label):
+        yield report
+
+
+@contextmanager
+def told_if_long(label: str) -> Iterator[None]:
+    """Say on stderr what is being done once it has taken a second, and when it is done."""
+    started_s, said = monotonic(), Event()
+
+    def say() -> None:
+        said.set()
+        _say(f"{label} …")
+
+    timer = Timer(QUIET_S, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    # Not where it failed: why is said by whoever asked.
+    if said.is_set():
+        _say(f"{label}: done in {monotonic() - started_s:.0f} s")
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
 @contextmanager

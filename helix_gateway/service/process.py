@@ -11,6 +11,7 @@ import sys
 from asyncio.subprocess import PIPE, Process
 
 import msgspec
+import psutil
 import structlog
 import zmq
 import zmq.asyncio
@@ -33,6 +34,8 @@ ENGINE_COMMAND = (sys.executable, "-m", "helix_gateway.service.engine_process")
 """What is started; it is told what to do on its standard input."""
 HEARTBEAT_TIMEOUT_S = 60.0
 """A ready engine that has said nothing for so long hangs; the longest step must be shorter."""
+LOADING_TOLD_EVERY_S = 30.0
+"""How often the log says that the model is still being loaded."""
 _RESTART_PAUSE_S = (0.0, 1.0, 5.0, 15.0)
 """Before the first, second, … start in a row that comes to nothing; the last goes on."""
 
@@ -162,8 +165,13 @@ class _EngineLink:
 
     async def first_reply(self) -> Ready:
         """Wait for the model to be loaded.  Raises ModelLoadError if it cannot be."""
+        waited_s = 0.0
         try:
-            reply = await self.reply(timeout_s=None)
+            # However long it takes: how long a load may take, nobody knows.  But whoever looks at the log shall see.
+            while not await self._arrival(LOADING_TOLD_EVERY_S):
+                waited_s += LOADING_TOLD_EVERY_S
+                log.info("engine_loading", waited_s=waited_s, **_condition(self.process.pid))
+            reply = await self._next()
         except EngineGone as gone:
             raise ModelLoadError(f"The engine ended while loading the model: {gone}.") from None
         if isinstance(reply, LoadFailed):
@@ -171,21 +179,25 @@ class _EngineLink:
         assert isinstance(reply, Ready), reply
         return reply
 
-    async def reply(self, timeout_s: float | None) -> Reply:
+    async def reply(self, timeout_s: float) -> Reply:
         """The next reply.  Raises EngineGone."""
-        if not await self._replies.poll(0):
-            await self._wait(timeout_s)
+        if not await self._arrival(timeout_s):
+            raise EngineGone(f"it has said nothing for {timeout_s:.0f} s")
+        return await self._next()
+
+    async def _next(self) -> Reply:
         return reply_decoder.decode(await self._replies.recv())
 
-    async def _wait(self, timeout_s: float | None) -> None:
+    async def _arrival(self, timeout_s: float) -> bool:
+        """Whether there is a reply, or comes one in time.  Raises EngineGone where none will ever come."""
+        if await self._replies.poll(0):
+            return True
         arrival = asyncio.ensure_future(self._replies.poll())
         try:
             await asyncio.wait({arrival, self._ended}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-            if arrival.done():
-                return
-            if self._ended.done():
+            if not arrival.done() and self._ended.done():
                 raise EngineGone(_how_it_ended(self._ended.result()))
-            raise EngineGone(f"it has said nothing for {timeout_s:.0f} s")
+            return arrival.done()
         finally:
             arrival.cancel()
 
@@ -198,6 +210,16 @@ class _EngineLink:
         self._commands.close(linger=0)
         self._replies.close(linger=0)
         self._endpoints.close()
+
+
+def _condition(pid: int) -> dict[str, object]:
+    """What the system says of a process that is waited for: one that is stopped, or uses no processor, hangs."""
+    try:
+        process = psutil.Process(pid)
+        times = process.cpu_times()
+        return {"process": process.status(), "cpu_s": round(times.user + times.system, 1)}
+    except psutil.Error:
+        return {}
 
 
 def _how_it_ended(code: int) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from helix_gateway.core.errors import ModelLoadError
 from helix_gateway.runtime.checkpoints import layout
+from helix_gateway.runtime.progress import told_if_long
 
 _HELPERS = (".json", ".txt", ".model", ".jinja")
 _SHOWN = 8
@@ -38,16 +39,21 @@ def fetch(model: HubModel) -> Path:
     Raises:
         ModelLoadError: unknown, not allowed, unreachable and not cached, or without weights that Helix reads.
     """
-    _quiet_unless_terminal()
-    with _explained(model):
+    with _explained(model), _shown(model):
         return _fetch_file(model, model.file) if model.file else _fetch_repo(model)
 
 
-def _quiet_unless_terminal() -> None:
+@contextmanager
+def _shown(model: HubModel) -> Iterator[None]:
+    """huggingface_hub's bars on a terminal; elsewhere a line or two, if it takes long."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    if not sys.stderr.isatty():
-        disable_progress_bars()
+    if sys.stderr.isatty():
+        yield
+        return
+    disable_progress_bars()
+    with told_if_long(f"Getting {model}"):
+        yield
 
 
 def _fetch_file(model: HubModel, name: str) -> Path:
@@ -85,6 +91,9 @@ def _cached(model: HubModel) -> Path:
     folder = snapshot_download(
         model.repo, revision=model.revision, local_files_only=True, allow_patterns=[layout.CONFIG]
     )
+    root = {path.name for path in Path(folder).iterdir()}
+    if layout.CONFIG not in root:
+        return Path(folder) / _lone_gguf(model, root)
     layout.weight_files(Path(folder))
     return Path(folder)
 
