@@ -78,4 +78,6 @@ class Callers:
 
     def of(self, key_name: str | None) -> Caller:
         """The caller of that key; None: where no keys are set."""
-        return self._callers.setdefault(key_name, Caller(self._settings))
+        if key_name not in self._callers:
+            self._callers[key_name] = Caller(self._settings)
+        return self._callers[key_name]
