@@ -35,6 +35,10 @@ SENT = {
         CHAT,
         b'{"messages":[' + b",".join([b'{"role":"user","content":"%600d"}' % 1] * 16_000) + b"]}",
     ),
+    "10 MB of empty messages": (
+        CHAT,
+        b'{"messages":[' + b",".join([b'{"role":"user","content":""}'] * 345_000) + b"]}",
+    ),
     "16,384 empty messages": (CHAT, json.dumps({"messages": [{"role": "user", "content": ""}] * 16_384}).encode()),
 }
 
