@@ -287,22 +287,8 @@ class Engine(Generic[Logits]):
             del self._sequences[sequence.request.request_id]
 
     def _tell(self, sequence: Sequence, output: SequenceOutput, ending: Ending) -> None:
-        if not (ending.token_ids or ending.finish_reason):
-            return
-        first_event = len(ending.token_ids) == sequence.num_output_tokens
-        self._events.append(
-            TokenEvent(
-                request_id=sequence.request.request_id,
-                index=sequence.index,
-                token_ids=ending.token_ids,
-                logprobs=None if output.logprobs is None else output.logprobs[: len(ending.token_ids)],
-                prompt_logprobs=sequence.prompt_logprobs if first_event and sequence.wants_prompt_logprobs else None,
-                finish_reason=ending.finish_reason,
-                stop_reason=ending.stop_reason,
-                start=sequence.start() if first_event and ending.token_ids else None,
-                metrics=sequence.metrics() if ending.finish_reason else None,
-            )
-        )
+        if ending.token_ids or ending.finish_reason:
+            self._events.append(_event_of(sequence, output, ending))
 
     def _end_request(
         self, request_id: str, reason: FinishReason, message: str | None = None, kind: ErrorKind | None = None
@@ -322,3 +308,19 @@ class Engine(Generic[Logits]):
                     metrics=sequence.metrics(),
                 )
             )
+
+
+def _event_of(sequence: Sequence, output: SequenceOutput, ending: Ending) -> TokenEvent:
+    """What a step had to tell of one sequence."""
+    first_event = len(ending.token_ids) == sequence.num_output_tokens
+    return TokenEvent(
+        request_id=sequence.request.request_id,
+        index=sequence.index,
+        token_ids=ending.token_ids,
+        logprobs=None if output.logprobs is None else output.logprobs[: len(ending.token_ids)],
+        prompt_logprobs=sequence.prompt_logprobs if first_event and sequence.wants_prompt_logprobs else None,
+        finish_reason=ending.finish_reason,
+        stop_reason=ending.stop_reason,
+        start=sequence.start() if first_event and ending.token_ids else None,
+        metrics=sequence.metrics() if ending.finish_reason else None,
+    )
