@@ -217,6 +217,9 @@ def test_made_up_lengths_are_spread_as_they_are_said_to_be():
         (["--rate", "nan"], "--rate"),
         (["--num-requests", "0"], "--num-requests"),
         (["--temperature", "3"], "--temperature"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--duration", "inf"], "--duration"),
+        (["--timeout", "nan"], "--timeout"),
     ],
 )
 def test_a_wrong_flag_names_itself(arguments, said):

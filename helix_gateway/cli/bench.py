@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from helix_gateway.cli.interrupts import on_interrupt
+from helix_gateway.cli.numbers import finite
 from helix_gateway.core.errors import HelixError
 
 if TYPE_CHECKING:
@@ -41,7 +42,9 @@ _NumRequests = Annotated[
     int | None,
     typer.Option(min=1, help="Requests of each level.  [default: 4 a stream, or 20 s of a rate; 16 at least]"),
 ]
-_Duration = Annotated[float | None, typer.Option(min=0.1, help="Seconds after which a level sends no more requests.")]
+_Duration = Annotated[
+    float | None, typer.Option(min=0.1, callback=finite, help="Seconds after which a level sends no more requests.")
+]
 _Prompts = Annotated[
     Path | None,
     typer.Option(
@@ -57,13 +60,15 @@ _OutputTokens = Annotated[
 _MaxTokens = Annotated[
     int | None, typer.Option(min=1, help="Asked of every answer.  [default: what the prompt says, else 128]")
 ]
-_Temperature = Annotated[float, typer.Option(min=0.0, max=2.0, help="Asked of every answer.")]
+_Temperature = Annotated[float, typer.Option(min=0.0, max=2.0, callback=finite, help="Asked of every answer.")]
 _IgnoreEos = Annotated[
     bool, typer.Option("--ignore-eos", help="Ask for answers that go on to max_tokens, of servers that know it.")
 ]
 _WarmUp = Annotated[int, typer.Option(min=0, max=_MOST, help="Requests before the first level, which do not count.")]
 _Seed = Annotated[int, typer.Option(help="Of made-up prompts and random moments.")]
-_Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds after which an answer counts as an error.")]
+_Timeout = Annotated[
+    float, typer.Option(min=0.1, callback=finite, help="Seconds after which an answer counts as an error.")
+]
 _Output = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures here, as JSON.")]
 _Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw them here, as PNG (needs the extra bench).")]
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from helix_gateway.cli.numbers import finite
 from helix_gateway.core.errors import HelixError
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ _BaseUrl = Annotated[
 _ApiKey = Annotated[str | None, typer.Option(envvar="HELIX_API_KEY", help="Key that the server there asks for.")]
 _System = Annotated[str | None, typer.Option(help="The system prompt.")]
 _Temperature = Annotated[
-    float | None, typer.Option(min=0.0, max=2.0, help="0: always the likeliest.  [default: the server's own]")
+    float | None,
+    typer.Option(min=0.0, max=2.0, callback=finite, help="0: always the likeliest.  [default: the server's own]"),
 ]
 _MaxTokens = Annotated[int | None, typer.Option(min=1, help="Bound on each answer.  [default: the server's own]")]
 _Markdown = Annotated[bool, typer.Option("--markdown", help="Show answers as Markdown, a paragraph at a time.")]
