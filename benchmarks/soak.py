@@ -66,7 +66,7 @@ def main():
     seconds = 60 * options.minutes
     with tempfile.TemporaryDirectory() as folder:
         model = save_tiny_model(Path(folder))
-        server = start_server(model, "--kv-cache-memory", "1MiB", "--log-level", "warning")
+        server = start_server(model, "--kv-cache-memory", "1MiB", "--log-level", "warning", timeout_s=600)
         try:
             soak = Soak(
                 server,

@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 
+from compat_tests.effort import usually
 from compat_tests.engine.toy import Answers, drain, request
 from compat_tests.tiny_models import TINY_MODELS
 from helix_gateway.engine.engine import Engine, EngineLimits
@@ -84,9 +85,10 @@ def answers_of(model, prompts, block_size, budget, max_num_seqs, memory, caching
     return engine, answers
 
 
+@pytest.mark.parametrize("seed", [usually(seed, seed == 3) for seed in (3, 11, 12, 13)])
 @pytest.mark.parametrize("name", TINY_MODELS)
-def test_greedy_equals_generate_and_does_not_depend_on_how_the_work_is_cut_up(name):
-    _, model = TINY_MODELS[name](3)
+def test_greedy_equals_generate_and_does_not_depend_on_how_the_work_is_cut_up(name, seed):
+    _, model = TINY_MODELS[name](seed)
     prompts = make_prompts()
     wanted = [reference(model, prompt) for prompt in prompts]
     assert sum(map(len, wanted)) > 4 * NEW_TOKENS, "the reference itself is of two minds too often"

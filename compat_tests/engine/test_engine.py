@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compat_tests.effort import deeply
 from compat_tests.engine.toy import (
     EOS,
     ONE_GROUP,
@@ -108,7 +109,7 @@ def test_everybody_gets_what_they_would_get_alone(
     assert engine.cache.pool.num_referenced == 0
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=deeply(40, 2000))
 @given(
     drawn=requests,
     groups=st.sampled_from([ONE_GROUP, TWO_GROUPS]),

@@ -3,6 +3,7 @@
 import pytest
 from structlog.testing import capture_logs
 
+from compat_tests.effort import usually
 from compat_tests.engine.faults import Faults, every_fault
 from compat_tests.engine.toy import (
     ONE_GROUP,
@@ -36,6 +37,12 @@ ALONE = ("StopAfter.feed", "PagedKVCache.commit", "PagedKVCache.fork")
 """Sites that concern one request, once its step has been computed."""
 
 
+rooms = pytest.mark.parametrize(
+    "room", [usually((pages, budget), (pages, budget) == (13, 8)) for pages in (11, 12, 13) for budget in (3, 8, 32)]
+)
+"""(pages of the pool, tokens of a step): every fault meets another moment."""
+
+
 class StopAfter:
     """Ends a sequence with its third token."""
 
@@ -66,10 +73,12 @@ def wanted():
 class Scene:
     """All requests, served with some faults, and what became of them."""
 
-    def __init__(self, faults, wanted):
-        runner, policy, self.stop = ToyRunner(TWO_GROUPS, 13), FixedDepth(2, max_model_len=200), StopAfter()
+    def __init__(self, faults, wanted, num_pages, budget):
+        runner, policy, self.stop = ToyRunner(TWO_GROUPS, num_pages), FixedDepth(2, max_model_len=200), StopAfter()
         drafter = ScriptedDrafter(self.draft)
-        self.engine = make_engine(13, TWO_GROUPS, budget=8, runner=runner, drafter=drafter, depth_policy=policy)
+        self.engine = make_engine(
+            num_pages, TWO_GROUPS, budget=budget, runner=runner, drafter=drafter, depth_policy=policy
+        )
         self.wanted = wanted
         self.answers = Answers()
         self.concerned = set()
@@ -120,9 +129,9 @@ class Scene:
         return failures
 
 
-def served(faults, wanted):
+def served(faults, wanted, room):
     """Everybody served with faults, and one request more without."""
-    scene = Scene(faults, wanted)
+    scene = Scene(faults, wanted, *room)
     scene.serve(REQUESTS)
     faults.disarm()
     scene.serve([AFTERWARDS])
@@ -133,15 +142,16 @@ def served(faults, wanted):
 
 def test_without_faults_everybody_is_answered_and_all_that_can_fail_is_called(wanted):
     faults = Faults(at=0)
-    scene, failures = served(faults, wanted)
+    scene, failures = served(faults, wanted, (13, 8))
     assert not failures
     assert scene.engine.num_preemptions > 0
     assert len(faults.sites) == 13
 
 
-def test_memory_that_is_short_once_costs_a_smaller_step_and_nobody_an_answer(wanted):
+@rooms
+def test_memory_that_is_short_once_costs_a_smaller_step_and_nobody_an_answer(wanted, room):
     for faults in every_fault(lambda: OutOfMemoryError("no room")):
-        _, failures = served(faults, wanted)
+        _, failures = served(faults, wanted, room)
         if failures:  # a step that was computed cannot be computed anew: its one request fails
             assert faults.raised[0] in (*ALONE, "BlockPool.share")
             (last,) = failures.values()
@@ -149,15 +159,17 @@ def test_memory_that_is_short_once_costs_a_smaller_step_and_nobody_an_answer(wan
             assert last.error_kind == "out_of_memory"
 
 
-def test_memory_that_stays_short_fails_everybody_with_a_clear_error_and_serves_again_once_it_is_back(wanted):
+@rooms
+def test_memory_that_stays_short_fails_everybody_with_a_clear_error_and_serves_again_once_it_is_back(wanted, room):
     for faults in every_fault(lambda: OutOfMemoryError("no room"), lasting=True):
-        _, failures = served(faults, wanted)
+        _, failures = served(faults, wanted, room)
         assert all("memory" in last.error and last.error_kind == "out_of_memory" for last in failures.values())
 
 
-def test_a_fault_anywhere_fails_those_at_work_and_nobody_else(wanted):
+@rooms
+def test_a_fault_anywhere_fails_those_at_work_and_nobody_else(wanted, room):
     for faults in every_fault(lambda: ZeroDivisionError("a fault")):
-        scene, failures = served(faults, wanted)
+        scene, failures = served(faults, wanted, room)
         assert bool(failures) == bool(faults.raised)
         assert failures.keys() <= scene.concerned
         assert all("ZeroDivisionError" in last.error for last in failures.values())

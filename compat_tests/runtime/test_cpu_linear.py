@@ -18,6 +18,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from compat_tests.effort import deeply
 from helix_gateway.runtime.cpu import linear, threads
 from helix_gateway.runtime.cpu.linear import PackedEmbedding, PackedLinear, pack_linears, pack_weight
 from helix_gateway.runtime.cpu.math import exp_f32, load_bf16, store_bf16
@@ -85,7 +86,7 @@ def test_a_layer_gives_what_float64_gives(shape, bias, dtype):
         assert_close_to_exact(got, module, x)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=deeply(30, 1000), deadline=None)
 @given(channels=st.integers(1, 130), inputs=st.integers(1, 90), rows=st.integers(1, 40), dtype=st.sampled_from(DTYPES))
 def test_any_shape_gives_what_float64_gives(channels, inputs, rows, dtype):
     module = make_linear(channels, inputs, dtype)

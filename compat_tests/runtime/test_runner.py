@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from compat_tests.effort import usually
 from compat_tests.runtime.paged import Feeder, random_sequences
 from compat_tests.tiny_models import TINY_MODELS, make_model
 from helix_gateway.core.errors import OutOfMemoryError
@@ -102,8 +103,9 @@ def test_groups_of_different_shapes_share_one_pool_of_pages(attention):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_bfloat16_stays_near_float32_and_does_not_depend_on_the_batch():
-    _, model = TINY_MODELS["llama"](4)
+@pytest.mark.parametrize("name", [usually(name, name == "llama") for name in TINY_MODELS])
+def test_bfloat16_stays_near_float32_and_does_not_depend_on_the_batch(name):
+    _, model = TINY_MODELS[name](4)
     sequences = random_sequences(LENGTHS)
     wanted = full_forward(model, sequences)
     model = model.to(torch.bfloat16)

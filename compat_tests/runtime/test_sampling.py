@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampling_reference import Row, edited, many_rows, reference_token, sampling_rows
 
+from compat_tests.effort import deeply
 from helix_gateway.core.errors import HelixError
 from helix_gateway.runtime import sampling
 from helix_gateway.runtime.sampling import make_sampler, torch_sampler
@@ -96,7 +97,7 @@ def batches(draw):
     return logits.astype(np.float32), rows
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=deeply(250, 5000), deadline=None, derandomize=True)
 @given(batches())
 def test_every_option_gives_the_token_that_the_definition_says(batch):
     logits, rows = batch
