@@ -11,6 +11,8 @@ from helix_gateway.runtime.model_source import resolve
 # What whoever runs the tests has configured for themselves does not reach them.
 os.environ.setdefault("HELIX_CONFIG", "")
 
+DEEP_TIMEOUT_S = 2 * 3600
+
 # No deadlines: a first example may compile kernels, and machines that run tests are busy.
 settings.register_profile("usual", deadline=None)
 settings.register_profile("deep", deadline=None, max_examples=2000)
@@ -18,8 +20,11 @@ settings.load_profile("deep" if DEEP else "usual")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what is marked ``deep``, unless asked for."""
+    """Leave out what is marked ``deep``, unless asked for; then give everything time."""
     if DEEP:
+        for item in items:
+            if not item.get_closest_marker("timeout"):
+                item.add_marker(pytest.mark.timeout(DEEP_TIMEOUT_S))
         return
     left_out = [item for item in items if item.get_closest_marker("deep")]
     items[:] = [item for item in items if item not in left_out]
