@@ -85,7 +85,8 @@ def edited(logits, row):
     x = np.where(np.isnan(logits), -np.inf, logits).astype(np.float32)
     for token, edit in row.edits.items():
         scale, shift = (np.float32(number) for number in edit)
-        x[token] = (x[token] / scale if x[token] > 0 else x[token] * scale) + shift
+        with np.errstate(invalid="ignore"):  # a ban of an infinite logit is NaN, and so -inf below
+            x[token] = (x[token] / scale if x[token] > 0 else x[token] * scale) + shift
     if row.allowed is not None:
         x[[t for t in range(x.size) if t not in row.allowed]] = -np.inf
     return np.where(np.isnan(x), np.float32(-np.inf), x)
