@@ -20,7 +20,7 @@ class ServerThread:
         started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(started)), daemon=True)
         self._thread.start()
-        assert started.wait(10)
+        assert started.wait(30)
         return self
 
     def __exit__(self, *_):
@@ -35,7 +35,7 @@ class ServerThread:
             started.set()
             await self._over.wait()
 
-    def wait_until(self, condition, timeout_s=5.0):
+    def wait_until(self, condition, timeout_s=30.0):
         deadline = time.monotonic() + timeout_s
         while not condition(self.service):
             assert time.monotonic() < deadline, "waited in vain"
