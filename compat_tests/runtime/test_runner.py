@@ -175,3 +175,29 @@ def test_a_full_device_is_told_apart_from_a_broken_model():
     model.model.norm.weight = torch.nn.Parameter(torch.ones(7))
     with pytest.raises(RuntimeError, match="size of tensor"):
         feeder.run(3, 1)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.cuda.OutOfMemoryError("full"), MemoryError(), RuntimeError("can't allocate memory")]
+)
+def test_wherever_the_device_is_full_the_engine_is_told_so(error, monkeypatch):
+    _, model = TINY_MODELS["llama"](0)
+    runner = make_runner(model)
+    batch = Feeder(runner, random_sequences((3,))).batch([(0, 0, 3)])
+    index = np.zeros(1, np.int32)
+
+    def full(*arguments):
+        raise error
+
+    monkeypatch.setattr(runner._arena, "copy_pages", full)
+    monkeypatch.setattr(runner, "_compute", full)
+    monkeypatch.setattr(runner._sampler, "sample", full)
+    monkeypatch.setattr(runner._sampler, "logprobs", full)
+    for call in (
+        lambda: runner.copy_pages([(0, 1)]),
+        lambda: runner.forward(batch),
+        lambda: runner.sample(torch.zeros(1, 256), None),
+        lambda: runner.logprobs(torch.zeros(1, 256), index, index, 1),
+    ):
+        with pytest.raises(OutOfMemoryError):
+            call()

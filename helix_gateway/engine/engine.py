@@ -228,11 +228,8 @@ class Engine(Generic[Logits]):
             self._fail(request_id, error)
 
     def _fail(self, request_id: str, error: Exception) -> None:
-        if isinstance(error, OutOfMemoryError | MemoryError):
-            self._end_request(request_id, "error", f"Out of memory: {error}", "out_of_memory")
-        else:
-            message = f"The engine failed while computing this request: {type(error).__name__}."
-            self._end_request(request_id, "error", message, "failed")
+        message, kind = _explained(error)
+        self._end_request(request_id, "error", message, kind)
 
     def _commit(self, output: SpeculativeOutput) -> None:
         now = monotonic()
@@ -324,3 +321,12 @@ def _event_of(sequence: Sequence, output: SequenceOutput, ending: Ending) -> Tok
         start=sequence.start() if first_event and ending.token_ids else None,
         metrics=sequence.metrics() if ending.finish_reason else None,
     )
+
+
+def _explained(error: Exception) -> tuple[str, ErrorKind]:
+    """What a client is told of a fault, in one line."""
+    if not isinstance(error, OutOfMemoryError | MemoryError):
+        return f"The engine failed while computing this request: {type(error).__name__}.", "failed"
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    message = f"Out of memory: the device has no room for this request ({reason}). Shorten it, or try again later."
+    return message, "out_of_memory"

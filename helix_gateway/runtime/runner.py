@@ -117,7 +117,8 @@ class TransformersRunner:
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """See `ModelRunner`."""
-        self._arena.copy_pages(copies)
+        with _memory_errors_named():
+            self._arena.copy_pages(copies)
 
     def forward(self, batch: StepBatch) -> torch.Tensor:
         """Logits [num_rows, vocab_size], float32, on the runner's device."""
