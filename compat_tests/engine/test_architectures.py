@@ -14,7 +14,7 @@ from compat_tests.engine.toy import Answers, drain, request
 from compat_tests.tiny_models import TINY_MODELS
 from helix_gateway.engine.engine import Engine, EngineLimits
 from helix_gateway.runtime.cpu.linear import pack_linears
-from helix_gateway.runtime.runner import TransformersRunner
+from helix_gateway.runtime.pool import make_runners
 
 NEW_TOKENS = 8
 CLOSE = 1e-3
@@ -56,9 +56,10 @@ def reference(model, prompt):
 
 
 def make_runner(model, block_size, num_pages):
-    return TransformersRunner(
-        model, device=torch.device("cpu"), dtype=torch.float32, block_size=block_size, num_pages=num_pages
+    (runner,) = make_runners(
+        [model], device=torch.device("cpu"), dtype=torch.float32, block_size=block_size, num_pages=num_pages
     )
+    return runner
 
 
 def answers_of(model, prompts, block_size, budget, max_num_seqs, memory, caching):

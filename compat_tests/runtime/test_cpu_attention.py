@@ -45,14 +45,14 @@ class Case:
         return [formula(*rows, self.shape.window, self.softcap) for rows in zip(*self.rows)]
 
     def attend(self, block_size, chunk, device_independent=False):
-        layout = lay_out_pages(group_layers([self.shape] * LAYERS), block_size)
+        layout = lay_out_pages(group_layers("m", [self.shape] * LAYERS), block_size)
         blocks = [-(-length // block_size) for length in LENGTHS]
         if device_independent:
             arena = Arena.page_major(layout, sum(blocks) + 1, self.dtype, CPU)
-            attention = TorchPagedAttention(arena)
+            attention = TorchPagedAttention(arena, layout.groups, [self.heads] * LAYERS)
         else:
-            arena = Arena.slice_major(layout, sum(blocks) + 1, self.dtype)
-            attention = CpuPagedAttention(arena, [self.heads] * LAYERS)
+            arena = Arena.slice_major(layout, sum(blocks) + 1, self.dtype, CPU)
+            attention = CpuPagedAttention(arena, layout.groups, [self.heads] * LAYERS)
             arena.memory.fill_(float("nan"))  # what is not written must not be read
         pages = iter(np.random.default_rng(chunk).permutation(sum(blocks)) + 1)
         table = np.zeros((len(LENGTHS), max(blocks)), np.int32)

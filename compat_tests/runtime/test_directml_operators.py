@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from compat_tests.runtime.paged import Feeder, random_sequences
 from compat_tests.tiny_models import TINY_MODELS
 from helix_gateway.core.step import LogitEdits, SamplingRows
-from helix_gateway.runtime.runner import TransformersRunner, torch_attention
+from helix_gateway.runtime.pool import make_runners
 from helix_gateway.runtime.sampling.torch_sampler import TorchSampler
+from helix_gateway.runtime.torch_attention import TorchPagedAttention
 
 CPU = torch.device("cpu")
 REGISTERED = set((Path(__file__).parents[1] / "data" / "directml_ops.txt").read_text().split())
@@ -83,8 +84,8 @@ class Needs(TorchDispatchMode):
 
 def make_feeder(name, lengths):
     _, model = TINY_MODELS[name](0)
-    runner = TransformersRunner(
-        model, device=CPU, dtype=torch.float32, block_size=4, num_pages=64, attention=torch_attention
+    (runner,) = make_runners(
+        [model], device=CPU, dtype=torch.float32, block_size=4, num_pages=64, attention=TorchPagedAttention
     )
     runner._sampler = TorchSampler(CPU, runner.vocab_size)
     return Feeder(runner, random_sequences(lengths))

@@ -10,7 +10,7 @@ from compat_tests.tiny_models import TINY_MODELS
 from helix_gateway.core.step import StepBatch
 from helix_gateway.runtime.cpu.linear import pack_linears
 from helix_gateway.runtime.cpu.llama import LlamaStep
-from helix_gateway.runtime.runner import TransformersRunner
+from helix_gateway.runtime.pool import make_runners
 
 LLAMA_LIKE = ["llama", "mistral", "qwen2"]
 
@@ -20,7 +20,8 @@ def make_runner(name, *, packed=True, dtype=torch.float32, seed=3):
     model = copy.deepcopy(model).to(dtype)
     if packed:
         pack_linears(model)
-    return TransformersRunner(model, device=torch.device("cpu"), dtype=dtype, num_pages=16)
+    (runner,) = make_runners([model], device=torch.device("cpu"), dtype=dtype, num_pages=16)
+    return runner
 
 
 def batch_of(token_ids):

@@ -17,13 +17,13 @@ LAYERS = st.lists(st.sampled_from(range(3)), min_size=1, max_size=9)
 
 
 def arenas(layout, num_pages):
-    yield Arena.slice_major(layout, num_pages, torch.float32)
+    yield Arena.slice_major(layout, num_pages, torch.float32, CPU)
     yield Arena.page_major(layout, num_pages, torch.float32, CPU)
 
 
 @given(st.lists(SHAPES, min_size=3, max_size=3), LAYERS, st.integers(1, 33))
 def test_units_of_a_group_share_no_element_and_stay_in_their_page(shapes, layers, block_size):
-    layout = lay_out_pages(group_layers([shapes[kind] for kind in layers]), block_size)
+    layout = lay_out_pages(group_layers("m", [shapes[kind] for kind in layers]), block_size)
     num_pages = 3
     for arena in arenas(layout, num_pages):
         for group in layout.groups:
@@ -45,7 +45,7 @@ def test_units_of_a_group_share_no_element_and_stay_in_their_page(shapes, layers
 
 @given(st.lists(SHAPES, min_size=3, max_size=3), LAYERS, st.integers(1, 33))
 def test_a_page_holds_a_block_of_the_largest_group(shapes, layers, block_size):
-    groups = group_layers([shapes[kind] for kind in layers])
+    groups = group_layers("m", [shapes[kind] for kind in layers])
     layout = lay_out_pages(groups, block_size)
     largest = max(groups, key=lambda group: group.elements_per_token)
     held = {layout.group: layout.tokens_per_block for layout in layout.groups}
@@ -55,7 +55,7 @@ def test_a_page_holds_a_block_of_the_largest_group(shapes, layers, block_size):
 
 
 def test_one_group_leaves_nothing_of_a_page_unused():
-    layout = lay_out_pages(group_layers([LayerShape(3, 64, 64, None)] * 30), 16)
+    layout = lay_out_pages(group_layers("m", [LayerShape(3, 64, 64, None)] * 30), 16)
     (group,) = layout.groups
     assert (group.tokens_per_block, group.runs, layout.slices) == (16, 1, 30)
     assert layout.page_elements == 16 * 30 * 3 * 128
@@ -63,18 +63,18 @@ def test_one_group_leaves_nothing_of_a_page_unused():
 
 def test_a_shallow_group_puts_more_tokens_into_a_page():
     windowed, full = LayerShape(2, 64, 64, 512), LayerShape(2, 64, 64, None)
-    layout = lay_out_pages(group_layers([windowed] * 5 + [full] + [windowed] * 5 + [full]), 16)
+    layout = lay_out_pages(group_layers("m", [windowed] * 5 + [full] + [windowed] * 5 + [full]), 16)
     assert [group.tokens_per_block for group in layout.groups] == [16, 80]
 
 
 def test_layers_of_one_shape_are_one_group_wherever_they_stand():
     a, b = LayerShape(2, 64, 64, 9), LayerShape(2, 64, 64, None)
-    assert [group.layers for group in group_layers([a, b, a, a, b])] == [(0, 2, 3), (1, 4)]
+    assert [group.layers for group in group_layers("m", [a, b, a, a, b])] == [(0, 2, 3), (1, 4)]
 
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_copies_are_made_one_after_another_and_touch_no_other_page(number):
-    layout = lay_out_pages(group_layers([LayerShape(1, 2, 2, None)] * 3), 2)
+    layout = lay_out_pages(group_layers("m", [LayerShape(1, 2, 2, None)] * 3), 2)
     arena = list(arenas(layout, 4))[number]
     view = arena.memory.view(-1, 4, arena.page_stride)
     for page in range(4):
@@ -84,7 +84,7 @@ def test_copies_are_made_one_after_another_and_touch_no_other_page(number):
 
 
 def test_memory_that_holds_no_page_is_said_to_be_too_little():
-    layout = lay_out_pages(group_layers([LayerShape(1, 2, 2, None)]), 4)
+    layout = lay_out_pages(group_layers("m", [LayerShape(1, 2, 2, None)]), 4)
     assert pages_in(layout, torch.float32, 64, None) == 1
     assert pages_in(layout, torch.bfloat16, 64, None) == 2
     with pytest.raises(
@@ -99,4 +99,4 @@ def test_a_layout_of_nothing_is_refused():
     with pytest.raises(ValueError, match="at least one"):
         lay_out_pages((), 16)
     with pytest.raises(ValueError, match="positive block size, not 0"):
-        lay_out_pages(group_layers([LayerShape(1, 2, 2, None)]), 0)
+        lay_out_pages(group_layers("m", [LayerShape(1, 2, 2, None)]), 0)

@@ -12,7 +12,8 @@ from compat_tests.tiny_models import TINY_MODELS, make_model
 from helix_gateway.core.errors import OutOfMemoryError
 from helix_gateway.core.step import StepBatch
 from helix_gateway.runtime.cpu.linear import pack_linears
-from helix_gateway.runtime.runner import TransformersRunner, torch_attention
+from helix_gateway.runtime.pool import make_runners
+from helix_gateway.runtime.torch_attention import TorchPagedAttention
 
 CPU = torch.device("cpu")
 LENGTHS = (40, 1, 23, 17)
@@ -21,7 +22,8 @@ CUTS = {"all at once": (16, 64, 4), "token by token": (16, 1, 4), "alone, odd": 
 
 
 def make_runner(model, block_size=16, dtype=torch.float32, **options):
-    return TransformersRunner(model, device=CPU, dtype=dtype, block_size=block_size, num_pages=300, **options)
+    (runner,) = make_runners([model], device=CPU, dtype=dtype, block_size=block_size, num_pages=300, **options)
+    return runner
 
 
 @torch.inference_mode()
@@ -73,12 +75,12 @@ def test_the_path_of_other_devices_gives_the_same_logits(name):
     _, model = TINY_MODELS[name](2)
     sequences = random_sequences(LENGTHS)
     wanted = full_forward(model, sequences)
-    runner = make_runner(model, 5, attention=torch_attention)
+    runner = make_runner(model, 5, attention=TorchPagedAttention)
     for mine, theirs in zip(Feeder(runner, sequences).run(9, 3), wanted):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("attention", [None, torch_attention], ids=["compiled", "torch"])
+@pytest.mark.parametrize("attention", [None, TorchPagedAttention], ids=["compiled", "torch"])
 def test_groups_of_different_shapes_share_one_pool_of_pages(attention):
     options = {
         "vocab_size": 256,
@@ -130,7 +132,7 @@ def test_only_the_wanted_rows_have_logits():
         torch.testing.assert_close(some, all_rows[rows], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("attention", [None, torch_attention], ids=["compiled", "torch"])
+@pytest.mark.parametrize("attention", [None, TorchPagedAttention], ids=["compiled", "torch"])
 def test_a_copied_page_serves_a_second_sequence(attention):
     _, model = TINY_MODELS["gemma2"](0)
     runner = make_runner(model, 4, attention=attention)
@@ -154,7 +156,7 @@ def test_a_copied_page_serves_a_second_sequence(attention):
 def test_a_pool_takes_what_memory_holds_and_no_more_than_its_tokens_need():
     def pages(**options):
         _, model = TINY_MODELS["gemma3"](0)
-        runner = TransformersRunner(model, device=CPU, dtype=torch.float32, block_size=16, **options)
+        (runner,) = make_runners([model], device=CPU, dtype=torch.float32, block_size=16, **options)
         return runner.num_pages, runner.page_bytes
 
     count, page_bytes = pages(kv_memory_bytes=1 << 20)
@@ -168,7 +170,7 @@ def test_a_pool_takes_what_memory_holds_and_no_more_than_its_tokens_need():
 def test_a_full_device_is_told_apart_from_a_broken_model():
     _, model = TINY_MODELS["llama"](0)
     with pytest.raises(OutOfMemoryError):
-        TransformersRunner(model, device=CPU, dtype=torch.float32, num_pages=1 << 36)
+        make_runners([model], device=CPU, dtype=torch.float32, num_pages=1 << 36)
     _, model = TINY_MODELS["llama"](0)
     runner = make_runner(model)
     feeder = Feeder(runner, random_sequences((3,)))

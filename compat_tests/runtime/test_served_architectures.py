@@ -99,7 +99,7 @@ GROUPS = {
 def test_windows_are_those_of_the_masks_that_transformers_builds(name):
     _, model = TINY_MODELS[name](0)
     layers, vocab_size = find_attention_layers(model)
-    groups = group_layers([layer.shape for layer in layers])
+    groups = group_layers("m", [layer.shape for layer in layers])
     assert [(group.shape.window, len(group.layers)) for group in groups] == GROUPS[name]
     assert vocab_size == 256
 

@@ -63,6 +63,8 @@ class Engine(Generic[Logits]):
 
     Args:
         runner: the model on its device.
+        cache: of the pool that the runner's pages are from, where other models draw from it too (no request id may
+            then be known to two engines); None: one of its own.
         limits: bounds; a ``max_model_len`` beyond what the pool can hold is lowered to that.
         eos_token_ids: tokens that end any sequence which does not ignore them.
         drafter, depth_policy: who drafts, and how much; by default nobody, nothing.
@@ -75,16 +77,20 @@ class Engine(Generic[Logits]):
         *,
         eos_token_ids: frozenset[int] = frozenset(),
         enable_prefix_caching: bool = True,
+        cache: PagedKVCache | None = None,
         drafter: Drafter | None = None,
         depth_policy: DepthPolicy | None = None,
     ) -> None:
-        self.cache = PagedKVCache(runner.kv_groups, runner.num_pages, enable_prefix_caching=enable_prefix_caching)
-        self.max_model_len = min(limits.max_model_len, self.cache.capacity_tokens())
+        self.cache = cache or PagedKVCache(
+            runner.kv_groups, runner.num_pages, enable_prefix_caching=enable_prefix_caching
+        )
+        self.max_model_len = min(limits.max_model_len, self.cache.capacity_tokens(runner.kv_groups))
         self._limits = limits
         self._vocab_size = runner.vocab_size
         self._eos_token_ids = eos_token_ids
         self._scheduler = Scheduler(
             self.cache,
+            runner.kv_groups,
             limits.max_num_seqs,
             depth_policy or FixedDepth(0, max_model_len=self.max_model_len),
         )

@@ -2,11 +2,13 @@
 
 Allocation is all or nothing.  A block is written only while one table holds it and nobody could find it; who
 must write to another kind of block gets a copy of it (`PageCopy`), which the runner makes before the forward.
+Where several models share the pool, each has tables of its own for a sequence, under a key of its own, since what is
+computed and what is found again differs from one to the other.
 Knows nothing about scheduling, nor what a page looks like.  Sequences are named by any hashable key.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from math import gcd
+from math import lcm
 
 from helix_gateway.core.kv import KVGroup
 from helix_gateway.core.step import Int32s
@@ -26,52 +28,67 @@ class PagedKVCache:
         groups: the KV groups of every model that shares the pool.
         num_blocks: pages in the arena.
         enable_prefix_caching: whether full blocks can be found again by later sequences.
+
+    Raises:
+        ValueError: two groups have the same name.
     """
 
     def __init__(self, groups: Sequence[KVGroup], num_blocks: int, *, enable_prefix_caching: bool = True) -> None:
         self.groups = tuple(groups)
+        if len({group.name for group in self.groups}) < len(self.groups):
+            raise ValueError("two KV groups have the same name, so each would find the other's blocks as its own")
         self._index = PrefixIndex()
         self.pool = BlockPool(num_blocks, self._index)
         self.finds_prefixes = enable_prefix_caching
         self._tables: dict[Hashable, tuple[SequenceBlockTable, ...]] = {}
-        # A prefix can end only where a block of every group ends.
-        self._grain = 1
-        for group in self.groups:
-            self._grain = self._grain * group.tokens_per_block // gcd(self._grain, group.tokens_per_block)
 
     def __contains__(self, sequence: Hashable) -> bool:
         return sequence in self._tables
 
     def tables(self, sequence: Hashable) -> tuple[SequenceBlockTable, ...]:
-        """The sequence's tables, one for each group."""
+        """The sequence's tables, one for each group that it was added with."""
         return self._tables[sequence]
 
-    def capacity_tokens(self) -> int:
+    def capacity_tokens(self, groups: Sequence[KVGroup] | None = None) -> int:
         """Tokens that one sequence could hold if it had the whole pool (windows not counted in its favour).
 
         One block of each group is set aside for the copy that writing to a shared block takes.
+
+        Args:
+            groups: of the model in question; None: all there are.
         """
-        usable = self.pool.num_blocks - len(self.groups)
-        low, high = 0, max(0, usable) * max(group.tokens_per_block for group in self.groups)
+        groups = groups or self.groups
+        usable = self.pool.num_blocks - len(groups)
+        low, high = 0, max(0, usable) * max(group.tokens_per_block for group in groups)
         while low < high:
             middle = (low + high + 1) // 2
-            needed = sum(-(-middle // group.tokens_per_block) for group in self.groups)
+            needed = sum(-(-middle // group.tokens_per_block) for group in groups)
             low, high = (middle, high) if needed <= usable else (low, middle - 1)
         return low
 
     # --- life of a sequence
 
-    def add(self, sequence: Hashable, token_ids: Sequence[int], *, cache_salt: str = "", reuse: bool = True) -> int:
+    def add(
+        self,
+        sequence: Hashable,
+        token_ids: Sequence[int],
+        *,
+        groups: Sequence[KVGroup] | None = None,
+        cache_salt: str = "",
+        reuse: bool = True,
+    ) -> int:
         """Open the tables of a new sequence and share what is cached of its tokens.
 
         Args:
             token_ids: all tokens known of it; the last one is always left to compute, for its logits.
+            groups: of the model that computes it; None: all there are.
             reuse: whether to look for cached blocks at all.
 
         Returns:
             How many leading tokens have their KV already.
         """
-        tables = tuple(SequenceBlockTable(group, root_key(group.name, cache_salt=cache_salt)) for group in self.groups)
+        roots = [(group, root_key(group.name, cache_salt=cache_salt)) for group in groups or self.groups]
+        tables = tuple(SequenceBlockTable(group, root) for group, root in roots)
         self._tables[sequence] = tables
         if not (reuse and self.finds_prefixes):
             return 0
@@ -79,9 +96,11 @@ class PagedKVCache:
 
     def _share_prefix(self, tables: tuple[SequenceBlockTable, ...], token_ids: Sequence[int]) -> int:
         found = [_FoundPrefix(table, self._index, token_ids) for table in tables]
-        hit, last = min(prefix.longest() for prefix in found) // self._grain * self._grain, len(token_ids) - 1
+        # A prefix can end only where a block of every group ends.
+        grain = lcm(*(table.group.tokens_per_block for table in tables))
+        hit, last = min(prefix.longest() for prefix in found) // grain * grain, len(token_ids) - 1
         while hit and not all(prefix.covers(hit, min(hit, last)) for prefix in found):
-            hit -= self._grain
+            hit -= grain
         computed = min(hit, last)
         for prefix in found:
             for block in prefix.needed(hit, computed):
@@ -190,7 +209,7 @@ class PagedKVCache:
             self.pool.release(reversed(table.blocks))
 
     def fill_tables(self, sequences: Sequence[Hashable], out: tuple[Int32s, ...]) -> None:
-        """Write the sequences' block tables into zeroed arrays [num_seqs, max_blocks], one for each group."""
+        """Write the block tables of one model's sequences into zeroed arrays [num_seqs, max_blocks], one for each group."""
         for row, sequence in enumerate(sequences):
             for table, array in zip(self._tables[sequence], out, strict=True):
                 table.fill_row(array[row])

@@ -8,7 +8,9 @@ is preempted and computed again later.  The first in rank is never preempted, so
 """
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Ordered
 
+from helix_gateway.core.kv import KVGroup
 from helix_gateway.engine.block_pool import NoFreeBlocksError
 from helix_gateway.engine.depth import DepthPolicy
 from helix_gateway.engine.kv_cache import PageCopy, PagedKVCache
@@ -36,12 +38,16 @@ class Scheduler:
 
     Args:
         cache: where KV is accounted.
+        groups: the model's own among the cache's.
         max_num_seqs: most sequences that run at once.
         depth_policy: how many draft tokens a sequence should get.
     """
 
-    def __init__(self, cache: PagedKVCache, max_num_seqs: int, depth_policy: DepthPolicy) -> None:
+    def __init__(
+        self, cache: PagedKVCache, groups: Ordered[KVGroup], max_num_seqs: int, depth_policy: DepthPolicy
+    ) -> None:
         self._cache = cache
+        self._groups = groups
         self._depth_policy = depth_policy
         self._max_num_seqs = max_num_seqs
         self.running: list[Sequence] = []
@@ -171,8 +177,8 @@ class Scheduler:
     def _open(self, sequence: Sequence) -> None:
         # Positions found in the cache have no logits, so a prompt that is to be scored does without it.
         reuse = not sequence.wants_prompt_logprobs or len(sequence.prompt_logprobs) == sequence.num_prompt_tokens
-        salt = sequence.request.cache_salt
-        cached = self._cache.add(sequence.key, sequence.token_ids, cache_salt=salt, reuse=reuse)
+        salt, groups = sequence.request.cache_salt, self._groups
+        cached = self._cache.add(sequence.key, sequence.token_ids, groups=groups, cache_salt=salt, reuse=reuse)
         sequence.num_computed_tokens = cached
         if not sequence.num_preemptions:
             sequence.num_cached_tokens = cached

@@ -1,16 +1,18 @@
-"""Which device computes, and how much memory it has left: nothing outside this room names a device.
+"""Which device computes, how much memory it has left, and when it is full: nothing outside this room names a device.
 
 Knows nothing about models.
 """
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 import psutil
 import torch
 
-from helix_gateway.core.errors import ModelLoadError
+from helix_gateway.core.errors import ModelLoadError, OutOfMemoryError
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -75,3 +77,21 @@ def _cgroup_left_bytes() -> int | None:
     if limit == "max":
         return None
     return max(0, int(limit) - int(used) + int(statistics.get("inactive_file", 0)))
+
+
+@contextmanager
+def memory_errors_named() -> Iterator[None]:
+    """The ways of torch to say that a device is full, as the one error that the engine knows.
+
+    Raises:
+        OutOfMemoryError: what runs within found no room.
+    """
+    try:
+        yield
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemoryError(str(error)) from error
+    except RuntimeError as error:
+        said = str(error).lower()
+        if not any(words in said for words in ("out of memory", "not enough memory", "can't allocate memory")):
+            raise
+        raise OutOfMemoryError(str(error)) from error

@@ -1,7 +1,7 @@
 """KV groups: which layers of a model share one block table, and the shape of what each layer stores.
 
-Layers of equal KV heads, head dimensions and window form a group: one for a Llama, two for a Gemma.  Knows nothing
-about memory or devices.
+Layers of equal KV heads, head dimensions and window form a group: one for a Llama, two for a Gemma, and more for each
+further model that draws from the same pool.  Knows nothing about memory or devices.
 """
 
 from collections.abc import Sequence
@@ -26,11 +26,21 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
-    """The layers of one shape, by their place in the order in which the model calls them."""
+    """The layers of one shape in one model."""
 
-    name: str
+    model: str
+    """Tells the models of one pool apart: two of them never find each other's KV, however alike they are."""
     shape: LayerShape
     layers: tuple[int, ...]
+    """By their place in the order in which the model calls them."""
+
+    @property
+    def name(self) -> str:
+        """Unique among the groups of all models that share a pool."""
+        shape = self.shape
+        reach = "full" if shape.window is None else f"window{shape.window}"
+        dims = str(shape.key_dim) if shape.key_dim == shape.value_dim else f"{shape.key_dim}+{shape.value_dim}"
+        return f"{self.model}/{reach}-{shape.kv_heads}x{dims}"
 
     @property
     def elements_per_token(self) -> int:
@@ -38,15 +48,9 @@ class LayerGroup:
         return len(self.layers) * self.shape.elements_per_token
 
 
-def group_layers(shapes: Sequence[LayerShape]) -> tuple[LayerGroup, ...]:
-    """Groups in the order of their first layer."""
+def group_layers(model: str, shapes: Sequence[LayerShape]) -> tuple[LayerGroup, ...]:
+    """The groups of one model, in the order of their first layer."""
     members: dict[LayerShape, list[int]] = {}
     for layer, shape in enumerate(shapes):
         members.setdefault(shape, []).append(layer)
-    return tuple(LayerGroup(_name(shape), shape, tuple(layers)) for shape, layers in members.items())
-
-
-def _name(shape: LayerShape) -> str:
-    reach = "full" if shape.window is None else f"window{shape.window}"
-    dims = str(shape.key_dim) if shape.key_dim == shape.value_dim else f"{shape.key_dim}+{shape.value_dim}"
-    return f"{reach}-{shape.kv_heads}x{dims}"
+    return tuple(LayerGroup(model, shape, tuple(layers)) for shape, layers in members.items())

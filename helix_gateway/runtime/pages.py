@@ -1,10 +1,10 @@
 """How pages lie in memory: the arithmetic of units, and the arena that all KV groups draw pages from.
 
-A page is cut into slices, one for each layer of the largest group.  A *unit* holds some consecutive tokens of one layer;
-a slice holds a whole number of units of any one group.  A group with fewer layers, or smaller ones, puts several *runs*
-of tokens into one page: unit ``run * layers + layer`` lies in slice ``unit // units_per_slice``.  Hence one page of the
-one free list serves any group.  How keys and values lie within a unit is the attention's affair, and which page belongs
-to whom the engine's.
+A page is cut into slices, one for each layer of the target's largest group.  A *unit* holds some consecutive tokens of
+one layer; a slice holds a whole number of units of any one group.  A group with fewer layers, or smaller ones, puts
+several *runs* of tokens into one page: unit ``run * layers + layer`` lies in slice ``unit // units_per_slice``.  Hence one
+page of the one free list serves any group of any model.  How keys and values lie within a unit is the attention's affair,
+and which page belongs to whom the engine's.
 """
 
 from collections.abc import Iterable, Sequence
@@ -54,22 +54,31 @@ class PageLayout:
     slices: int
     slice_elements: int
     groups: tuple[GroupLayout, ...]
+    """Of all models that share the pool."""
 
     @property
     def page_elements(self) -> int:
         """Numbers in one page."""
         return self.slices * self.slice_elements
 
+    def groups_of(self, model: str) -> tuple[GroupLayout, ...]:
+        """The groups of one model, in its own order."""
+        return tuple(layout for layout in self.groups if layout.group.model == model)
+
 
 def lay_out_pages(groups: Sequence[LayerGroup], block_size: int) -> PageLayout:
-    """A layout in which a page holds ``block_size`` tokens of the largest group.
+    """A layout in which a page holds ``block_size`` tokens of the target's largest group, and some of any other.
+
+    Args:
+        groups: of all models that share the pool; the first one's model is the target.
 
     Raises:
         ValueError: there is no group, or the block size is not positive.
     """
     if not groups or block_size < 1:
         raise ValueError(f"a page layout needs at least one KV group and a positive block size, not {block_size}")
-    largest = max(groups, key=lambda group: group.elements_per_token)
+    target = [group for group in groups if group.model == groups[0].model]
+    largest = max(target, key=lambda group: group.elements_per_token)
     slices = len(largest.layers)
     slice_elements = max(
         block_size * largest.shape.elements_per_token,
@@ -136,9 +145,9 @@ class Arena:
         """Elements from one slice to the next; None where units follow one another, whatever the slices."""
 
     @classmethod
-    def slice_major(cls, layout: PageLayout, num_pages: int, dtype: torch.dtype) -> "Arena":
-        """Memory on the CPU, taken from the system only as pages are first written."""
-        memory = torch.empty(num_pages * layout.page_elements, dtype=dtype)
+    def slice_major(cls, layout: PageLayout, num_pages: int, dtype: torch.dtype, device: torch.device) -> "Arena":
+        """Memory that is taken from the system only as pages are first written."""
+        memory = torch.empty(num_pages * layout.page_elements, dtype=dtype, device=device)
         return cls(layout, memory, num_pages * layout.slice_elements)
 
     @classmethod

@@ -9,7 +9,7 @@ refused by what they do, not by a list of names.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -38,6 +38,15 @@ class AttentionLayer:
     """Query heads."""
 
 
+class ModelProbe(NamedTuple):
+    """What trying a model out has shown."""
+
+    layers: tuple[AttentionLayer, ...]
+    """In the order in which the model calls them."""
+    vocab_size: int
+    """How many logits a row has."""
+
+
 @dataclass(slots=True)
 class _Call:
     """What one layer handed to its attention."""
@@ -55,8 +64,8 @@ class _Recorder:
     calls: list[_Call] = field(default_factory=list)
 
 
-def find_attention_layers(model: PreTrainedModel) -> tuple[tuple[AttentionLayer, ...], int]:
-    """Attention layers in the order in which the model calls them, and how many logits a row has.
+def find_attention_layers(model: PreTrainedModel) -> ModelProbe:
+    """The attention layers of a model in evaluation mode.
 
     Raises:
         ModelLoadError: something in the model goes past attention over keys and values, or asks of it what the paged
@@ -72,7 +81,7 @@ def find_attention_layers(model: PreTrainedModel) -> tuple[tuple[AttentionLayer,
     others, _ = _probe(name, model, [4, 2, 5])
     _check_rows_alone(name, calls, others)
     layers = tuple(AttentionLayer(call.module, _shape_of(name, call), call.query.shape[1]) for call in calls)
-    return layers, int(logits.shape[-1])
+    return ModelProbe(layers, int(logits.shape[-1]))
 
 
 def _probe(name: str, model: PreTrainedModel, token_ids: list[int]) -> tuple[list[_Call], torch.Tensor]:

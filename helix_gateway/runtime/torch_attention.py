@@ -8,6 +8,7 @@ Within a unit (see `pages.py`) a token is consecutive: its keys [kv_heads, key_d
 about models or requests.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,12 +48,15 @@ class _GroupStep:
 class TorchPagedAttention:
     """`PagedAttention` over a page-major arena on any device, in any floating-point dtype."""
 
-    def __init__(self, arena: Arena) -> None:
+    new_arena = staticmethod(Arena.page_major)
+
+    def __init__(self, arena: Arena, groups: Sequence[GroupLayout], heads: Sequence[int]) -> None:
+        """The pages of ``groups``, the model's own among the arena's; how many ``heads`` ask, each query shows."""
         self._device = arena.memory.device
-        self._groups = arena.layout.groups
+        self._groups = tuple(groups)
         self._layers: dict[int, tuple[int, torch.Tensor]] = {}
         """For each layer its group, and its part of the arena: [num_pages, runs, unit_tokens, elements of a token]."""
-        for number, layout in enumerate(arena.layout.groups):
+        for number, layout in enumerate(self._groups):
             for place, layer in enumerate(layout.group.layers):
                 self._layers[layer] = (number, _layer_view(arena, layout, place))
         self._steps: list[_GroupStep] = []
@@ -60,7 +64,8 @@ class TorchPagedAttention:
     def begin(self, batch: StepBatch) -> None:
         """Work out on the host which pages each row writes and reads, and move that to the device."""
         self._steps = [
-            _plan_group(batch, tables, layout, self._device) for tables, layout in zip(batch.block_tables, self._groups)
+            _plan_group(batch, tables, layout, self._device)
+            for tables, layout in zip(batch.block_tables, self._groups, strict=True)
         ]
 
     def attend(
@@ -77,8 +82,8 @@ class TorchPagedAttention:
         step, shape = self._steps[number], self._groups[number].group.shape
         rows = query.shape[2]
         new = [tensor[0].transpose(0, 1).reshape(rows, -1) for tensor in (key, value)]
-        stored.index_put_(step.slots, torch.cat(new, 1))
-        flat = query[0].transpose(0, 1).reshape(rows, -1)
+        stored.index_put_(step.slots, torch.cat(new, 1).to(stored.dtype))
+        flat = query[0].transpose(0, 1).reshape(rows, -1).to(stored.dtype)
         outputs = []
         for bucket in step.buckets:
             count, longest = bucket.mask.shape[0], bucket.mask.shape[3]
@@ -87,7 +92,7 @@ class TorchPagedAttention:
             keys, values = tokens.tensor_split([shape.kv_heads * shape.key_dim], 2)
             outputs.append(_attend_bucket(q, keys, values, bucket.mask, scaling, softcap))
         joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return joined.index_select(0, step.order).view(1, rows, query.shape[1], shape.value_dim)
+        return joined.index_select(0, step.order).view(1, rows, query.shape[1], shape.value_dim).to(query.dtype)
 
 
 def _layer_view(arena: Arena, layout: GroupLayout, place: int) -> torch.Tensor:

@@ -429,32 +429,36 @@ class UniformStep(NamedTuple):
 class CpuPagedAttention:
     """`PagedAttention` over a slice-major arena in float32 or bfloat16."""
 
-    def __init__(self, arena: Arena, heads: Sequence[int]) -> None:
-        """``heads``: query heads of each layer, in the order in which the model calls them."""
+    new_arena = staticmethod(Arena.slice_major)
+
+    def __init__(self, arena: Arena, groups: Sequence[GroupLayout], heads: Sequence[int]) -> None:
+        """The pages of ``groups``, the model's own among the arena's; ``heads``: query heads of each of its layers."""
         memory = arena.memory
-        self._dtype = memory.dtype
+        self.dtype = memory.dtype
+        """Of keys and values."""
         self._arena = memory if memory.dtype == torch.float32 else memory.view(torch.int16)
         self._kind = self._arena.numpy() if memory.dtype == torch.float32 else self._arena.numpy().view(np.uint16)
         self._planned: list[tuple[int, Int64s]] = []
         """For each plan, its KV group and the shape of its layers."""
         self._layers: dict[int, _Layer] = {}
-        for number, layout in enumerate(arena.layout.groups):
+        for number, layout in enumerate(groups):
             offsets = arena.unit_offsets(layout)
             for place, layer in enumerate(layout.group.layers):
                 shape = _describe(arena, layout, heads[layer])
                 self._layers[layer] = _Layer(self._plan_number(number, shape), shape, offsets[place].copy())
+        self._offsets = np.stack([self._layers[layer].offsets for layer in self._layers]) if self.is_uniform else None
         self._plans: list[Plan] = []
         self._works: Float32s = np.empty((1, 1), np.float32)
-        self._warm_up(arena, heads)
+        self._warm_up(groups, heads)
 
-    def _warm_up(self, arena: Arena, heads: Sequence[int]) -> None:
+    def _warm_up(self, groups: Sequence[GroupLayout], heads: Sequence[int]) -> None:
         """Compile everything (or load it from the cache) now, not under the first long prompt; writes to page 0."""
         zero, one = np.zeros(1, np.int32), np.ones(1, np.int32)
-        tables = tuple(np.zeros((1, 1), np.int32) for _ in arena.layout.groups)
+        tables = tuple(np.zeros((1, 1), np.int32) for _ in groups)
         self.begin(StepBatch(zero, zero, np.array([0, 1], np.int32), one, tables, zero[:0]))
-        known, shape = self._layers[0], arena.layout.groups[0].group.shape
+        known, shape = self._layers[0], groups[0].group.shape
         query, key, value = (
-            torch.zeros(1, count, 1, dim, dtype=self._dtype)
+            torch.zeros(1, count, 1, dim, dtype=self.dtype)
             for count, dim in (
                 (heads[0], shape.key_dim),
                 (shape.kv_heads, shape.key_dim),
@@ -463,6 +467,10 @@ class CpuPagedAttention:
         )
         _write_layer(self._kind, known.shape, known.offsets, self._plans[known.plan], _source(key), _source(value))
         self.attend(0, query, key, value, 1.0, None)
+        # What torch computes here is small: a team of its own, spinning beside ours, makes a product of 50 µs take 8 ms,
+        # and would cut elementwise operators at places that depend on the batch.  Said once compiled code has run: where
+        # both use one OpenMP library, numba's start sets the number for torch too.
+        torch.set_num_threads(1)
 
     def _plan_number(self, group: int, shape: Int64s) -> int:
         """Layers of one group and one number of query heads share a plan."""
@@ -480,8 +488,8 @@ class CpuPagedAttention:
     def step(self) -> UniformStep:
         """The step that `begin` has prepared, of a model that `is_uniform`."""
         (plan,) = self._plans
-        offsets = np.stack([self._layers[layer].offsets for layer in range(len(self._layers))])
-        return UniformStep(self._kind, plan, self._layers[0].shape, offsets, self._works)
+        assert self._offsets is not None
+        return UniformStep(self._kind, plan, self._layers[0].shape, self._offsets, self._works)
 
     def begin(self, batch: StepBatch) -> None:
         """Cut the step's rows into tiles and deal them to the threads."""
@@ -504,7 +512,7 @@ class CpuPagedAttention:
         softcap: float | None,
     ) -> torch.Tensor:
         """See `PagedAttention.attend`."""
-        known = self._layers[layer]
+        known, wanted = self._layers[layer], query.dtype
         plan = self._plans[known.plan]
         query, key, value = self._dense(query), self._dense(key), self._dense(value)
         out = query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
@@ -527,11 +535,11 @@ class CpuPagedAttention:
             out.data_ptr(),
             self._works,
         )
-        return out
+        return out.to(wanted)
 
     def _dense(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor in the arena's dtype, its last dimension consecutive in memory: as it is, nearly always."""
-        tensor = tensor.to(self._dtype)
+        tensor = tensor.to(self.dtype)
         return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 

@@ -134,7 +134,7 @@ def find_llama_step(model: Any, attention: object, rotary: Sequence[RotaryTable]
     """The compiled step of a model whose structure it fits, else None."""
     if not isinstance(attention, CpuPagedAttention) or not attention.is_uniform or len(rotary) != 1:
         return None
-    if not is_llama_like(model):
+    if not is_llama_like(model) or model.get_output_embeddings().weight_tiles.dtype != attention.dtype:
         return None
     return LlamaStep(model, attention, rotary[0])
 
