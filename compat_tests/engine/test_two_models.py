@@ -145,4 +145,4 @@ def test_a_draft_in_another_dtype_shares_the_targets_pages():
     prompts = prompts_of(4)
     got, *_ = generate_at_once([target, half], [prompts, prompts], num_pages=40)
     assert got[0] == alone(target, prompts)
-    assert {key: reason for key, (*_, reason) in got[1].items()} == {key: "length" for key in alone(draft, prompts)}
+    assert {key: reason for key, (*_, reason) in got[1].items()} == dict.fromkeys(alone(draft, prompts), "length")

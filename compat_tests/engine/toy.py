@@ -69,6 +69,9 @@ class ToyRunner:
         for row, token, scale, shift in zip(edits.rows, edits.token_ids, edits.scale, edits.shift, strict=True):
             x = edited[row, token]
             edited[row, token] = (x / scale if x > 0 else x * scale) + shift
+        if rows.allowed is not None:
+            bits = np.unpackbits(rows.allowed.view(np.uint8), axis=1, bitorder="little")[:, : self.vocab_size]
+            edited[bits == 0] = -np.inf
         for i, row in enumerate(edited):
             if rows.temperature[i] > 0:
                 key = [int(rows.seed[i]), int(rows.choice[i]), int(rows.position[i])]

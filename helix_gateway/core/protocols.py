@@ -62,10 +62,10 @@ class TokenConstraint(Protocol):
     """What the next token of one sequence may be (a grammar); holds that sequence's state."""
 
     def fill_mask(self, mask: UInt32s) -> None:
-        """Write the allowed tokens' bits into ``mask`` [ceil(vocab / 32)]."""
+        """Write the allowed tokens' bits over all of ``mask`` [ceil(vocab / 32)]."""
 
     def advance(self, token_id: int) -> None:
-        """Take one token that the mask allowed."""
+        """Take one token that the mask allowed and that does not end the sequence: a draft, or one for good."""
 
     def rollback(self, num_tokens: int) -> None:
         """Forget the last ``num_tokens`` tokens."""

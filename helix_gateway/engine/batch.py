@@ -16,6 +16,7 @@ from helix_gateway.engine.kv_cache import PagedKVCache
 from helix_gateway.engine.plan import ScheduledSequence
 from helix_gateway.engine.sequence import Sequence
 from helix_gateway.engine.token_edits import join_edits
+from helix_gateway.engine.token_masks import join_masks
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,9 @@ def build_sampling_rows(windows: Ordered[Window], rows: Int32s, vocab_size: int)
 
     Args:
         rows: `logits_rows` of the windows.
+
+    Raises:
+        ConstraintFailedError: a sequence's constraint raised.
     """
     params = [window.sequence.request.sampling for window in windows]
     counts = [len(window.sampled_rows) for window in windows]
@@ -133,5 +137,5 @@ def build_sampling_rows(windows: Ordered[Window], rows: Int32s, vocab_size: int)
                 for edits in window.sequence.edits.along(window.draft_tokens)
             ]
         ),
-        allowed=None,
+        allowed=join_masks([(w.sequence, w.draft_tokens) for w in windows if w.sampled_rows], vocab_size),
     )

@@ -43,6 +43,7 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
 
         Raises:
             OutOfMemoryError: the device has no room for the step; it may be planned again, smaller.
+            ConstraintFailedError: a sequence's constraint raised; the others' step may be planned again.
         """
         began = perf_counter()
         windows = lay_out(plan.scheduled, self._draft(plan.scheduled))

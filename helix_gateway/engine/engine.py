@@ -34,6 +34,7 @@ from helix_gateway.engine.plan import SequenceOutput, SpeculativeOutput, StepPla
 from helix_gateway.engine.scheduler import PlanningError, Scheduler
 from helix_gateway.engine.sequence import Sequence, Timeline
 from helix_gateway.engine.step_budget import StepBudget
+from helix_gateway.engine.token_masks import ConstraintFailedError
 
 log = structlog.get_logger(__name__)
 
@@ -217,6 +218,10 @@ class Engine(Generic[Logits]):
             timeline.first_scheduled = now if timeline.first_scheduled is None else timeline.first_scheduled
         try:
             self.last_output = self._decoder.speculative_decode_step(plan)
+        except ConstraintFailedError as failed:
+            self._scheduler.undo(plan)
+            log.error("constraint_failed", request_id=str(failed), exc_info=failed)
+            self._fail(str(failed), failed.cause)
         except Exception as error:  # noqa: BLE001 - told in `_give_up`
             self._give_up(plan, error)
         else:
@@ -268,6 +273,8 @@ class Engine(Generic[Logits]):
         sequence.token_ids += token_ids
         for token in token_ids:
             sequence.edits.advance(token)
+            if sequence.constraint is not None:
+                sequence.constraint.advance(token)
             sequence.timeline.tokens.append(now)
 
     def _settle(self, sequence: Sequence, ending: Ending) -> None:
