@@ -61,6 +61,31 @@ def test_what_does_not_fit_or_does_not_agree_goes_through_the_modules(name):
     assert not isinstance(make_runner(name)._compute, LlamaStep)
 
 
+@pytest.mark.parametrize("first_wrong", [17, 400])
+def test_a_step_that_is_wrong_at_far_positions_only_is_refused_at_load(monkeypatch, first_wrong):
+    right = LlamaStep._angles
+
+    def wrong(self, longest):
+        cosines, sines = right(self, longest)
+        cosines = cosines.copy()
+        cosines[first_wrong:] = 1
+        return cosines, sines
+
+    monkeypatch.setattr(LlamaStep, "_angles", wrong)
+    assert not isinstance(make_runner("llama")._compute, LlamaStep)
+
+
+def test_a_step_that_confuses_sequences_is_refused_at_load(monkeypatch):
+    right = LlamaStep.__call__
+
+    def wrong(self, batch):
+        logits = right(self, batch)
+        return logits if len(batch.context_lens) < 3 else logits.flip(0)
+
+    monkeypatch.setattr(LlamaStep, "__call__", wrong)
+    assert not isinstance(make_runner("llama")._compute, LlamaStep)
+
+
 def test_joined_products_hold_no_weight_twice():
     runner = make_runner("llama")
     attention = runner._model.base_model.layers[0].self_attn

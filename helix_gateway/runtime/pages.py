@@ -165,6 +165,11 @@ class Arena:
         """Elements from a unit of one page to the same unit of the next."""
         return self.layout.page_elements if self._slice_stride is None else self.layout.slice_elements
 
+    def pages(self) -> torch.Tensor:
+        """[stretches of consecutive elements in a page, num_pages, elements of a stretch], a view of the memory."""
+        stretch = self.page_stride
+        return self.memory.view(self.layout.page_elements // stretch, self.num_pages, stretch)
+
     def unit_offsets(self, layout: GroupLayout) -> Int64s:
         """[layers of the group, runs], where each unit of page 0 begins, in elements."""
         layers = len(layout.group.layers)
@@ -177,8 +182,6 @@ class Arena:
 
     def copy_pages(self, copies: Iterable[tuple[int, int]]) -> None:
         """Copy whole pages, (source, destination) each, one after another."""
-        # Consecutive elements of a page, and how many stretches of them there are.
-        piece = self.page_stride
-        pages = self.memory.view(self.layout.page_elements // piece, self.num_pages, piece)
+        pages = self.pages()
         for source, destination in copies:
             pages[:, destination].copy_(pages[:, source])

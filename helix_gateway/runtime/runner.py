@@ -7,7 +7,6 @@ The flat batch goes through the model as one sequence of ``num_tokens``; what be
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import structlog
 import torch
 from transformers import PreTrainedModel
@@ -24,6 +23,7 @@ from helix_gateway.runtime.pages import Arena, GroupLayout
 from helix_gateway.runtime.probe import ModelProbe
 from helix_gateway.runtime.rotary import install_rotary_tables
 from helix_gateway.runtime.sampling import make_sampler
+from helix_gateway.runtime.trial import fill_pages, trial_steps
 
 log = structlog.get_logger(__name__)
 
@@ -121,13 +121,18 @@ class TransformersRunner:
         step = find_llama_step(self._model, self._pages.attention, self._rotary)
         if step is None:
             return
-        trial = _trial_batch(self._vocab_size, self.kv_groups)
-        wanted = self.forward(trial)
+        (group,) = self.kv_groups
+        steps = trial_steps(self._vocab_size, group, self.num_pages, self.context_length)
+        wanted = self._answers(steps)
         self._compute = step
-        difference = float((self.forward(trial) - wanted).abs().max() / wanted.abs().max())
-        if difference > _AGREEMENT[self._model.dtype]:
+        difference = float((self._answers(steps) - wanted).abs().max() / wanted.abs().max())
+        if not difference <= _AGREEMENT[self._model.dtype]:
             log.warning("compiled_step_refused", model=type(self._model).__name__, difference=difference)
             self._compute = self._through_transformers
+
+    def _answers(self, steps: Sequence[StepBatch]) -> torch.Tensor:
+        fill_pages(self._pages.arena)
+        return torch.cat([self.forward(step) for step in steps])
 
     def sample(self, logits: torch.Tensor, rows: SamplingRows) -> Int32s:
         """See `ModelRunner`."""
@@ -157,17 +162,3 @@ class _WantedRows:
 
     def _select(self, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (arguments[0].index_select(1, self.rows), *arguments[1:])
-
-
-def _trial_batch(vocab_size: int, groups: Sequence[KVGroup]) -> StepBatch:
-    """A few tokens of one sequence in page 0."""
-    count = min(3, *(group.tokens_per_block for group in groups))
-    rows = np.arange(count, dtype=np.int32)
-    return StepBatch(
-        token_ids=(rows * 7919 + 11) % vocab_size,
-        positions=rows,
-        cu_seqlens=np.array([0, count], np.int32),
-        context_lens=np.array([count], np.int32),
-        block_tables=tuple(np.zeros((1, 1), np.int32) for _ in groups),
-        logits_rows=rows,
-    )
