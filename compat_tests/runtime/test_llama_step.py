@@ -8,6 +8,7 @@ import torch
 
 from compat_tests.tiny_models import TINY_MODELS
 from helix_gateway.core.step import StepBatch
+from helix_gateway.runtime.cpu.layers import Angles
 from helix_gateway.runtime.cpu.linear import pack_linears
 from helix_gateway.runtime.cpu.llama import LlamaStep
 from helix_gateway.runtime.pool import make_runners
@@ -69,7 +70,7 @@ def test_a_step_that_is_wrong_at_far_positions_only_is_refused_at_load(monkeypat
         cosines, sines = right(self, longest)
         cosines = cosines.copy()
         cosines[first_wrong:] = 1
-        return cosines, sines
+        return Angles(cosines, sines)
 
     monkeypatch.setattr(LlamaStep, "_angles", wrong)
     assert not isinstance(make_runner("llama")._compute, LlamaStep)

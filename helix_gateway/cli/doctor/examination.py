@@ -30,7 +30,8 @@ def examine_machine() -> Iterator[Finding]:
 
 def examine_places(port: int) -> Iterator[Finding]:
     """Where Helix keeps things, and where it would listen."""
-    from helix_gateway.runtime.sources.default_model import cache_folder, default_model_path
+    from helix_gateway.runtime.cache_folder import cache_folder
+    from helix_gateway.runtime.sources.default_model import default_model_path
 
     folder = cache_folder()
     yield checks.check_cache(folder, _can_be_written(folder), _free_bytes(folder))

@@ -1,4 +1,4 @@
-"""Where numba keeps compiled code between runs: the user's cache folder, one subfolder for each state of the sources.
+"""Where numba keeps compiled code between runs: Helix's cache folder, one subfolder for each state of the sources.
 
 numba by itself writes beside the sources, which may be read-only, and knows a cached function by the time stamp of its
 own file alone: code inlined from another file would go stale unseen.  Here the folder's name is a digest of every
@@ -13,7 +13,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-import platformdirs
+from helix_gateway.runtime.cache_folder import cache_folder
 
 _VARIABLE = "NUMBA_CACHE_DIR"
 _KEPT_FOLDERS = 8
@@ -26,11 +26,7 @@ def use_compile_cache() -> None:
     """
     if os.environ.get(_VARIABLE):
         return
-    folder = (
-        platformdirs.user_cache_path("helix", appauthor=False)
-        / "compiled"
-        / _sources_digest(Path(__file__).parent.parent)
-    )
+    folder = cache_folder() / "compiled" / _sources_digest(Path(__file__).parent.parent)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)

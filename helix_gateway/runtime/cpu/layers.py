@@ -7,16 +7,19 @@ The residual stream and all activations stay float32, products and attention are
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import carray, njit, prange
 
-from helix_gateway.runtime.cpu.attention import attend_item, write_rows
+from helix_gateway.core.step import Float32s
+from helix_gateway.runtime.cpu.attention import NO_SOFTCAP, UniformLayers
+from helix_gateway.runtime.cpu.attention_items import GROUP, KEY_DIM, KV_HEADS, Plan, attend_item, write_rows
 from helix_gateway.runtime.cpu.attention_kernels import load_element, store_element
 from helix_gateway.runtime.cpu.math import exp_f32
-from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS, float32s_at
-from helix_gateway.runtime.cpu.products import BlockShape, multiply_tiles
+from helix_gateway.runtime.cpu.microkernels import float32s_at
+from helix_gateway.runtime.cpu.products import BlockShape, multiply_share
+from helix_gateway.runtime.pages import Int64s
 
 QKV, OUT, GATE_UP, DOWN = range(4)
 """The products of a layer, in their order."""
@@ -68,7 +71,7 @@ def _widen_row(kind, address, count, out):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _prepare(kind, stage, first, last, layer, eps, hidden, wide, product, attended, inputs):  # type: ignore[no-untyped-def]
+def _prepare(kind, stage, number, first, last, layer, eps, hidden, wide, product, attended, inputs):  # type: ignore[no-untyped-def]
     """The input of one product for some rows: residual and norm, attention's output, or the gate."""
     width = hidden.shape[1]
     for row in range(first, last):
@@ -77,7 +80,7 @@ def _prepare(kind, stage, first, last, layer, eps, hidden, wide, product, attend
         elif stage == DOWN:
             _gate_row(kind, product + 2 * row * inputs * kind.itemsize, inputs, wide[row])
         else:
-            if stage == GATE_UP or layer[_NORMS + 2] != 0:
+            if stage == GATE_UP or number > 0:
                 _add_row(kind, hidden[row], product + row * width * kind.itemsize)
             norm = carray(float32s_at(layer[_NORMS + stage // 2]), (width,))
             norm_row(hidden[row], norm, eps, wide[row])
@@ -99,16 +102,67 @@ def _rotate_rows(kind, first, last, product, channels, heads, dim, positions, co
                 store_element(kind, high + i * size, rotated)
 
 
-@cache
-def compiled_layers(bits: int, shape: BlockShape) -> Callable[..., None]:
-    """``run(kind, threads, plan, shape, offsets, layers, sizes, scaling, eps, hidden, wide, product, attended,
-    cosines, sines, works)``: hidden float32 [rows, width] goes through all layers in place.
+@njit(cache=True)
+def _write_share(kind, thread, threads, plan, pages, number, product, channels, cosines, sines):  # type: ignore[no-untyped-def]
+    """A thread's share of the rows: queries and keys rotated in place, keys and values written into their pages."""
+    shape, rows = pages.shape, len(plan.positions)
+    kv_heads, dim, size = shape[KV_HEADS], shape[KEY_DIM], kind.itemsize
+    heads = kv_heads * shape[GROUP]
+    first, last = rows * thread // threads, rows * (thread + 1) // threads
+    _rotate_rows(kind, first, last, product, channels, heads + kv_heads, dim, plan.positions, cosines, sines)
+    key = (product + heads * dim * size, channels, dim)
+    value = (product + (heads + kv_heads) * dim * size, channels, dim)
+    write_rows(kind, shape, pages.offsets[number], plan, first, last, key, value)
 
-    layers int64 [num_layers, FIELDS + 1], the last field 0 for the first layer; sizes int64 [4, 2], inputs and channels
-    of each product; kind, plan, shape, offsets [num_layers, runs] and works as attention has them; wide float32
-    scratch; product and attended addresses of scratch in the weights' dtype.
-    """
-    run: Callable[..., None] = _layers(bits, shape.max_rows, shape.registers)
+
+@njit(cache=True)
+def _attend_share(kind, thread, plan, pages, number, product, channels, scaling, attended):  # type: ignore[no-untyped-def]
+    """A thread's share of the items."""
+    query = (product, channels, pages.shape[KEY_DIM])
+    offsets, cap = pages.offsets[number], np.float32(NO_SOFTCAP)
+    for item in range(plan.bounds[thread], plan.bounds[thread + 1]):
+        attend_item(kind, pages.shape, offsets, plan, item, query, scaling, cap, attended, pages.works[thread])
+
+
+class Scratch(NamedTuple):
+    """Memory of one step; `product` and `attended` are addresses, of numbers of the weights' dtype."""
+
+    wide: Float32s
+    """[rows, at least the most inputs of a product]"""
+    product: int
+    """[rows, the most channels of a product]"""
+    attended: int
+    """[rows, query heads * head dimension]"""
+
+
+class Angles(NamedTuple):
+    """The rotary tables, [positions, head dimension] each."""
+
+    cosines: Float32s
+    sines: Float32s
+
+
+class Weights(NamedTuple):
+    """What stays the same from step to step."""
+
+    layers: Int64s
+    """[num_layers, FIELDS]"""
+    sizes: Int64s
+    """[4, 2], inputs and channels of each product."""
+    scaling: float
+    """Factor of attention's scores."""
+    eps: np.float32
+    """Of the norms."""
+
+
+Run = Callable[[int, Plan, UniformLayers, Weights, Float32s, Scratch, Angles], None]
+"""``run(threads, plan, pages, weights, hidden, scratch, angles)``: hidden [rows, width] goes through all layers."""
+
+
+@cache
+def compiled_layers(bits: int, shape: BlockShape) -> Run:
+    """The layers for weights of 32 (float32) or 16 (bfloat16) bits; compiled at their first call."""
+    run: Run = _layers(bits, shape.max_rows, shape.registers)
     return run
 
 
@@ -117,81 +171,44 @@ def compiled_layers(bits: int, shape: BlockShape) -> Callable[..., None]:
 
 def _layers(bits: int, max_rows: int, registers: int) -> Any:
     @njit(nogil=True, cache=True, parallel=True)
-    def run(  # type: ignore[no-untyped-def]
-        kind,
-        threads,
-        plan,
-        shape,
-        offsets,
-        layers,
-        sizes,
-        scaling,
-        eps,
-        hidden,
-        wide,
-        product,
-        attended,
-        cosines,
-        sines,
-        works,
-    ):
-        rows, size = hidden.shape[0], kind.itemsize
-        kv_heads, group, dim = shape[3], shape[4], shape[5]
-        heads, channels = kv_heads * group, sizes[QKV, 1]
-        query = (product, channels, dim)
-        key = (product + heads * dim * size, channels, dim)
-        value = (product + (heads + kv_heads) * dim * size, channels, dim)
-        for number in range(layers.shape[0]):
-            layer = layers[number]
+    def run(threads, plan, pages, weights, hidden, scratch, angles):  # type: ignore[no-untyped-def]
+        kind, sizes, eps, (wide, product, attended) = pages.kind, weights.sizes, weights.eps, scratch
+        rows, qkv = hidden.shape[0], sizes[QKV, 1]
+        for number in range(weights.layers.shape[0]):
+            layer = weights.layers[number]
             for stage in range(4):
                 inputs, channels = sizes[stage, 0], sizes[stage, 1]
                 if stage == OUT:
-                    qkv = sizes[QKV, 1]
                     for thread in prange(threads):
-                        first, last = rows * thread // threads, rows * (thread + 1) // threads
-                        _rotate_rows(
-                            kind, first, last, product, qkv, heads + kv_heads, dim, plan.positions, cosines, sines
+                        _write_share(
+                            kind, thread, threads, plan, pages, number, product, qkv, angles.cosines, angles.sines
                         )
-                        write_rows(kind, shape, offsets[number], plan, first, last, key, value)
                     for thread in prange(threads):
-                        for item in range(plan.bounds[thread], plan.bounds[thread + 1]):
-                            attend_item(
-                                kind,
-                                shape,
-                                offsets[number],
-                                plan,
-                                item,
-                                query,
-                                scaling,
-                                np.float32(0),
-                                attended,
-                                works[thread],
-                            )
+                        _attend_share(kind, thread, plan, pages, number, product, qkv, weights.scaling, attended)
                 if rows * inputs < _SERIAL:
-                    _prepare(kind, stage, 0, rows, layer, eps, hidden, wide, product, attended, inputs)
+                    _prepare(kind, stage, number, 0, rows, layer, eps, hidden, wide, product, attended, inputs)
                 else:
                     for thread in prange(threads):
                         first, last = rows * thread // threads, rows * (thread + 1) // threads
-                        _prepare(kind, stage, first, last, layer, eps, hidden, wide, product, attended, inputs)
-                count = (channels + TILE_CHANNELS - 1) // TILE_CHANNELS
+                        _prepare(kind, stage, number, first, last, layer, eps, hidden, wide, product, attended, inputs)
+                tiles, bias, x, x_stride = layer[2 * stage], layer[2 * stage + 1], wide.ctypes.data, wide.shape[1]
                 for thread in prange(threads):
-                    first, last = count * thread // threads, count * (thread + 1) // threads
-                    multiply_tiles(
+                    multiply_share(
                         bits,
                         max_rows,
                         registers,
-                        first,
-                        last,
+                        thread,
+                        threads,
                         rows,
-                        wide.ctypes.data,
-                        wide.shape[1],
-                        layer[2 * stage],
+                        x,
+                        x_stride,
+                        tiles,
                         inputs,
-                        layer[2 * stage + 1],
+                        bias,
                         product,
                         channels,
                     )
         for row in range(rows):
-            _add_row(kind, hidden[row], product + row * hidden.shape[1] * size)
+            _add_row(kind, hidden[row], product + row * hidden.shape[1] * kind.itemsize)
 
     return run

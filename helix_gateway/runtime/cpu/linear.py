@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from helix_gateway.runtime.cpu.microkernels import LANES, TILE_CHANNELS
+from helix_gateway.runtime.cpu.emitter import LANES
+from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS
 from helix_gateway.runtime.cpu.products import gather_rows, host_shape, products, wide_elements
 from helix_gateway.runtime.cpu.threads import configure_threads
 

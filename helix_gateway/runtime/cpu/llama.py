@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from helix_gateway.core.step import StepBatch
 from helix_gateway.runtime.cpu.attention import CpuPagedAttention
-from helix_gateway.runtime.cpu.layers import FIELDS, compiled_layers, norm_row
+from helix_gateway.runtime.cpu.layers import FIELDS, Angles, Scratch, Weights, compiled_layers, norm_row
 from helix_gateway.runtime.cpu.linear import PackedLinear, PackedWeight
 from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS
 from helix_gateway.runtime.cpu.products import host_shape
@@ -54,10 +54,9 @@ class LlamaStep:
         self._dtype: torch.dtype = self._head.weight_tiles.dtype
         self._norm = base.norm.weight.detach().float().numpy()
         self._eps = np.float32(base.norm.variance_epsilon)
-        self._scaling = float(base.layers[0].self_attn.scaling)
         self._kept: list[torch.Tensor] = []
         """Memory that the compiled step knows by address only."""
-        self._layers = np.array([self._describe(layer, number) for number, layer in enumerate(base.layers)], np.int64)
+        layers = np.array([self._describe(layer) for layer in base.layers], np.int64)
         first = base.layers[0]
         products = (
             (first.self_attn.q_proj, first.self_attn.k_proj, first.self_attn.v_proj),
@@ -65,12 +64,13 @@ class LlamaStep:
             (first.mlp.gate_proj, first.mlp.up_proj),
             (first.mlp.down_proj,),
         )
-        self._sizes = np.array(
+        sizes = np.array(
             [[parts[0].in_features, sum(part.out_features for part in parts)] for parts in products], np.int64
         )
+        self._weights = Weights(layers, sizes, float(first.self_attn.scaling), self._eps)
         self._run = compiled_layers(self._head.weight_tiles.bits, host_shape())
 
-    def _describe(self, layer: Any, number: int) -> list[int]:
+    def _describe(self, layer: Any) -> list[int]:
         attention, mlp = layer.self_attn, layer.mlp
         fields = []
         for parts in (
@@ -83,7 +83,7 @@ class LlamaStep:
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
             fields.append(self._keep(norm.weight.detach().float().contiguous()))
         assert len(fields) == FIELDS
-        return [*fields, number]
+        return fields
 
     def _keep(self, tensor: torch.Tensor) -> int:
         self._kept.append(tensor)
@@ -100,34 +100,19 @@ class LlamaStep:
         return self._head.weight_tiles.multiply(torch.from_numpy(wanted).to(self._dtype), self._head.bias_values)
 
     def _through_layers(self, hidden: np.ndarray[Any, np.dtype[np.float32]], longest: int) -> None:
-        rows, step = len(hidden), self._attention.step()
-        product = torch.empty(rows * int(self._sizes[:, 1].max()), dtype=self._dtype)
-        attended = torch.empty(rows * int(self._sizes[1, 0]), dtype=self._dtype)
-        wide = np.empty((rows, int(self._sizes[:, 0].max()) + _GAP), np.float32)
-        cosines, sines = self._angles(longest)
-        self._run(
-            step.kind,
-            configure_threads(),
-            step.plan,
-            step.shape,
-            step.offsets,
-            self._layers,
-            self._sizes,
-            self._scaling,
-            self._eps,
-            hidden,
-            wide,
-            product.data_ptr(),
-            attended.data_ptr(),
-            cosines,
-            sines,
-            step.works,
-        )
+        rows, sizes = len(hidden), self._weights.sizes
+        product = torch.empty(rows * int(sizes[:, 1].max()), dtype=self._dtype)
+        attended = torch.empty(rows * int(sizes[1, 0]), dtype=self._dtype)
+        wide = np.empty((rows, int(sizes[:, 0].max()) + _GAP), np.float32)
+        scratch = Scratch(wide, product.data_ptr(), attended.data_ptr())
+        plan, pages = self._attention.step()
+        angles = self._angles(longest)
+        self._run(configure_threads(), plan, pages, self._weights, hidden, scratch, angles)
 
-    def _angles(self, longest: int) -> tuple[Any, Any]:
+    def _angles(self, longest: int) -> Angles:
         self._rotary.reserve(longest)
         cosines, sines = self._rotary.tables(torch.empty(0))
-        return cosines.numpy(), sines.numpy()
+        return Angles(cosines.numpy(), sines.numpy())
 
 
 def find_llama_step(model: Any, attention: object, rotary: Sequence[RotaryTable]) -> LlamaStep | None:

@@ -77,17 +77,19 @@ def products(bits: int, shape: BlockShape) -> Products:
 
 
 @njit(inline="always")
-def multiply_tiles(  # type: ignore[no-untyped-def]
-    bits, max_rows, registers, first, last, rows, x, x_stride, tiles, inputs, bias, out, channels
+def multiply_share(  # type: ignore[no-untyped-def]
+    bits, max_rows, registers, thread, threads, rows, x, x_stride, tiles, inputs, bias, out, channels
 ):
-    """Some tiles, one after the other: while a tile is in the cache, all rows pass over it in even blocks.
+    """A thread's share of the tiles, one after the other: while a tile is in the cache, all rows pass over it in even
+    blocks.
 
     One block fetches the tile itself a little ahead of its use.  Several fetch the next tile, each its share, so that
     memory is not idle while a tile is used again.
     """
+    count = (channels + TILE_CHANNELS - 1) // TILE_CHANNELS
     blocks = (rows + max_rows - 1) // max_rows
     step = TILE_CHANNELS * (bits // 8)
-    for number in range(first, last):
+    for number in range(count * thread // threads, count * (thread + 1) // threads):
         channel = number * TILE_CHANNELS
         tile = tiles + number * inputs * step
         for block in range(blocks):
@@ -126,8 +128,7 @@ def _serial_product(bits: int, max_rows: int, registers: int) -> Any:
         if bits == _BFLOAT16_BITS:
             _widen(0, rows, x, x_stride, wide, inputs)
             x, x_stride = wide, inputs + _WIDE_GAP
-        count = (channels + TILE_CHANNELS - 1) // TILE_CHANNELS
-        multiply_tiles(bits, max_rows, registers, 0, count, rows, x, x_stride, tiles, inputs, bias, out, channels)
+        multiply_share(bits, max_rows, registers, 0, 1, rows, x, x_stride, tiles, inputs, bias, out, channels)
 
     return multiply
 
@@ -143,11 +144,9 @@ def _parallel_product(bits: int, max_rows: int, registers: int) -> Any:
                     first, last = rows * thread // threads, rows * (thread + 1) // threads
                     _widen(first, last, x, x_stride, wide, inputs)
             x, x_stride = wide, inputs + _WIDE_GAP
-        count = (channels + TILE_CHANNELS - 1) // TILE_CHANNELS
         for thread in prange(threads):
-            first, last = count * thread // threads, count * (thread + 1) // threads
-            multiply_tiles(
-                bits, max_rows, registers, first, last, rows, x, x_stride, tiles, inputs, bias, out, channels
+            multiply_share(
+                bits, max_rows, registers, thread, threads, rows, x, x_stride, tiles, inputs, bias, out, channels
             )
 
     return multiply

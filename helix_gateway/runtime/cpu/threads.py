@@ -12,7 +12,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-import platformdirs
+from helix_gateway.runtime.cache_folder import cache_folder
 
 _OPENMP_OF_NUMBA = "libgomp.so.1.0.0"
 
@@ -90,7 +90,7 @@ def _openmp_of_torch() -> dict[str, str]:
     libraries = sorted((Path(torch.origin).parent / "lib").glob("libgomp*")) if torch and torch.origin else []
     if not libraries:
         return {}
-    link = platformdirs.user_cache_path("helix", appauthor=False) / "openmp" / _OPENMP_OF_NUMBA
+    link = cache_folder() / "openmp" / _OPENMP_OF_NUMBA
     try:
         if link.resolve() != libraries[0].resolve():
             link.parent.mkdir(parents=True, exist_ok=True)

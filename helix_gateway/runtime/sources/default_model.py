@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from helix_gateway.core.errors import ModelLoadError
+from helix_gateway.runtime.cache_folder import cache_folder
 from helix_gateway.runtime.progress import Progress, Report
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -35,16 +36,6 @@ _POLL_S = 0.2
 # How the line begins that says what went wrong, in pip's newer and older words.
 _PIP_REASONS = ("×", "ERROR:", "error:")
 _SCRATCH_PREFIX = "download-"
-
-
-def cache_folder() -> Path:
-    """Where Helix keeps what it can fetch again: ``$HELIX_CACHE``, or the system's place for a user's caches."""
-    override = os.environ.get("HELIX_CACHE")
-    if override:
-        return Path(override).expanduser()
-    import platformdirs
-
-    return platformdirs.user_cache_path("helix", appauthor=False)
 
 
 def default_model_path() -> Path:

@@ -1,0 +1,109 @@
+"""The vocabulary of our LLVM: loads, loops and vectors of 16 lanes that micro-kernels are put together from.
+
+Used by `microkernels.py` and `attention_kernels.py`, and by nobody else.  Fused multiply-adds are always written out as
+``llvm.fma``, so that rounding never depends on what a compiler chose to contract.  Knows nothing about what is computed.
+"""
+
+from collections.abc import Callable, Sequence
+
+from llvmlite import ir
+from numba.core import cgutils
+
+LANES = 16
+"""float32 values of one vector: one AVX-512 register, or two of AVX2."""
+F32_BYTES = 4
+VECTOR_BYTES = F32_BYTES * LANES
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+F32 = ir.FloatType()
+F32S, I32S, I16S = (ir.VectorType(element, LANES) for element in (F32, I32, I16))
+
+Body = Callable[[ir.Value, list[ir.Value]], list[ir.Value]]
+
+
+def call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
+    """Call the LLVM intrinsic ``name``."""
+    function_type = ir.FunctionType(result, [arg.type for arg in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), args)
+
+
+def constant(kind: ir.Type, number: float) -> ir.Constant:
+    """A number, in every lane where ``kind`` is a vector."""
+    return ir.Constant(kind, [number] * LANES if isinstance(kind, ir.VectorType) else number)
+
+
+class Emitter:
+    """Writes vector code at the place where an IR builder stands; addresses are 64-bit integers, offsets bytes."""
+
+    def __init__(self, builder: ir.IRBuilder) -> None:
+        self.builder = builder
+
+    def offset(self, address: ir.Value, index: ir.Value | int, stride: ir.Value | int = 1) -> ir.Value:
+        """``address + index * stride``."""
+        count, step = (ir.Constant(I64, number) if isinstance(number, int) else number for number in (index, stride))
+        return self.builder.add(address, self.builder.mul(count, step))
+
+    def load(self, address: ir.Value, kind: ir.Type, align: int = F32_BYTES) -> ir.Value:
+        """A scalar or vector from memory."""
+        return self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=align)
+
+    def store(self, value: ir.Value, address: ir.Value, align: int = F32_BYTES) -> None:
+        """A scalar or vector to memory."""
+        self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()), align=align)
+
+    def store_lanes(self, value: ir.Value, address: ir.Value, count: ir.Value) -> None:
+        """Store the first ``count`` lanes of a vector; none where it is not positive."""
+        lanes = ir.Constant(I32S, list(range(LANES)))
+        mask = self.builder.icmp_signed("<", lanes, self.splat(self.builder.trunc(count, I32)))
+        name = f"llvm.masked.store.v{LANES}{value.type.element.intrinsic_name}.p0"
+        pointer = self.builder.inttoptr(address, value.type.as_pointer())
+        call(self.builder, name, ir.VoidType(), value, pointer, ir.Constant(I32, 2), mask)
+
+    def splat(self, scalar: ir.Value) -> ir.Value:
+        """A vector of one scalar."""
+        empty = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
+        one = self.builder.insert_element(empty, scalar, ir.Constant(I32, 0))
+        return self.builder.shuffle_vector(one, empty, constant(I32S, 0))
+
+    def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        """``a * b + c`` of vectors, rounded once."""
+        return call(self.builder, f"llvm.fma.v{LANES}f32", F32S, a, b, c)
+
+    def prefetch(self, address: ir.Value) -> None:
+        """Ask for a cache line that will be read soon, in the second-level cache; any address may be asked for."""
+        read, second, data = ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)
+        pointer = self.builder.inttoptr(address, I8.as_pointer())
+        call(self.builder, "llvm.prefetch.p0", ir.VoidType(), pointer, read, second, data)
+
+    def widened(self, bits: ir.Value) -> ir.Value:
+        """bfloat16 bits as float32, scalar or vector."""
+        wide, result = (I32S, F32S) if isinstance(bits.type, ir.VectorType) else (I32, F32)
+        return self.builder.bitcast(self.builder.shl(self.builder.zext(bits, wide), constant(wide, 16)), result)
+
+    def rounded(self, value: ir.Value) -> ir.Value:
+        """Bits of the nearest bfloat16, ties to even, scalar or vector; NaN stays NaN.  The same as `math.store_bf16`."""
+        builder = self.builder
+        wide, narrow = (I32S, I16S) if isinstance(value.type, ir.VectorType) else (I32, I16)
+        bits, half = builder.bitcast(value, wide), constant(wide, 16)
+        high = builder.lshr(bits, half)
+        tie = builder.add(builder.and_(high, constant(wide, 1)), constant(wide, 0x7FFF))
+        nearest = builder.lshr(builder.add(bits, tie), half)
+        is_nan = builder.fcmp_unordered("uno", value, value)
+        return builder.trunc(builder.select(is_nan, builder.or_(high, constant(wide, 0x40)), nearest), narrow)
+
+    def count(self, stop: ir.Value, start: Sequence[ir.Value], body: Body) -> list[ir.Value]:
+        """A loop ``i = 0 .. stop - 1`` (at least once) that carries values; returns the last ones."""
+        builder = self.builder
+        before, loop, after = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("after")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        index = builder.phi(I64)
+        carried = [builder.phi(value.type) for value in start]
+        following = body(index, list(carried))
+        next_index = builder.add(index, ir.Constant(I64, 1))
+        for phi, first, next_ in zip([index, *carried], [ir.Constant(I64, 0), *start], [next_index, *following]):
+            phi.add_incoming(first, before)
+            phi.add_incoming(next_, builder.block)
+        builder.cbranch(builder.icmp_signed("<", next_index, stop), loop, after)
+        builder.position_at_end(after)
+        return following
