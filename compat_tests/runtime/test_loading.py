@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from helix_gateway.core.errors import ModelLoadError
-from helix_gateway.runtime.loading import eos_token_ids, load_model, model_config, resolve_dtype
+from helix_gateway.runtime.loading import load_model, resolve_dtype
 from helix_gateway.runtime.progress import silent
 
 CPU = torch.device("cpu")
@@ -180,16 +180,6 @@ def test_nothing_is_printed_where_nobody_watches(tmp_path, capfd):
     capfd.readouterr()
     load_model(folder, device=CPU)
     assert capfd.readouterr() == ("", "")
-
-
-def test_end_tokens_come_from_the_generation_config_first(tmp_path):
-    folder = save(make_model("Llama"), tmp_path)
-    assert eos_token_ids(folder) == (2,)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 2]}))
-    assert eos_token_ids(folder) == (5, 2)
-    (tmp_path / "generation_config.json").unlink()
-    assert eos_token_ids(folder) == (2,)
-    assert model_config(folder).max_position_embeddings == 64
 
 
 def drop(name):

@@ -101,18 +101,6 @@ def model_config(path: str) -> "PreTrainedConfig":
         return _open(path).config()
 
 
-def eos_token_ids(path: str) -> tuple[int, ...]:
-    """Return the ids of the tokens that end an answer, the most usual first.
-
-    From a folder's ``generation_config.json`` where it names them, else its ``config.json``; from a GGUF's metadata.
-
-    Raises:
-        ModelLoadError: the file or folder cannot be read.
-    """
-    with _explained(path):
-        return _open(path).eos_token_ids()
-
-
 def _open(path: str) -> Checkpoint:
     if Path(path).is_dir():
         from helix_gateway.runtime.checkpoints.folder import FolderCheckpoint

@@ -2,7 +2,9 @@
 
 `gguf.GGUFReader` makes several numpy views for each element of an array and takes 1.9 s for a vocabulary of 49,152
 tokens and 48,900 merges; this walks the same bytes with `struct` in under 0.1 s.  Follows the GGUF specification,
-versions 2 and 3, both byte orders.  Knows nothing about tokenizers or tensors.
+versions 2 and 3, both byte orders.  Where tensors lie the runtime finds out by a walk of its own
+(`runtime/checkpoints/gguf_file.py`): the two rooms do not see each other, and what they share is the format alone.
+Knows nothing about tokenizers or tensors.
 """
 
 import mmap

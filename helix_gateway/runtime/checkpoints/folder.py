@@ -48,16 +48,6 @@ class FolderCheckpoint:
             ) from error
         return config
 
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """Return what generation_config.json names, else config.json."""
-        path = self.folder / _GENERATION_CONFIG
-        named = read_json(path).get("eos_token_id") if path.is_file() else None
-        if named is None:
-            named = self.config().get_text_config().eos_token_id
-        if named is None:
-            return ()
-        return tuple(named) if isinstance(named, (list, tuple)) else (named,)
-
     def bfloat16_share(self) -> float:
         """Return the share of bfloat16 in the weights' bytes."""
         tensors = self._read().values()

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 _DEFAULT_ROPE_BASE = 10_000.0
 _LLAMA3_LOW_FREQ_FACTOR, _LLAMA3_HIGH_FREQ_FACTOR, _LLAMA3_CONTEXT = 1.0, 4.0, 8192
-_TURN_ENDS = frozenset({"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"})
-_CONTROL_TOKEN, _USER_DEFINED_TOKEN = 3, 4
 # The one size of each Gemma whose queries are scaled by hidden size over heads, not by head size.
 _GEMMA2_27B_BLOCKS, _GEMMA3_27B_BLOCKS = 46, 62
 
@@ -84,28 +82,6 @@ def gguf_config(file: GGUFFile) -> "PreTrainedConfig":
     return config
 
 
-def eos_token_ids(file: GGUFFile) -> tuple[int, ...]:
-    """Return the tokens that end an answer: the file's EOS, and the end of a turn or of a message."""
-    keys = ("eos_token_id", "eot_token_id", "eom_token_id")
-    named = [file.get(f"tokenizer.ggml.{key}") for key in keys]
-    ids = [int(value) for value in named if isinstance(value, int)]
-    if named[1] is None:
-        ids += _turn_ends(file)
-    return tuple(dict.fromkeys(ids))
-
-
-def _turn_ends(file: GGUFFile) -> list[int]:
-    """Many files name only the end of a text, though their chats end at another token; it is known by its name."""
-    tokens = file.get_array("tokenizer.ggml.tokens") or []
-    types = file.get_array("tokenizer.ggml.token_type") or []
-    special = (_CONTROL_TOKEN, _USER_DEFINED_TOKEN)
-    return [
-        index
-        for index, (token, kind) in enumerate(zip(tokens, types, strict=False))
-        if kind in special and token in _TURN_ENDS
-    ]
-
-
 @dataclass(frozen=True, slots=True)
 class _Family:
     config_class: str
@@ -139,7 +115,6 @@ def _common(metadata: Metadata) -> dict[str, Any]:
         raise ModelLoadError(f"{metadata.file.path} has no token embeddings, so it is no whole model.")
     heads = metadata.integer("attention.head_count")
     bos = metadata.file.get("tokenizer.ggml.bos_token_id")
-    ends = list(eos_token_ids(metadata.file))
     return {
         "vocab_size": embedding.shape[0],
         "hidden_size": metadata.integer("embedding_length"),
@@ -152,7 +127,7 @@ def _common(metadata: Metadata) -> dict[str, Any]:
         "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": not metadata.has_tensor("output.weight"),
         "bos_token_id": bos,
-        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "eos_token_id": metadata.file.get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": metadata.file.get("tokenizer.ggml.padding_token_id"),
     }
 

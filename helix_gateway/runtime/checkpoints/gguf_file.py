@@ -3,7 +3,9 @@
 Follows the GGUF specification, version 3 (and 2, which reads the same): a header, key-value pairs, tensor infos,
 then aligned data.  The `gguf` library's own reader makes several numpy arrays for every string of a vocabulary
 (1.6 s for 49,152 tokens; this one takes 0.05 s), so here arrays are stepped over and decoded when asked for.
-Types, block sizes and dequantisation are the library's.  Knows nothing about models.
+Types, block sizes and dequantisation are the library's.  The tokenizer's keys are read by a walk of its own
+(`text/gguf_metadata.py`): the two rooms do not see each other, and what they share is the format alone.  Knows nothing
+about models.
 """
 
 import math

@@ -12,7 +12,7 @@ import gguf
 import torch
 
 from helix_gateway.core.errors import ModelLoadError
-from helix_gateway.runtime.checkpoints.gguf_config import Metadata, eos_token_ids, gguf_config
+from helix_gateway.runtime.checkpoints.gguf_config import Metadata, gguf_config
 from helix_gateway.runtime.checkpoints.gguf_file import GGUFFile
 from helix_gateway.runtime.checkpoints.gguf_tensors import GGUFTensor, Restore, unpermute, unshift
 
@@ -34,10 +34,6 @@ class GGUFCheckpoint:
     def config(self) -> "PreTrainedConfig":
         """Return the configuration that the metadata describes."""
         return self._config
-
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """Return the file's EOS and the ends of a turn or a message."""
-        return eos_token_ids(self._file)
 
     def bfloat16_share(self) -> float:
         """Return the share of bfloat16 in the weights' bytes."""

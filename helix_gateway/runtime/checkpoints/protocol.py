@@ -31,9 +31,6 @@ class Checkpoint(Protocol):
     def config(self) -> "PreTrainedConfig":
         """Return transformers' configuration of the model."""
 
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """Return the ids of the tokens that end an answer, the most usual first."""
-
     def bfloat16_share(self) -> float:
         """Return how much of the weights, by bytes, is stored in bfloat16: 0 to 1."""
 
