@@ -191,7 +191,7 @@ def test_wherever_the_device_is_full_the_engine_is_told_so(error, monkeypatch):
     def full(*arguments):
         raise error
 
-    monkeypatch.setattr(runner._arena, "copy_pages", full)
+    monkeypatch.setattr(runner._pages.arena, "copy_pages", full)
     monkeypatch.setattr(runner, "_compute", full)
     monkeypatch.setattr(runner._sampler, "sample", full)
     monkeypatch.setattr(runner._sampler, "logprobs", full)
