@@ -34,6 +34,7 @@ AFTERWARDS = request("afterwards", range(1, 15), n=2, max_tokens=4, temperature=
 
 
 ALONE = ("StopAfter.feed", "PagedKVCache.commit", "PagedKVCache.fork")
+ALONE += ("Anything.fill_mask", "Anything.advance", "Anything.rollback")
 """Sites that concern one request, once its step has been computed."""
 
 
@@ -52,6 +53,19 @@ class StopAfter:
     def feed(self, token_ids):
         self.left -= len(token_ids)
         return StopMatch(len(token_ids) + self.left, "here") if self.left <= 0 else None
+
+
+class Anything:
+    """A constraint that allows every token."""
+
+    def fill_mask(self, mask):
+        mask[:] = 0xFFFFFFFF
+
+    def advance(self, token_id):
+        pass
+
+    def rollback(self, num_tokens):
+        pass
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +88,9 @@ class Scene:
     """All requests, served with some faults, and what became of them."""
 
     def __init__(self, faults, wanted, num_pages, budget):
-        runner, policy, self.stop = ToyRunner(TWO_GROUPS, num_pages), FixedDepth(2, max_model_len=200), StopAfter()
+        runner, policy = ToyRunner(TWO_GROUPS, num_pages), FixedDepth(2, max_model_len=200)
+        stop, constraint = StopAfter(), Anything()
+        self.hooks = {"stopped": [ChoiceHooks(stop=stop)], "urgent": [ChoiceHooks(constraint=constraint)]}
         drafter = ScriptedDrafter(self.draft)
         self.engine = make_engine(
             num_pages, TWO_GROUPS, budget=budget, runner=runner, drafter=drafter, depth_policy=policy
@@ -88,7 +104,8 @@ class Scene:
         faults.guard(policy, "depth")
         faults.guard(self.engine.cache, "add", "fork", "reserve", "commit")
         faults.guard(self.engine.cache.pool, "allocate", "share")
-        faults.guard(self.stop, "feed")
+        faults.guard(stop, "feed")
+        faults.guard(constraint, "fill_mask", "advance", "rollback")
         faults.watcher = self.take_note
 
     def draft(self, sequence, tokens):
@@ -103,7 +120,7 @@ class Scene:
 
     def serve(self, requests):
         for each in requests:
-            self.engine.submit(each, [ChoiceHooks(stop=self.stop)] if each.request_id == "stopped" else ())
+            self.engine.submit(each, self.hooks.get(each.request_id, ()))
             self.step()
         for _ in range(500):
             if not self.engine.has_work():
@@ -145,7 +162,7 @@ def test_without_faults_everybody_is_answered_and_all_that_can_fail_is_called(wa
     scene, failures = served(faults, wanted, (13, 8))
     assert not failures
     assert scene.engine.num_preemptions > 0
-    assert len(faults.sites) == 13
+    assert len(faults.sites) == 16
 
 
 @rooms
