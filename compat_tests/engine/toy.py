@@ -182,5 +182,9 @@ class ScriptedDrafter:
             tokens = list(sequence.token_ids)
             for _ in range(depth):
                 tokens.append(self.next_token(sequence, tokens))
-            proposals.append(tokens[len(sequence.token_ids) :])
-        return DraftTokens(proposals)
+            proposal = np.array(tokens[len(sequence.token_ids) :], np.int32)
+            proposals.append(DraftTokens(self.name, proposal, np.full(len(proposal), 0.9, np.float32)))
+        return proposals
+
+    def retire(self, sequence):
+        pass

@@ -51,5 +51,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """Lower is served first, and preempted last."""
     cache_salt: str = ""
     """Prefixes are shared only between requests of equal salt."""
+    prediction_token_ids: list[int] = []
+    """What the client expects the answer to be: drafted from, never believed."""
     max_depth: int | None = None
     """Cap on draft tokens a step; None: the engine's own choice, 0: no speculation."""

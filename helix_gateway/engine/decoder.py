@@ -7,7 +7,7 @@ Knows nothing about queues and blocks: it computes what the plan says.
 
 from collections.abc import Sequence as Ordered
 from time import perf_counter
-from typing import Generic
+from typing import Generic, NamedTuple
 
 import numpy as np
 
@@ -16,25 +16,48 @@ from helix_gateway.core.protocols import Logits, ModelRunner
 from helix_gateway.core.step import Int32s, LogprobRows
 from helix_gateway.engine.batch import Window, build_sampling_rows, build_step_batch, lay_out
 from helix_gateway.engine.draft_ledger import DraftLedger
-from helix_gateway.engine.drafters.base import Drafter
+from helix_gateway.engine.depth import DepthPolicy
+from helix_gateway.engine.draft_ledger import DraftLedger
+from helix_gateway.engine.drafters.base import NOTHING, Drafter, DraftTokens
+from helix_gateway.engine.drafters.guarded import GuardedDrafter
 from helix_gateway.engine.kv_cache import PagedKVCache
 from helix_gateway.engine.plan import (
-    ScheduledSequence,
     SequenceOutput,
     SpeculativeOutput,
     StepOutput,
     StepPlan,
     StepTiming,
 )
+from helix_gateway.engine.sequence import Sequence
 from helix_gateway.engine.verification import verify
 
 
-class AdaptiveSpeculativeDecoder(Generic[Logits]):
-    """Runs planned steps of one target model with one drafter."""
+class _Draft(NamedTuple):
+    """One sequence's proposal, and as much of it as is verified."""
 
-    def __init__(self, runner: ModelRunner[Logits], drafter: Drafter, cache: PagedKVCache) -> None:
+    proposed: DraftTokens
+    verified: DraftTokens
+
+
+_NO_DRAFT = _Draft(NOTHING, NOTHING)
+
+
+class AdaptiveSpeculativeDecoder(Generic[Logits]):
+    """Runs planned steps of one target model.
+
+    Args:
+        runner: the target.
+        drafter: who proposes; what it raises costs drafts, never a request.
+        depth_policy: how much of the proposals is verified.
+        cache: where the pages of each sequence are known.
+    """
+
+    def __init__(
+        self, runner: ModelRunner[Logits], drafter: Drafter, depth_policy: DepthPolicy, cache: PagedKVCache
+    ) -> None:
         self._runner = runner
-        self._drafter = drafter
+        self._drafter = GuardedDrafter(drafter)
+        self._depth_policy = depth_policy
         self._cache = cache
         self.ledger = DraftLedger()
 
@@ -46,21 +69,49 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
             ConstraintFailedError: a sequence's constraint raised; the others' step may be planned again.
         """
         began = perf_counter()
-        windows = lay_out(plan.scheduled, self._draft(plan.scheduled))
+        drafts = self._draft(plan)
+        windows = lay_out(plan.scheduled, [verified.token_ids.tolist() for _, verified in drafts])
         drafted = perf_counter()
         batch = build_step_batch(windows, self._cache)
         self._runner.copy_pages(plan.copies)
         logits = self._runner.forward(batch)
         computed = perf_counter()
         outputs = self._choose(windows, logits, batch.logits_rows)
-        self.ledger.count(self._drafter.name, outputs)
         sampled = perf_counter()
+        self._learn(plan, drafts, outputs, sampled - drafted)
         timing = StepTiming(draft_s=drafted - began, forward_s=computed - drafted, sample_s=sampled - computed)
         return SpeculativeOutput(StepOutput(outputs), timing)
 
-    def _draft(self, scheduled: Ordered[ScheduledSequence]) -> list[list[int]]:
-        drafts = self._drafter.propose([entry.sequence for entry in scheduled], [entry.depth for entry in scheduled])
-        return [list(tokens[: entry.depth]) for entry, tokens in zip(scheduled, drafts.token_ids, strict=True)]
+    def retire(self, sequence: Sequence) -> None:
+        """Let drafter and depth policy forget a sequence, which has ended."""
+        self._drafter.retire(sequence)
+        self._depth_policy.retire(sequence)
+
+    def _draft(self, plan: StepPlan) -> list["_Draft"]:
+        """Each scheduled sequence's proposal; where no depth was planned, nobody is asked."""
+        drafts = [_NO_DRAFT] * len(plan.scheduled)
+        wanted = [index for index, entry in enumerate(plan.scheduled) if entry.depth]
+        if not wanted:
+            return drafts
+        sequences = [plan.scheduled[index].sequence for index in wanted]
+        proposed = self._drafter.propose(sequences, [plan.scheduled[index].depth for index in wanted])
+        given = [place for place, draft in enumerate(proposed) if len(draft.token_ids)]
+        depths = self._depth_policy.choose(
+            [sequences[place] for place in given], [proposed[place] for place in given], plan.num_decodes
+        )
+        for place, depth in zip(given, depths, strict=True):
+            drafts[wanted[place]] = _Draft(proposed[place], proposed[place].first(depth))
+        return drafts
+
+    def _learn(self, plan: StepPlan, drafts: list["_Draft"], outputs: list[SequenceOutput], seconds: float) -> None:
+        """Count what came of drafts, and let the depth policy know of it and of what the step cost."""
+        for (proposed, verified), output in zip(drafts, outputs, strict=True):
+            if len(proposed.token_ids):
+                self._depth_policy.learn(output.scheduled.sequence, proposed, np.array(output.token_ids, np.int32))
+            if len(verified.token_ids):
+                self.ledger.count(verified.source, output)
+        if all(entry.num_tokens == 1 for entry in plan.scheduled):
+            self._depth_policy.observe(len(outputs) + sum(output.num_draft_tokens for output in outputs), seconds)
 
     def _choose(self, windows: list[Window], logits: Logits, rows: Int32s) -> list[SequenceOutput]:
         sampled = self._sample(windows, logits, rows)

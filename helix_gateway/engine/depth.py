@@ -1,18 +1,61 @@
 """How many draft tokens a sequence gets at a step.
 
-A policy sees sequences, never tokens' values; the scheduler bounds what it wishes by budget and blocks.
+A policy first bounds what is drafted, from what is known before (the scheduler reserves room for as much), and then
+chooses how much of the drafts is verified.  It sees sequences and confidences, never what tokens mean.
 """
 
+from collections.abc import Sequence as Ordered
 from typing import Protocol
 
+import numba
+import numpy as np
+
+from helix_gateway.core.step import Int32s
+from helix_gateway.engine.acceptance import AcceptanceModel
+from helix_gateway.engine.drafters.base import DraftTokens
 from helix_gateway.engine.sequence import Sequence
+from helix_gateway.engine.step_costs import StepCosts
+
+_WORTH_IT = 1.02
+"""Speculation must promise this much more: costs are estimates, and the plain step is known."""
+_REACH_MARGIN = 4
+_MOST_DRAFT_ROWS = 256
+"""Draft tokens that a whole step has room for: beyond so many rows each costs as much as a step of its own."""
 
 
 class DepthPolicy(Protocol):
     """Chooses depths."""
 
-    def depth(self, sequence: Sequence) -> int:
-        """Most draft tokens worth verifying for the sequence at this step; 0 for none."""
+    def most(self, sequence: Sequence, num_decodes: int) -> int:
+        """Most draft tokens that could be worth verifying for the sequence, in a step of so many decodes."""
+
+    def choose(self, sequences: Ordered[Sequence], drafts: Ordered[DraftTokens], num_decodes: int) -> list[int]:
+        """How much of each draft is verified.
+
+        Args:
+            sequences, drafts: those that have a draft.
+            num_decodes: sequences that get a token in this step, drafted for or not.
+        """
+
+    def learn(self, sequence: Sequence, draft: DraftTokens, choices: Int32s) -> None:
+        """Hear what a sequence got where a draft had been proposed, verified or not."""
+
+    def observe(self, num_rows: int, seconds: float) -> None:
+        """Hear how long a step of decodes and verify windows took."""
+
+    def retire(self, sequence: Sequence) -> None:
+        """Forget a sequence, which has ended."""
+
+
+def _allowed(sequence: Sequence, depth: int, max_model_len: int) -> int:
+    """As much of a depth as the request allows and can still be accepted before its end."""
+    request = sequence.request
+    # The step yields one token more than the drafts it accepts.
+    left = max_model_len - len(sequence.token_ids) - 1
+    if request.sampling.max_tokens is not None:
+        left = min(left, request.sampling.max_tokens - sequence.num_output_tokens - 1)
+    wished = depth if request.max_depth is None else min(depth, request.max_depth)
+    return max(0, min(wished, left))
 
 
 class FixedDepth:
@@ -27,12 +70,106 @@ class FixedDepth:
         self._depth = depth
         self._max_model_len = max_model_len
 
-    def depth(self, sequence: Sequence) -> int:
-        """The fixed depth, or as much of it as can still be accepted."""
-        request = sequence.request
-        # The step yields one token more than the drafts it accepts.
-        left = self._max_model_len - len(sequence.token_ids) - 1
-        if request.sampling.max_tokens is not None:
-            left = min(left, request.sampling.max_tokens - sequence.num_output_tokens - 1)
-        wished = self._depth if request.max_depth is None else min(self._depth, request.max_depth)
-        return max(0, min(wished, left))
+    def most(self, sequence: Sequence, num_decodes: int) -> int:
+        """See `DepthPolicy`."""
+        return _allowed(sequence, self._depth, self._max_model_len)
+
+    def choose(self, sequences: Ordered[Sequence], drafts: Ordered[DraftTokens], num_decodes: int) -> list[int]:
+        """All of it."""
+        return [len(draft.token_ids) for draft in drafts]
+
+    def learn(self, sequence: Sequence, draft: DraftTokens, choices: Int32s) -> None:
+        """Nothing changes it."""
+
+    def observe(self, num_rows: int, seconds: float) -> None:
+        """Nothing changes it."""
+
+    def retire(self, sequence: Sequence) -> None:
+        """Nothing is kept of a sequence."""
+
+
+class AdaptiveDepth:
+    """The depths that bring the most tokens a second over the whole batch.
+
+    A draft token is worth the chance that it is accepted (`AcceptanceModel`), and costs what one row more costs
+    (`StepCosts`).  Chances fall along a draft, so for any number of rows the best are the likeliest tokens of all
+    drafts, and the best number is found by trying each: the choice is the optimum, for any costs.
+
+    Args:
+        costs: of a step, by rows.
+        max_depth: most draft tokens a sequence gets at a step.
+        max_model_len: tokens that prompt and output may have together.
+        min_depth: verified at least, where a draft has as many; for those who test.
+    """
+
+    def __init__(self, costs: StepCosts, *, max_depth: int, max_model_len: int, min_depth: int = 0) -> None:
+        self._costs = costs
+        self._max_depth = max_depth
+        self._min_depth = min_depth
+        self._max_model_len = max_model_len
+        self._acceptance = AcceptanceModel()
+
+    def most(self, sequence: Sequence, num_decodes: int) -> int:
+        """As much as is allowed, or nothing where even a draft that is right throughout would not pay."""
+        depth = _allowed(sequence, self._max_depth, self._max_model_len)
+        if not depth or self._min_depth:
+            return depth
+        # Room is reserved for what is drafted: no more than lately proved right, and some.
+        depth = min(depth, _REACH_MARGIN + int(2 * self._acceptance.reach(sequence.key)))
+        depth = min(depth, max(_REACH_MARGIN, _MOST_DRAFT_ROWS // max(1, num_decodes)))
+        return depth if self._could_pay(num_decodes, depth) else 0
+
+    def _could_pay(self, num_decodes: int, depth: int) -> bool:
+        plain = max(1, num_decodes) / self._costs.seconds_for(max(1, num_decodes))
+        deep = max(1, num_decodes) + depth
+        return deep / self._costs.seconds_for(deep) > plain * _WORTH_IT
+
+    def choose(self, sequences: Ordered[Sequence], drafts: Ordered[DraftTokens], num_decodes: int) -> list[int]:
+        """See `DepthPolicy`."""
+        chances = self._acceptance.probabilities([sequence.key for sequence in sequences], drafts)
+        depths = _best_depths(chances, num_decodes, self._costs.rows, self._costs.seconds, _WORTH_IT)
+        least = [min(self._min_depth, len(draft.token_ids)) for draft in drafts]
+        return [max(int(depth), floor) for depth, floor in zip(depths, least, strict=True)]
+
+    def learn(self, sequence: Sequence, draft: DraftTokens, choices: Int32s) -> None:
+        """See `DepthPolicy`."""
+        self._acceptance.learn(sequence.key, draft, choices)
+
+    def observe(self, num_rows: int, seconds: float) -> None:
+        """See `DepthPolicy`."""
+        self._costs.observe(num_rows, seconds)
+
+    def retire(self, sequence: Sequence) -> None:
+        """See `DepthPolicy`."""
+        self._acceptance.forget(sequence.key)
+
+
+@numba.njit(cache=True)
+def _best_depths(chances, num_decodes, knots, seconds, worth_it):
+    """Depths [num_drafts] with the most expected tokens a second; all 0 where that is not worth it.
+
+    Args:
+        chances: float64 [num_drafts, longest draft], falling along each row, 0 behind a draft's end.
+        num_decodes: tokens that the step yields and rows that it has without drafts.
+        knots, seconds: costs by rows.
+    """
+    num_drafts, longest = chances.shape
+    depths = np.zeros(num_drafts, np.int64)
+    best_depths = np.zeros(num_drafts, np.int64)
+    tokens = float(num_decodes)
+    best_rate = worth_it * tokens / np.interp(float(num_decodes), knots, seconds)
+    for rows in range(num_decodes + 1, num_decodes + 1 + num_drafts * longest):
+        likeliest = -1
+        chance = 0.0
+        for draft in range(num_drafts):
+            if depths[draft] < longest and chances[draft, depths[draft]] > chance:
+                likeliest, chance = draft, chances[draft, depths[draft]]
+        if likeliest < 0:
+            break
+        depths[likeliest] += 1
+        tokens += chance
+        rate = tokens / np.interp(float(rows), knots, seconds)
+        if rate > best_rate:
+            best_rate = rate
+            best_depths[:] = depths
+    return best_depths

@@ -3,7 +3,6 @@
 Counts what verification kept; knows nothing about how drafts are made or how deep they should be.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from helix_gateway.core.stats import DraftCounts
@@ -39,12 +38,10 @@ class DraftLedger:
     def __init__(self) -> None:
         self._accounts: dict[str, _Account] = {}
 
-    def count(self, drafter: str, outputs: Iterable[SequenceOutput]) -> None:
-        """Take one step's outputs; those without drafts count nothing."""
-        for output in outputs:
-            if output.num_draft_tokens:
-                account = self._accounts.setdefault(drafter, _Account())
-                account.add(output.num_draft_tokens, len(output.token_ids) - 1)
+    def count(self, source: str, output: SequenceOutput) -> None:
+        """Take one verified draft's outcome."""
+        account = self._accounts.setdefault(source, _Account())
+        account.add(output.num_draft_tokens, len(output.token_ids) - 1)
 
     def counts(self) -> dict[str, DraftCounts]:
         """All accounts as they stand."""

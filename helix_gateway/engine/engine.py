@@ -89,14 +89,15 @@ class Engine(Generic[Logits]):
         self._limits = limits
         self._vocab_size = runner.vocab_size
         self._eos_token_ids = eos_token_ids
+        policy = depth_policy or FixedDepth(0, max_model_len=self.max_model_len)
         self._scheduler = Scheduler(
             self.cache,
             runner.kv_groups,
             limits.max_num_seqs,
-            depth_policy or FixedDepth(0, max_model_len=self.max_model_len),
+            policy,
         )
         self._budget = StepBudget(limits.max_num_batched_tokens)
-        self._decoder = AdaptiveSpeculativeDecoder(runner, drafter or NoDrafter(), self.cache)
+        self._decoder = AdaptiveSpeculativeDecoder(runner, drafter or NoDrafter(), policy, self.cache)
         self._sequences: dict[str, list[Sequence]] = {}
         self._forks: dict[str, list[Sequence]] = {}
         self._arrivals = count()
@@ -291,6 +292,7 @@ class Engine(Generic[Logits]):
     def _retire(self, sequence: Sequence, reason: FinishReason) -> None:
         self._scheduler.drop(sequence)
         sequence.finish_reason = reason
+        self._decoder.retire(sequence)
         siblings = self._sequences[sequence.request.request_id]
         siblings.remove(sequence)
         if not siblings:
@@ -307,6 +309,7 @@ class Engine(Generic[Logits]):
         for sequence in self._sequences.pop(request_id, ()):
             self._scheduler.drop(sequence)
             sequence.finish_reason = reason
+            self._decoder.retire(sequence)
             self._events.append(
                 TokenEvent(
                     request_id=request_id,

@@ -42,6 +42,11 @@ class StepPlan:
         """Most tokens that the step computes, drafts included."""
         return sum(entry.num_tokens + entry.depth for entry in self.scheduled)
 
+    @property
+    def num_decodes(self) -> int:
+        """Sequences that get a token in this step."""
+        return sum(entry.samples for entry in self.scheduled)
+
     def writes(self) -> list[Write]:
         """The positions that get their KV in this step."""
         return [

@@ -122,7 +122,7 @@ class Scheduler:
         share = max(1, step.budget // 2) if self.waiting else step.budget
         num_tokens = min(sequence.num_pending_tokens, share)
         reaches_end = num_tokens == sequence.num_pending_tokens
-        depth = min(self._depth_policy.depth(sequence), step.budget - num_tokens) if reaches_end else 0
+        depth = self._depth(sequence, step.budget - num_tokens) if reaches_end else 0
         while True:
             try:
                 copies = self._cache.reserve(sequence.key, start, start + num_tokens + depth)
@@ -134,6 +134,9 @@ class Scheduler:
             else:
                 step.add(ScheduledSequence(sequence, start, num_tokens, depth), copies)
                 return
+
+    def _depth(self, sequence: Sequence, budget: int) -> int:
+        return min(self._depth_policy.most(sequence, len(self.running)), budget)
 
     def _preempt_last(self, step: "_StepInMaking") -> Sequence:
         victim = self._last_holder()

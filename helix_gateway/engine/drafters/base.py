@@ -7,24 +7,37 @@ from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
+from helix_gateway.core.step import Float32s, Int32s
 from helix_gateway.engine.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
 class DraftTokens:
-    """Proposals for some sequences, ragged: as many for each as the drafter cared to make, up to its depth."""
+    """How one sequence may go on, as far as its drafter cared to say."""
 
-    token_ids: list[list[int]]
-    confidences: list[list[float]] | None = None
-    """The drafter's own probability for each token; steers depth, never acceptance."""
+    source: str
+    """What its acceptance is learned and counted under: the drafter, or which of its sources."""
+    token_ids: Int32s
+    """[num_draft_tokens], up to the depth asked for."""
+    confidences: Float32s
+    """[num_draft_tokens], the drafter's own probability for each token if those before it are right; steers depth,
+    never acceptance."""
+
+    def first(self, count: int) -> "DraftTokens":
+        """The first ``count`` of them."""
+        return DraftTokens(self.source, self.token_ids[:count], self.confidences[:count])
+
+
+NOTHING = DraftTokens("none", np.empty(0, np.int32), np.empty(0, np.float32))
 
 
 class Drafter(Protocol):
     """Proposes how sequences may go on."""
 
-    @property
-    def name(self) -> str:
-        """What its work is counted under."""
+    def propose(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> list[DraftTokens]:
+        """Up to ``depths[i]`` tokens to follow ``sequences[i].token_ids``, for each i; every depth is above 0."""
 
-    def propose(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> DraftTokens:
-        """Up to ``depths[i]`` tokens to follow ``sequences[i].token_ids``, for each i."""
+    def retire(self, sequence: Sequence) -> None:
+        """Forget a sequence, which has ended; nothing happens if it was never drafted for."""

@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence as Ordered
 
-from helix_gateway.engine.drafters.base import DraftTokens
+from helix_gateway.engine.drafters.base import NOTHING, DraftTokens
 from helix_gateway.engine.sequence import Sequence
 
 
 class NoDrafter:
     """Proposes nothing, for any sequence."""
 
-    name = "none"
-
-    def propose(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> DraftTokens:
+    def propose(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> list[DraftTokens]:
         """Empty proposals."""
-        return DraftTokens([[] for _ in sequences])
+        return [NOTHING for _ in sequences]
+
+    def retire(self, sequence: Sequence) -> None:
+        """Nothing is kept of a sequence."""

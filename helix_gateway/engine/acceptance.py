@@ -1,0 +1,148 @@
+"""How likely draft tokens are to be accepted, learned from what became of earlier ones.
+
+A drafter's confidence is only its own opinion.  For each source of drafts the share really accepted is counted by
+confidence and by place in the window (older counts fade), and for each sequence how it did against what was expected of
+it.  Drafts that were not verified teach too: the token sampled where verification ended shows whether the next one
+would have been right, so nothing has to be tried only to learn.  Compiled, since it runs at every step.  Knows nothing
+about costs.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from helix_gateway.core.step import Float32s, Int32s
+from helix_gateway.engine.drafters.base import DraftTokens
+
+Float64s = npt.NDArray[np.float64]
+
+_CONFIDENCES = 12
+"""Cells for confidence, as many for the upper half as for the lower."""
+_PLACES = 4
+"""Cells for the place in the window: the first, the next two, the next four, the rest."""
+_PRIOR = 4.0
+"""Observations that the drafter's own confidence counts for."""
+_MEMORY = 300.0
+"""Observations after which an older one has faded to a third."""
+_SEQUENCE_PRIOR = 3.0
+_SEQUENCE_MEMORY = 24.0
+_MOST = 0.995
+_FIRST_REACH = 16.0
+"""Of a sequence that is new: generous, since a long draft that is right is worth most."""
+_REACH_RATE = 0.2
+
+
+@dataclass(slots=True)
+class _Record:
+    """What one sequence's drafts brought, and what had been expected of them."""
+
+    accepted: float = 0.0
+    expected: float = 0.0
+    reach: float = _FIRST_REACH
+    """How many tokens of a proposal are right before the first wrong one, on a fading average."""
+
+    @property
+    def factor(self) -> float:
+        return (self.accepted + _SEQUENCE_PRIOR) / (self.expected + _SEQUENCE_PRIOR)
+
+
+class AcceptanceModel:
+    """Probabilities for draft tokens, by source and by sequence."""
+
+    def __init__(self) -> None:
+        self._sources: dict[str, int] = {}
+        self._accepted = np.empty((0, _CONFIDENCES, _PLACES))
+        self._seen = np.empty((0, _CONFIDENCES, _PLACES))
+        self._records: dict[Hashable, _Record] = {}
+
+    def probabilities(self, keys: Sequence[Hashable], drafts: Sequence[DraftTokens]) -> Float64s:
+        """[num_drafts, longest draft]: that the token is accepted and all before it are; 0 behind a draft's end."""
+        lengths = np.array([len(draft.token_ids) for draft in drafts], np.int64)
+        confidences = np.zeros((len(drafts), int(lengths.max(initial=0))), np.float32)
+        for row, draft in zip(confidences, drafts, strict=True):
+            row[: len(draft.confidences)] = draft.confidences
+        sources = np.array([self._source(draft.source) for draft in drafts], np.int64)
+        factors = np.array([self._records[key].factor if key in self._records else 1.0 for key in keys])
+        return np.asarray(_chained(self._accepted, self._seen, sources, factors, lengths, confidences))
+
+    def learn(self, key: Hashable, draft: DraftTokens, choices: Int32s) -> None:
+        """Take what the target chose where the draft stood.
+
+        Args:
+            draft: as it was proposed, tokens that were not verified included.
+            choices: the tokens that the sequence got, at least one.
+        """
+        record = self._records.setdefault(key, _Record())
+        source = self._source(draft.source)
+        accepted, expected = _learn(
+            self._accepted[source], self._seen[source], draft.token_ids, draft.confidences, choices
+        )
+        kept = np.exp(-1.0 / _SEQUENCE_MEMORY) ** min(len(choices), len(draft.token_ids))
+        record.accepted = record.accepted * kept + accepted
+        record.expected = record.expected * kept + expected
+        record.reach += _REACH_RATE * (accepted - record.reach)
+
+    def reach(self, key: Hashable) -> float:
+        """How many tokens of a sequence's proposals were right lately."""
+        record = self._records.get(key)
+        return _FIRST_REACH if record is None else record.reach
+
+    def forget(self, key: Hashable) -> None:
+        """A sequence has ended."""
+        self._records.pop(key, None)
+
+    def _source(self, name: str) -> int:
+        number = self._sources.get(name)
+        if number is None:
+            number = self._sources[name] = len(self._sources)
+            middles = (np.arange(_CONFIDENCES) + 0.5) / _CONFIDENCES
+            prior = np.repeat(_PRIOR * _confidence_of(middles)[:, None], _PLACES, axis=1)
+            self._accepted = np.concatenate([self._accepted, prior[None]])
+            self._seen = np.concatenate([self._seen, np.full((1, _CONFIDENCES, _PLACES), _PRIOR)])
+        return number
+
+
+def _confidence_of(scale: Float64s) -> Float64s:
+    """The inverse of `_cell`'s scale: finer near certainty, where a little makes a long draft."""
+    return 1.0 - (1.0 - scale) ** 2
+
+
+@numba.njit(cache=True)
+def _cell(confidence, place):
+    scale = 1.0 - np.sqrt(max(0.0, 1.0 - confidence))
+    column = 0 if place == 0 else (1 if place < 3 else (2 if place < 7 else 3))
+    return min(_CONFIDENCES - 1, int(scale * _CONFIDENCES)), column
+
+
+@numba.njit(cache=True)
+def _chained(accepted, seen, sources, factors, lengths, confidences):
+    chained = np.zeros(confidences.shape)
+    for draft in range(len(lengths)):
+        reached = 1.0
+        for place in range(lengths[draft]):
+            row, column = _cell(confidences[draft, place], place)
+            share = accepted[sources[draft], row, column] / seen[sources[draft], row, column]
+            reached *= min(_MOST, share * factors[draft])
+            chained[draft, place] = reached
+    return chained
+
+
+@numba.njit(cache=True)
+def _learn(accepted, seen, token_ids, confidences, choices):
+    """Count each draft token that the choices tell about; how many were right, and how many were expected to be."""
+    right = 0.0
+    expected = 0.0
+    fade = np.exp(-1.0 / _MEMORY)
+    for place in range(min(len(choices), len(token_ids))):
+        row, column = _cell(confidences[place], place)
+        agrees = choices[place] == token_ids[place]
+        expected += min(_MOST, accepted[row, column] / seen[row, column])
+        accepted[row, column] = accepted[row, column] * fade + agrees
+        seen[row, column] = seen[row, column] * fade + 1.0
+        right += agrees
+        if not agrees:
+            break
+    return right, expected

@@ -1,0 +1,56 @@
+"""A drafter whose faults are nobody's trouble: a sequence that it raises for goes on without it.
+
+Drafts are a convenience; a request must not fail for want of one.
+"""
+
+from collections.abc import Sequence as Ordered
+
+import structlog
+
+from helix_gateway.core.errors import OutOfMemoryError
+from helix_gateway.engine.drafters.base import NOTHING, Drafter, DraftTokens
+from helix_gateway.engine.sequence import Sequence, SequenceKey
+
+log = structlog.get_logger(__name__)
+
+
+class GuardedDrafter:
+    """`Drafter` around another."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self._drafter = drafter
+        self._switched_off: set[SequenceKey] = set()
+
+    def propose(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> list[DraftTokens]:
+        """See `Drafter`.  Raises OutOfMemoryError as the drafter does: the step is made smaller for that."""
+        drafts = [NOTHING for _ in sequences]
+        served = [index for index, sequence in enumerate(sequences) if sequence.key not in self._switched_off]
+        if served:
+            proposed = self._propose([sequences[index] for index in served], [depths[index] for index in served])
+            for index, draft in zip(served, proposed, strict=True):
+                drafts[index] = draft.first(depths[index])
+        return drafts
+
+    def _propose(self, sequences: list[Sequence], depths: list[int]) -> list[DraftTokens]:
+        try:
+            return self._drafter.propose(sequences, depths)
+        except OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, plain decoding does without
+            if len(sequences) > 1:
+                # One of them is to blame; the others keep their drafts.
+                pairs = zip(sequences, depths, strict=True)
+                return [draft for sequence, depth in pairs for draft in self._propose([sequence], [depth])]
+            self._switched_off.add(sequences[0].key)
+            log.warning(
+                "drafter_switched_off", request_id=sequences[0].request.request_id, reason=repr(error), exc_info=error
+            )
+            return [NOTHING]
+
+    def retire(self, sequence: Sequence) -> None:
+        """See `Drafter`."""
+        self._switched_off.discard(sequence.key)
+        try:
+            self._drafter.retire(sequence)
+        except Exception:
+            log.exception("drafter_failed_to_forget", request_id=sequence.request.request_id)

@@ -1,0 +1,124 @@
+"""Drafts from text that is known already: this sequence's own, the request's prediction, earlier answers.
+
+Prompt lookup is its simplest case.  Each source finds the longest end of the sequence that it has seen before and says
+how that went on, with a share for each token (`suffix_automaton.py`, `prediction.py`); for each sequence the source
+whose draft is expected to be accepted farthest is taken.  No model runs.  Catching up with tokens that came since is
+done when a draft is wanted, so a sequence that is never drafted for costs nothing.
+"""
+
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from helix_gateway.core.event import FinishReason
+from helix_gateway.engine.drafters.base import DraftTokens
+from helix_gateway.engine.drafters.output_store import STORE_TOKENS, OutputStores
+from helix_gateway.engine.drafters.prediction import Prediction
+from helix_gateway.engine.drafters.suffix_automaton import Float32s, Int32s, Match, SuffixAutomaton
+from helix_gateway.engine.sequence import Sequence, SequenceKey
+
+_LOOKED_BACK = 64
+"""Tokens from which a reader finds its place in a text that it has not read before."""
+_LEARNED_FROM: tuple[FinishReason, ...] = ("stop", "length")
+
+
+class SuffixDrafter:
+    """`engine.drafters.base.Drafter` over suffix automata.
+
+    Args:
+        store_tokens: earlier answers remembered for each cache salt; 0 for none.
+    """
+
+    name = "suffix"
+
+    def __init__(self, *, store_tokens: int = STORE_TOKENS) -> None:
+        self._stores = OutputStores(store_tokens) if store_tokens else None
+        self._readers: dict[SequenceKey, _Reader] = {}
+
+    def propose(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> list[DraftTokens]:
+        """See `Drafter`."""
+        return [self._draft(sequence, depth) for sequence, depth in zip(sequences, depths, strict=True)]
+
+    def _draft(self, sequence: Sequence, depth: int) -> DraftTokens:
+        reader = self._readers.get(sequence.key)
+        if reader is None:
+            reader = self._readers[sequence.key] = _Reader(np.array(sequence.request.prediction_token_ids, np.int32))
+        store = self._stores.of(sequence.request.cache_salt).generations() if self._stores else ()
+        reader.catch_up(sequence, store)
+        return reader.best_draft(depth)
+
+    def retire(self, sequence: Sequence) -> None:
+        """See `Drafter`; an answer that came to its end may help later ones."""
+        self._readers.pop(sequence.key, None)
+        if self._stores and sequence.finish_reason in _LEARNED_FROM:
+            output = sequence.token_ids[sequence.num_prompt_tokens :]
+            self._stores.add(sequence.request.cache_salt, output)
+
+
+@dataclass(slots=True)
+class _Place:
+    """Where a reader stands in one generation of a store."""
+
+    automaton: SuffixAutomaton
+    match: Match
+
+
+@dataclass(slots=True)
+class _Reader:
+    """One sequence beside all sources."""
+
+    prediction_token_ids: Int32s
+    own: SuffixAutomaton = field(default_factory=SuffixAutomaton)
+    prediction: Prediction | None = None
+    places: list[_Place] = field(default_factory=list)
+    num_read: int = 0
+    _seen: Match = field(default_factory=Match)
+    """The longest end of the sequence that stands in it twice."""
+
+    def catch_up(self, sequence: Sequence, store: Ordered[SuffixAutomaton]) -> None:
+        """Read the tokens that have come since the last time."""
+        new = sequence.token_ids[self.num_read :]
+        self._read_prediction(sequence)
+        self.num_read += len(new)
+        new_ids = np.array(new, np.int32)
+        self._seen = self.own.append(new_ids)
+        known = {id(place.automaton): place for place in self.places}
+        tail = np.array(sequence.token_ids[-_LOOKED_BACK:], np.int32)
+        self.places = [
+            _Place(automaton, automaton.read(known[id(automaton)].match, new_ids))
+            if id(automaton) in known
+            else _Place(automaton, automaton.read(Match(), tail))
+            for automaton in store
+        ]
+
+    def _read_prediction(self, sequence: Sequence) -> None:
+        if not len(self.prediction_token_ids):
+            return
+        if self.prediction is None:
+            self.prediction = Prediction(self.prediction_token_ids)
+        first_new = max(self.num_read, sequence.num_prompt_tokens)
+        num_new = len(sequence.token_ids) - first_new
+        if num_new > 0:
+            looked_at = sequence.token_ids[max(sequence.num_prompt_tokens, first_new - _LOOKED_BACK) :]
+            self.prediction.read(np.array(looked_at, np.int32), num_new)
+
+    def best_draft(self, depth: int) -> DraftTokens:
+        """Of all sources' drafts the one of which most tokens are expected to be accepted."""
+        drafts = [_written("suffix", self.own, self._seen, depth)]
+        drafts += [_written("store", place.automaton, place.match, depth) for place in self.places]
+        if self.prediction is not None:
+            token_ids, confidences = np.empty(depth, np.int32), np.empty(depth, np.float32)
+            count = self.prediction.follow(token_ids, confidences)
+            drafts.append(DraftTokens("prediction", token_ids[:count], confidences[:count]))
+        return max(drafts, key=_expected_tokens)
+
+
+def _written(source: str, automaton: SuffixAutomaton, match: Match, depth: int) -> DraftTokens:
+    token_ids, confidences = np.empty(depth, np.int32), np.empty(depth, np.float32)
+    count = automaton.follow(match, token_ids, confidences)
+    return DraftTokens(source, token_ids[:count], confidences[:count])
+
+
+def _expected_tokens(draft: DraftTokens) -> float:
+    return float(np.multiply.accumulate(draft.confidences).sum())
