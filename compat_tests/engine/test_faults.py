@@ -101,7 +101,7 @@ class Scene:
         """Requests that the engine was at work on when something failed."""
         faults.guard(runner, "copy_pages", "forward", "sample", "logprobs")
         faults.guard(drafter, "propose")
-        faults.guard(policy, "depth")
+        faults.guard(policy, "most", "choose")
         faults.guard(self.engine.cache, "add", "fork", "reserve", "commit")
         faults.guard(self.engine.cache.pool, "allocate", "share")
         faults.guard(stop, "feed")
@@ -162,7 +162,7 @@ def test_without_faults_everybody_is_answered_and_all_that_can_fail_is_called(wa
     scene, failures = served(faults, wanted, (13, 8))
     assert not failures
     assert scene.engine.num_preemptions > 0
-    assert len(faults.sites) == 16
+    assert len(faults.sites) == 17
 
 
 @rooms
@@ -187,7 +187,8 @@ def test_memory_that_stays_short_fails_everybody_with_a_clear_error_and_serves_a
 def test_a_fault_anywhere_fails_those_at_work_and_nobody_else(wanted, room):
     for faults in every_fault(lambda: ZeroDivisionError("a fault")):
         scene, failures = served(faults, wanted, room)
-        assert bool(failures) == bool(faults.raised)
+        # Without a draft a sequence goes on plainly.
+        assert bool(failures) == bool(faults.raised and faults.raised[0] != "ScriptedDrafter.propose")
         assert failures.keys() <= scene.concerned
         assert all("ZeroDivisionError" in last.error for last in failures.values())
         assert all(last.error_kind == "failed" for last in failures.values())
