@@ -95,7 +95,7 @@ def test_everybody_gets_what_they_would_get_alone(
         max_num_seqs=max_num_seqs,
         enable_prefix_caching=caching,
         drafter=ScriptedDrafter(lambda sequence, tokens: dice.randrange(VOCAB)),
-        depth_policy=FixedDepth(depth, max_model_len=200),
+        depth_policy=FixedDepth(depth),
     )
     answers = Answers()
     for wanted in wanted_requests:
@@ -127,9 +127,7 @@ def test_good_drafts_are_accepted_and_change_nothing(drawn, groups, depth, error
         known = len(tokens) < len(future) and dice.random() >= error_rate
         return future[len(tokens)] if known else dice.randrange(VOCAB)
 
-    engine = make_engine(
-        400, groups, budget=64, drafter=ScriptedDrafter(oracle), depth_policy=FixedDepth(depth, max_model_len=200)
-    )
+    engine = make_engine(400, groups, budget=64, drafter=ScriptedDrafter(oracle), depth_policy=FixedDepth(depth))
     for request_ in make_requests(drawn):
         engine.submit(request_)
     answers = drain(engine)
@@ -156,7 +154,7 @@ def test_noise_is_counted_by_the_place_where_the_token_will_stand(length, budget
     prompt, options = list(range(1, 1 + length)), {"seed": 7, "temperature": 1.5}
     wanted = [reference_tokens(prompt, choice, count=9, **options) for choice in range(2)]
     drafter = ScriptedDrafter(lambda sequence, tokens: (prompt + wanted[sequence.index] + [1] * 9)[len(tokens)])
-    engine = make_engine(budget=budget, drafter=drafter, depth_policy=FixedDepth(depth, max_model_len=200))
+    engine = make_engine(budget=budget, drafter=drafter, depth_policy=FixedDepth(depth))
     for again in range(2):  # the second time out of the prefix cache
         engine.submit(request(f"r{again}", prompt, n=2, max_tokens=9, ignore_eos=True, **options))
         answers = drain(engine)
@@ -276,7 +274,7 @@ class StopAt:
 def test_a_stop_condition_ends_a_sequence_inside_a_window(depth):
     plain = alone(request("r", [1, 2], ignore_eos=True))["r", 0].token_ids
     drafter = ScriptedDrafter(lambda sequence, tokens: plain[(len(tokens) - 2) % 8])
-    engine = make_engine(drafter=drafter, depth_policy=FixedDepth(depth, max_model_len=200))
+    engine = make_engine(drafter=drafter, depth_policy=FixedDepth(depth))
     engine.submit(request("r", [1, 2], ignore_eos=True), [ChoiceHooks(stop=StopAt(3))])
     answer = drain(engine)["r", 0]
     assert answer.token_ids == plain[:3]

@@ -88,7 +88,7 @@ class Scene:
     """All requests, served with some faults, and what became of them."""
 
     def __init__(self, faults, wanted, num_pages, budget):
-        runner, policy = ToyRunner(TWO_GROUPS, num_pages), FixedDepth(2, max_model_len=200)
+        runner, policy = ToyRunner(TWO_GROUPS, num_pages), FixedDepth(2)
         stop, constraint = StopAfter(), Anything()
         self.hooks = {"stopped": [ChoiceHooks(stop=stop)], "urgent": [ChoiceHooks(constraint=constraint)]}
         drafter = ScriptedDrafter(self.draft)

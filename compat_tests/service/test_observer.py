@@ -102,7 +102,7 @@ def test_drafts_are_counted_by_drafter_and_by_position(depth):
         return plain[place] if right[place] else (plain[place] + 1) % VOCAB
 
     drafter = ScriptedDrafter(draft, name="half-right")
-    observed = Observed(drafter=drafter, depth_policy=FixedDepth(depth, max_model_len=200))
+    observed = Observed(drafter=drafter, depth_policy=FixedDepth(depth))
     observed.engine.submit(request("r", [1, 2], ignore_eos=True, max_tokens=30))
     accepted_by_hand, drafted_by_hand, windows = [0] * depth, 0, 0
     answers = Answers()
@@ -130,7 +130,7 @@ def test_counters_of_a_new_engine_are_added_to_those_of_the_one_that_died():
     def right(sequence, tokens):
         return 3
 
-    options = {"drafter": ScriptedDrafter(right), "depth_policy": FixedDepth(2, max_model_len=48)}
+    options = {"drafter": ScriptedDrafter(right), "depth_policy": FixedDepth(2)}
     crowd = {"num_pages": 14, "max_model_len": 48, "max_num_seqs": 16}
     before = Observed(**options, **crowd)
     for i in range(16):

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from helix_gateway.cli.sizes import parse_size
 from helix_gateway.gateway.settings import GatewaySettings
-from helix_gateway.service.settings import DeviceName, DTypeName, EngineSettings
+from helix_gateway.service.settings import MAX_DEPTH, DeviceName, DTypeName, EngineSettings, SpeculationName
 from helix_gateway.telemetry.settings import LogFormat, LogLevel, LogSettings
 
 _ENGINE = EngineSettings(model_path="")
@@ -137,6 +137,15 @@ class ServeSettings(BaseModel):
         "Sequences that may wait for their turn; more are refused with a 429.",
         ge=0,
         le=1_000_000,
+    )
+    speculation: SpeculationName = _setting(
+        _ENGINE.speculation,
+        "Who drafts tokens that are then verified together: `auto` whoever pays, `suffix` only what is read off known "
+        "text, `off` nobody. It never changes an answer.",
+    )
+    max_depth: int = _setting(_ENGINE.max_depth, "Most tokens drafted for a sequence at a step.", ge=0, le=MAX_DEPTH)
+    min_depth: int = _setting(
+        _ENGINE.min_depth, "Drafted tokens verified at least, whether it pays or not; for tests.", ge=0, le=MAX_DEPTH
     )
     rate_limit: int | None = _setting(
         None, "Requests a minute for each key (for all together where no key is set).", unset="none", ge=1

@@ -40,6 +40,9 @@ class SequenceMetrics(msgspec.Struct, frozen=True, kw_only=True):
     num_preemptions: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    accepted_prediction_tokens: int = 0
+    """Of the accepted ones those that came from the request's prediction."""
+    rejected_prediction_tokens: int = 0
 
 
 class SequenceStart(msgspec.Struct, frozen=True, kw_only=True):

@@ -18,6 +18,7 @@ def check_request(request: Request, vocab_size: int) -> None:
     if not request.prompt_token_ids:
         raise InvalidRequestError("The prompt is empty; it needs at least one token.", param="prompt")
     _check_ids("prompt", request.prompt_token_ids, vocab_size)
+    _check_ids("prediction", request.prediction_token_ids, vocab_size)
     _check_ids("logit_bias", params.logit_bias, vocab_size)
     _check_ids("stop_token_ids", params.stop_token_ids, vocab_size)
     for word in params.bad_words:

@@ -109,6 +109,7 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
             if len(proposed.token_ids):
                 self._depth_policy.learn(output.scheduled.sequence, proposed, np.array(output.token_ids, np.int32))
             if len(verified.token_ids):
+                output.draft_source = verified.source
                 self.ledger.count(verified.source, output)
         if all(entry.num_tokens == 1 for entry in plan.scheduled):
             self._depth_policy.observe(len(outputs) + sum(output.num_draft_tokens for output in outputs), seconds)

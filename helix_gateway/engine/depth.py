@@ -19,8 +19,8 @@ from helix_gateway.engine.step_costs import StepCosts
 _WORTH_IT = 1.02
 """Speculation must promise this much more: costs are estimates, and the plain step is known."""
 _REACH_MARGIN = 4
-_MOST_DRAFT_ROWS = 256
-"""Draft tokens that a whole step has room for: beyond so many rows each costs as much as a step of its own."""
+_MOST_DRAFT_ROWS = 96
+"""Draft tokens that a whole step has room for: prompts need the rest of its budget."""
 
 
 class DepthPolicy(Protocol):
@@ -47,32 +47,19 @@ class DepthPolicy(Protocol):
         """Forget a sequence, which has ended."""
 
 
-def _allowed(sequence: Sequence, depth: int, max_model_len: int) -> int:
-    """As much of a depth as the request allows and can still be accepted before its end."""
-    request = sequence.request
-    # The step yields one token more than the drafts it accepts.
-    left = max_model_len - len(sequence.token_ids) - 1
-    if request.sampling.max_tokens is not None:
-        left = min(left, request.sampling.max_tokens - sequence.num_output_tokens - 1)
-    wished = depth if request.max_depth is None else min(depth, request.max_depth)
-    return max(0, min(wished, left))
-
-
 class FixedDepth:
-    """The same depth for every sequence at every step, as far as its request and its end allow.
+    """The same depth for every sequence at every step.
 
     Args:
         depth: draft tokens a step.
-        max_model_len: tokens that prompt and output may have together.
     """
 
-    def __init__(self, depth: int, *, max_model_len: int) -> None:
+    def __init__(self, depth: int) -> None:
         self._depth = depth
-        self._max_model_len = max_model_len
 
     def most(self, sequence: Sequence, num_decodes: int) -> int:
         """See `DepthPolicy`."""
-        return _allowed(sequence, self._depth, self._max_model_len)
+        return self._depth
 
     def choose(self, sequences: Ordered[Sequence], drafts: Ordered[DraftTokens], num_decodes: int) -> list[int]:
         """All of it."""
@@ -98,25 +85,21 @@ class AdaptiveDepth:
     Args:
         costs: of a step, by rows.
         max_depth: most draft tokens a sequence gets at a step.
-        max_model_len: tokens that prompt and output may have together.
         min_depth: verified at least, where a draft has as many; for those who test.
     """
 
-    def __init__(self, costs: StepCosts, *, max_depth: int, max_model_len: int, min_depth: int = 0) -> None:
+    def __init__(self, costs: StepCosts, *, max_depth: int, min_depth: int = 0) -> None:
         self._costs = costs
         self._max_depth = max_depth
         self._min_depth = min_depth
-        self._max_model_len = max_model_len
         self._acceptance = AcceptanceModel()
 
     def most(self, sequence: Sequence, num_decodes: int) -> int:
-        """As much as is allowed, or nothing where even a draft that is right throughout would not pay."""
-        depth = _allowed(sequence, self._max_depth, self._max_model_len)
-        if not depth or self._min_depth:
-            return depth
-        # Room is reserved for what is drafted: no more than lately proved right, and some.
-        depth = min(depth, _REACH_MARGIN + int(2 * self._acceptance.reach(sequence.key)))
-        depth = min(depth, max(_REACH_MARGIN, _MOST_DRAFT_ROWS // max(1, num_decodes)))
+        """A little more than lately proved right, or nothing where even a draft right throughout would not pay."""
+        if self._min_depth:
+            return self._max_depth
+        depth = min(self._max_depth, _REACH_MARGIN + int(2 * self._acceptance.reach(sequence.key)))
+        depth = min(depth, max(1, _MOST_DRAFT_ROWS // max(1, num_decodes)))
         return depth if self._could_pay(num_decodes, depth) else 0
 
     def _could_pay(self, num_decodes: int, depth: int) -> bool:

@@ -26,7 +26,7 @@ from helix_gateway.core.stats import EngineStats
 from helix_gateway.engine.admission import check_request
 from helix_gateway.engine.decoder import AdaptiveSpeculativeDecoder
 from helix_gateway.engine.depth import DepthPolicy, FixedDepth
-from helix_gateway.engine.drafters.base import Drafter
+from helix_gateway.engine.drafters.base import PREDICTION, Drafter
 from helix_gateway.engine.drafters.none import NoDrafter
 from helix_gateway.engine.ending import Ending, find_ending
 from helix_gateway.engine.kv_cache import PagedKVCache
@@ -89,12 +89,13 @@ class Engine(Generic[Logits]):
         self._limits = limits
         self._vocab_size = runner.vocab_size
         self._eos_token_ids = eos_token_ids
-        policy = depth_policy or FixedDepth(0, max_model_len=self.max_model_len)
+        policy = depth_policy or FixedDepth(0)
         self._scheduler = Scheduler(
             self.cache,
             runner.kv_groups,
-            limits.max_num_seqs,
-            policy,
+            max_num_seqs=limits.max_num_seqs,
+            max_model_len=self.max_model_len,
+            depth_policy=policy,
         )
         self._budget = StepBudget(limits.max_num_batched_tokens)
         self._decoder = AdaptiveSpeculativeDecoder(runner, drafter or NoDrafter(), policy, self.cache)
@@ -264,6 +265,9 @@ class Engine(Generic[Logits]):
         sequence.num_computed_tokens = scheduled.start + scheduled.num_tokens + accepted
         sequence.num_draft_tokens += output.num_draft_tokens
         sequence.num_accepted_tokens += accepted
+        if output.draft_source == PREDICTION:
+            sequence.num_accepted_prediction_tokens += accepted
+            sequence.num_rejected_prediction_tokens += output.num_draft_tokens - accepted
         sequence.prompt_logprobs += output.prompt_logprobs
         ending = find_ending(sequence, output.token_ids, self.max_model_len)
         self._append(sequence, ending.token_ids, now)

@@ -62,6 +62,8 @@ class SequenceOutput:
     token_ids: list[int]
     """Accepted drafts, then the recovered or the bonus token; empty where the chunk did not reach the end."""
     num_draft_tokens: int = 0
+    draft_source: str | None = None
+    """Who proposed them; None where there were none."""
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 

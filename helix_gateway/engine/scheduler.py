@@ -40,16 +40,24 @@ class Scheduler:
         cache: where KV is accounted.
         groups: the model's own among the cache's.
         max_num_seqs: most sequences that run at once.
+        max_model_len: tokens that a sequence may have, prompt and output together.
         depth_policy: how many draft tokens a sequence should get.
     """
 
     def __init__(
-        self, cache: PagedKVCache, groups: Ordered[KVGroup], max_num_seqs: int, depth_policy: DepthPolicy
+        self,
+        cache: PagedKVCache,
+        groups: Ordered[KVGroup],
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        depth_policy: DepthPolicy,
     ) -> None:
         self._cache = cache
         self._groups = groups
         self._depth_policy = depth_policy
         self._max_num_seqs = max_num_seqs
+        self._max_model_len = max_model_len
         self.running: list[Sequence] = []
         self.waiting = WaitingQueue()
         self.num_preemptions = 0
@@ -136,7 +144,15 @@ class Scheduler:
                 return
 
     def _depth(self, sequence: Sequence, budget: int) -> int:
-        return min(self._depth_policy.most(sequence, len(self.running)), budget)
+        """What the policy wishes, as far as the request allows and can be accepted before its end."""
+        request = sequence.request
+        # The step yields one token more than the drafts it accepts.
+        left = min(budget, self._max_model_len - len(sequence.token_ids) - 1)
+        if request.sampling.max_tokens is not None:
+            left = min(left, request.sampling.max_tokens - sequence.num_output_tokens - 1)
+        if request.max_depth is not None:
+            left = min(left, request.max_depth)
+        return min(left, self._depth_policy.most(sequence, len(self.running))) if left > 0 else 0
 
     def _preempt_last(self, step: "_StepInMaking") -> Sequence:
         victim = self._last_holder()

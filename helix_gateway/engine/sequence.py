@@ -50,6 +50,8 @@ class Sequence:
     num_preemptions: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    num_accepted_prediction_tokens: int = 0
+    num_rejected_prediction_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
@@ -116,4 +118,6 @@ class Sequence:
             num_preemptions=self.num_preemptions,
             draft_tokens=self.num_draft_tokens,
             accepted_tokens=self.num_accepted_tokens,
+            accepted_prediction_tokens=self.num_accepted_prediction_tokens,
+            rejected_prediction_tokens=self.num_rejected_prediction_tokens,
         )

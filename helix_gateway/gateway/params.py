@@ -29,6 +29,7 @@ class Wanted:
     """What bounds an answer where the client asked for no number; None: the end of the context."""
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prediction_token_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +69,11 @@ def make_plan(
         include_in_output=body.include_stop_str_in_output,
         skip_special_tokens=body.skip_special_tokens,
     )
+    predicted = list(wanted.prediction_token_ids)
     calls = [
-        GenerationCall(request=_request(f"{reply_id}-{index}", served, body, sampling, prompt, index), stop=stop)
+        GenerationCall(
+            request=_request(f"{reply_id}-{index}", served, body, sampling, prompt, predicted, index), stop=stop
+        )
         for index, prompt in enumerate(prompts)
     ]
     limits = [call.request.sampling.max_tokens or 0 for call in calls]
@@ -84,7 +88,13 @@ def _refuse_too_many(num_prompts: int, num_choices: int, most: int) -> None:
 
 
 def _request(
-    request_id: str, served: ServedModel, body: GenerationRequest, sampling: SamplingParams, prompt: Prompt, index: int
+    request_id: str,
+    served: ServedModel,
+    body: GenerationRequest,
+    sampling: SamplingParams,
+    prompt: Prompt,
+    predicted: list[int],
+    index: int,
 ) -> Request:
     room = served.service.max_model_len - len(prompt.token_ids)
     limit = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
@@ -99,6 +109,7 @@ def _request(
         ),
         priority=body.priority,
         cache_salt=body.cache_salt,
+        prediction_token_ids=predicted,
         max_depth=_max_depth(body.speculation),
     )
 

@@ -17,7 +17,7 @@ from helix_gateway.core.errors import ContextLengthError, InvalidRequestError
 from helix_gateway.gateway.body import read_json, read_value
 from helix_gateway.gateway.errors import ApiError, kind_of
 from helix_gateway.gateway.registry import ServedModel
-from helix_gateway.gateway.schemas.chat import ChatMessage
+from helix_gateway.gateway.schemas.chat import ChatMessage, Prediction
 from helix_gateway.gateway.schemas.completions import MAX_PROMPTS
 from helix_gateway.gateway.state import INLINE_SIZE, sized
 
@@ -59,6 +59,20 @@ def _encode_chat(served: ServedModel, messages: Sequence[ChatMessage]) -> Prompt
     text = tokenizer.render_chat([message.for_template() for message in messages])
     token_ids = encode_bounded(served, text, "messages", add_special_tokens=False)
     return Prompt(_fitting(served, token_ids, "messages"), text)
+
+
+async def predicted_tokens(request: web.Request, served: ServedModel, prediction: Prediction | None) -> list[int]:
+    """Tokenise what the client expects the answer to be; what the context could not hold anyway is left out."""
+    if prediction is None:
+        return []
+    text = prediction.text
+    return await sized(request, len(text), _encode_prediction, served, text)
+
+
+def _encode_prediction(served: ServedModel, text: str) -> list[int]:
+    limit = served.service.max_model_len
+    token_ids = served.service.tokenizer.encode(text[: limit * SUSPECT_BYTES_PER_TOKEN], add_special_tokens=False)
+    return token_ids[:limit]
 
 
 async def completion_prompts(

@@ -86,10 +86,13 @@ class Tally:
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
             "completion_tokens_details": {
                 "reasoning_tokens": 0,
-                "accepted_prediction_tokens": 0,
-                "rejected_prediction_tokens": 0,
+                "accepted_prediction_tokens": self._sum_of("accepted_prediction_tokens"),
+                "rejected_prediction_tokens": self._sum_of("rejected_prediction_tokens"),
             },
         }
+
+    def _sum_of(self, figure: str) -> int:
+        return sum(getattr(metrics, figure) for metrics in self.measured.values())
 
     def for_log(self) -> dict[str, Any]:
         """The same figures as fields of the request's log line."""
@@ -103,8 +106,8 @@ class Tally:
             "queue_ms": _least_ms(metrics.queue_time_s for metrics in measured),
             "time_to_first_token_ms": _least_ms(times_s),
             "tokens_per_s": None if rate is None else round(rate, 1),
-            "draft_tokens": sum(metrics.draft_tokens for metrics in measured),
-            "accepted_tokens": sum(metrics.accepted_tokens for metrics in measured),
+            "draft_tokens": self._sum_of("draft_tokens"),
+            "accepted_tokens": self._sum_of("accepted_tokens"),
             "finish_reasons": self.finish_reasons,
         }
         # What an answer that was cut off has not come to is left out, rather than said to be nothing.

@@ -30,7 +30,7 @@ from helix_gateway.text.tokenizer import Tokenizer
 T = TypeVar("T")
 
 Prompt = str | Sequence[int]
-_REQUEST_OPTIONS = ("priority", "cache_salt")
+_REQUEST_OPTIONS = ("priority", "cache_salt", "max_depth")
 
 
 @dataclass(slots=True)
@@ -111,7 +111,8 @@ class HelixEngine:
         Args:
             prompt: text, or a list of prompts, each text or token ids.
             options: fields of `SamplingParams` (``temperature``, ``max_tokens``, ``seed``, …), and ``stop``,
-                ``include_stop_str_in_output``, ``skip_special_tokens``, ``priority``, ``cache_salt``.
+                ``include_stop_str_in_output``, ``skip_special_tokens``, ``priority``, ``cache_salt``, ``prediction``
+                (text or tokens that the answer is expected to be), ``max_depth`` (of speculation; 0 for none).
 
         Raises:
             ContextLengthError: a prompt leaves no room for an answer.
@@ -152,6 +153,7 @@ class HelixEngine:
             include_in_output=options.pop("include_stop_str_in_output", False),
             skip_special_tokens=options.pop("skip_special_tokens", True),
         )
+        prediction = options.pop("prediction", ())
         unknown = [name for name in options if name not in {*SamplingParams.__struct_fields__, *_REQUEST_OPTIONS}]
         if unknown:
             raise TypeError(f"generate() knows no option {unknown[0]!r}; see SamplingParams for those there are.")
@@ -159,12 +161,16 @@ class HelixEngine:
         options.setdefault("seed", self._service.draw_seed())
         request = Request(
             request_id=uuid.uuid4().hex,
-            prompt_token_ids=self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt),
+            prompt_token_ids=self._encoded(prompt, add_special_tokens=True),
             sampling=_sampling(options),
+            prediction_token_ids=self._encoded(prediction, add_special_tokens=False),
             **request_fields,
         )
         check_request(request, self._service.vocab_size)
         return GenerationCall(request=request, stop=stop_strings)
+
+    def _encoded(self, text: Prompt, *, add_special_tokens: bool) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens) if isinstance(text, str) else [*text]
 
     def close(self) -> None:
         """Stop the engine and free its memory."""

@@ -16,6 +16,7 @@ from helix_gateway.runtime.factory import LoadedRunner, load_runner
 from helix_gateway.service.api import GenerationCall
 from helix_gateway.service.messages import Invalid, NotTaken, PromptTooLong, QueueFull, Refused
 from helix_gateway.service.settings import EngineSettings
+from helix_gateway.service.speculation import make_speculation
 from helix_gateway.service.stops import stop_condition
 from helix_gateway.text.tokenizer import Tokenizer
 
@@ -44,11 +45,14 @@ class EngineHost:
             max_tokens_in_use=settings.max_num_seqs * (settings.max_model_len or 2**20),
         )
         self.vocab_size = loaded.runner.vocab_size
+        drafter, depth_policy = make_speculation(settings, loaded.runner)
         self._engine = Engine(
             loaded.runner,
             _limits(settings, loaded),
             eos_token_ids=frozenset(self._tokenizer.eos_token_ids),
             enable_prefix_caching=settings.enable_prefix_caching,
+            drafter=drafter,
+            depth_policy=depth_policy,
         )
         if self._engine.max_model_len < 2:
             raise ModelLoadError("The KV cache's memory does not hold even two tokens; raise --kv-cache-memory.")

@@ -13,6 +13,11 @@ DTypeName = Literal["auto", "float32", "bfloat16"]
 DeviceName = Literal["auto", "cpu", "cuda", "directml", "mps", "xpu"]
 
 
+MAX_DEPTH = 64
+"""Most draft tokens of a sequence at a step that anybody may ask for."""
+SpeculationName = Literal["auto", "off", "suffix"]
+
+
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     """One model, one device, one pool."""
 
@@ -33,4 +38,10 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Seeds of requests that bring none are drawn from this; None: from the system."""
     batch_window_ms: float = 0.0
     max_queue_len: int = 1024
+    speculation: SpeculationName = "auto"
+    """Who drafts: whoever there is, nobody, or only what is read off known text."""
+    max_depth: int = 32
+    """Most draft tokens of a sequence at a step."""
+    min_depth: int = 0
+    """Draft tokens verified at least, where there are as many: for those who test."""
     log: LogSettings = LogSettings()

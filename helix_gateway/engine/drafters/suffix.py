@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from helix_gateway.core.event import FinishReason
-from helix_gateway.engine.drafters.base import DraftTokens
+from helix_gateway.engine.drafters.base import PREDICTION, DraftTokens
 from helix_gateway.engine.drafters.output_store import STORE_TOKENS, OutputStores
 from helix_gateway.engine.drafters.prediction import Prediction
 from helix_gateway.engine.drafters.suffix_automaton import Float32s, Int32s, Match, SuffixAutomaton
@@ -86,9 +86,11 @@ class _Reader:
         known = {id(place.automaton): place for place in self.places}
         tail = np.array(sequence.token_ids[-_LOOKED_BACK:], np.int32)
         self.places = [
-            _Place(automaton, automaton.read(known[id(automaton)].match, new_ids))
-            if id(automaton) in known
-            else _Place(automaton, automaton.read(Match(), tail))
+            (
+                _Place(automaton, automaton.read(known[id(automaton)].match, new_ids))
+                if id(automaton) in known
+                else _Place(automaton, automaton.read(Match(), tail))
+            )
             for automaton in store
         ]
 
@@ -110,7 +112,7 @@ class _Reader:
         if self.prediction is not None:
             token_ids, confidences = np.empty(depth, np.int32), np.empty(depth, np.float32)
             count = self.prediction.follow(token_ids, confidences)
-            drafts.append(DraftTokens("prediction", token_ids[:count], confidences[:count]))
+            drafts.append(DraftTokens(PREDICTION, token_ids[:count], confidences[:count]))
         return max(drafts, key=_expected_tokens)
 
 

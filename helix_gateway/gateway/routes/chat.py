@@ -14,7 +14,7 @@ from helix_gateway.gateway.exchange import Exchange, answer_stream, open_exchang
 from helix_gateway.gateway.generation import Answer, best_answers, closing, gather_answers, weight
 from helix_gateway.gateway.logprobs import chat_logprobs, prompt_logprobs
 from helix_gateway.gateway.params import Wanted
-from helix_gateway.gateway.prompts import chat_prompt
+from helix_gateway.gateway.prompts import chat_prompt, predicted_tokens
 from helix_gateway.gateway.registry import ServedModel
 from helix_gateway.gateway.reply import new_reply
 from helix_gateway.gateway.route import EVENTS, GENERATION_ERRORS, GENERATION_HEADERS, Example, Response, Route
@@ -30,7 +30,8 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     body = await read_body(request, ChatRequest)
     served = models_of(request).resolve_ready(body.fields.model)
     prompt = await chat_prompt(request, served, body.fields.messages)
-    wanted = _wanted(body.fields, settings_of(request).default_max_tokens)
+    predicted = await predicted_tokens(request, served, body.fields.prediction)
+    wanted = _wanted(body.fields, settings_of(request).default_max_tokens, predicted)
     exchange = await open_exchange(request, served, body, new_reply("chatcmpl", served), [prompt], wanted)
     if body.fields.stream:
         return await answer_stream(request, _events(exchange, body.fields))
@@ -38,12 +39,13 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     return await exchange.whole(weight(*answers), _body, exchange, body.fields, answers)
 
 
-def _wanted(body: ChatRequest, default_max_tokens: int | None) -> Wanted:
+def _wanted(body: ChatRequest, default_max_tokens: int | None, predicted: list[int]) -> Wanted:
     return Wanted(
         token_limit=body.token_limit,
         default_limit=default_max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
+        prediction_token_ids=predicted,
     )
 
 

@@ -102,6 +102,21 @@ class ChatMessage(WireModel):
         return [part.text or part.refusal for part in self.content]
 
 
+class Prediction(WireModel):
+    """What the answer is expected to be: it then comes the faster the more of it is right, and is never changed by it."""
+
+    type: Literal["content"]
+    content: Content = ""
+    """A text, or parts that are joined."""
+
+    @property
+    def text(self) -> str:
+        """The whole of it."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text or part.refusal for part in self.content)
+
+
 class _MessageOutline(msgspec.Struct):
     role: str
 
@@ -124,6 +139,8 @@ class ChatRequest(GenerationRequest):
     """Whether to tell each token's log-probability."""
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     """How many of the likeliest tokens to tell in each place; needs `logprobs`."""
+    prediction: Prediction | None = None
+    """A draft of the answer. `usage` tells how many of its tokens were right."""
     tools: list[Any] = Field([], json_schema_extra={"maxItems": 0})
     """Not supported yet."""
     tool_choice: Any = Field("none", json_schema_extra=NO_TOOLS)

@@ -22,6 +22,8 @@ from pydantic.config import JsonDict
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
+from helix_gateway.service.settings import MAX_DEPTH
+
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 1024
 MAX_LOGIT_BIAS = 1024
@@ -29,7 +31,6 @@ MAX_BAD_WORDS = 256
 MAX_STOP_TOKENS = 1024
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
-MAX_DEPTH = 64
 INT32_MAX = 2**31 - 1
 
 

@@ -1,0 +1,25 @@
+"""Who drafts for an engine, and how deep, from its settings.
+
+Knows which drafters there are; how they work is the engine's affair.
+"""
+
+from typing import Any
+
+from helix_gateway.core.protocols import ModelRunner
+from helix_gateway.engine.depth import AdaptiveDepth, DepthPolicy, FixedDepth
+from helix_gateway.engine.drafters.base import Drafter
+from helix_gateway.engine.drafters.none import NoDrafter
+from helix_gateway.engine.drafters.suffix import SuffixDrafter
+from helix_gateway.engine.step_costs import measure_costs
+from helix_gateway.service.settings import EngineSettings
+
+_PROFILED_ROWS = (1, 2, 4, 8, 12, 16, 32, 64)
+"""Numbers of rows whose cost is measured at the start; the rest is read off between them."""
+
+
+def make_speculation(settings: EngineSettings, runner: ModelRunner[Any]) -> tuple[Drafter, DepthPolicy]:
+    """The drafter and the depth policy that the settings ask for; the costs of steps are measured for the latter."""
+    if settings.speculation == "off" or not settings.max_depth:
+        return NoDrafter(), FixedDepth(0)
+    costs = measure_costs(runner, _PROFILED_ROWS)
+    return SuffixDrafter(), AdaptiveDepth(costs, max_depth=settings.max_depth, min_depth=settings.min_depth)
