@@ -14,7 +14,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from helix_gateway.core.step import Float32s, Int32s
+from helix_gateway.core.step import Int32s
 from helix_gateway.engine.drafters.base import DraftTokens
 
 Float64s = npt.NDArray[np.float64]
@@ -111,14 +111,14 @@ def _confidence_of(scale: Float64s) -> Float64s:
 
 
 @numba.njit(cache=True)
-def _cell(confidence, place):
+def _cell(confidence, place):  # type: ignore[no-untyped-def]
     scale = 1.0 - np.sqrt(max(0.0, 1.0 - confidence))
     column = 0 if place == 0 else (1 if place < 3 else (2 if place < 7 else 3))
     return min(_CONFIDENCES - 1, int(scale * _CONFIDENCES)), column
 
 
 @numba.njit(cache=True)
-def _chained(accepted, seen, sources, factors, lengths, confidences):
+def _chained(accepted, seen, sources, factors, lengths, confidences):  # type: ignore[no-untyped-def]
     chained = np.zeros(confidences.shape)
     for draft in range(len(lengths)):
         reached = 1.0
@@ -131,7 +131,7 @@ def _chained(accepted, seen, sources, factors, lengths, confidences):
 
 
 @numba.njit(cache=True)
-def _learn(accepted, seen, token_ids, confidences, choices):
+def _learn(accepted, seen, token_ids, confidences, choices):  # type: ignore[no-untyped-def]
     """Count each draft token that the choices tell about; how many were right, and how many were expected to be."""
     right = 0.0
     expected = 0.0

@@ -5,7 +5,6 @@ the same position), so speculation cannot be seen in the text; at depth 0 the ve
 Knows nothing about queues and blocks: it computes what the plan says.
 """
 
-from collections.abc import Sequence as Ordered
 from time import perf_counter
 from typing import Generic, NamedTuple
 
@@ -15,7 +14,6 @@ from helix_gateway.core.event import TokenLogprobs
 from helix_gateway.core.protocols import Logits, ModelRunner
 from helix_gateway.core.step import Int32s, LogprobRows
 from helix_gateway.engine.batch import Window, build_sampling_rows, build_step_batch, lay_out
-from helix_gateway.engine.draft_ledger import DraftLedger
 from helix_gateway.engine.depth import DepthPolicy
 from helix_gateway.engine.draft_ledger import DraftLedger
 from helix_gateway.engine.drafters.base import NOTHING, Drafter, DraftTokens

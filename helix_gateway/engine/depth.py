@@ -128,7 +128,7 @@ class AdaptiveDepth:
 
 
 @numba.njit(cache=True)
-def _best_depths(chances, num_decodes, knots, seconds, worth_it):
+def _best_depths(chances, num_decodes, knots, seconds, worth_it):  # type: ignore[no-untyped-def]
     """Depths [num_drafts] with the most expected tokens a second; all 0 where that is not worth it.
 
     Args:

@@ -36,7 +36,7 @@ class GuardedDrafter:
             return self._drafter.propose(sequences, depths)
         except OutOfMemoryError:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever it is, plain decoding does without
+        except Exception as error:
             if len(sequences) > 1:
                 # One of them is to blame; the others keep their drafts.
                 pairs = zip(sequences, depths, strict=True)

@@ -55,7 +55,7 @@ class Prediction:
 
 
 @numba.njit(cache=True)
-def _agreement(token_ids, place, output, end):
+def _agreement(token_ids, place, output, end):  # type: ignore[no-untyped-def]
     """How many tokens before ``place`` agree with those of the output before ``end``."""
     count = 0
     most = min(place, end, _LONGEST_AGREEMENT)
@@ -65,7 +65,7 @@ def _agreement(token_ids, place, output, end):
 
 
 @numba.njit(cache=True)
-def _nearest(token_ids, output, end, left_at):
+def _nearest(token_ids, output, end, left_at):  # type: ignore[no-untyped-def]
     """The place to go on at, and how many tokens before it agree; (left_at, 0) if there is none."""
     best, best_agreement = left_at, 0
     for distance in range(_STRETCH):
@@ -83,7 +83,7 @@ def _nearest(token_ids, output, end, left_at):
 
 
 @numba.njit(cache=True)
-def _align(token_ids, output, num_new, place, agreed):
+def _align(token_ids, output, num_new, place, agreed):  # type: ignore[no-untyped-def]
     for end in range(len(output) - num_new + 1, len(output) + 1):
         if agreed and place < len(token_ids) and token_ids[place] == output[end - 1]:
             place, agreed = place + 1, agreed + 1

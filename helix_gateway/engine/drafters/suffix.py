@@ -15,7 +15,7 @@ from helix_gateway.core.event import FinishReason
 from helix_gateway.engine.drafters.base import PREDICTION, DraftTokens
 from helix_gateway.engine.drafters.output_store import STORE_TOKENS, OutputStores
 from helix_gateway.engine.drafters.prediction import Prediction
-from helix_gateway.engine.drafters.suffix_automaton import Float32s, Int32s, Match, SuffixAutomaton
+from helix_gateway.engine.drafters.suffix_automaton import Int32s, Match, SuffixAutomaton
 from helix_gateway.engine.sequence import Sequence, SequenceKey
 
 _LOOKED_BACK = 64

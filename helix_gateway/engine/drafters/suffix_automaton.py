@@ -109,13 +109,13 @@ def _room(num_tokens: int) -> tuple[Int32s, Int32s, Int32s]:
 
 
 @numba.njit(cache=True, inline="always")
-def _slot(state, token, mask):
+def _slot(state, token, mask):  # type: ignore[no-untyped-def]
     mixed = np.uint64(state) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(token) * np.uint64(0xC2B2AE3D27D4EB4F)
     return np.int64((mixed ^ (mixed >> np.uint64(29))) & np.uint64(mask))
 
 
 @numba.njit(cache=True)
-def _find(transitions, table, state, token):
+def _find(transitions, table, state, token):  # type: ignore[no-untyped-def]
     """The transition of a state by a token, or nothing."""
     mask = len(table) - 1
     slot = _slot(state, token, mask)
@@ -127,7 +127,7 @@ def _find(transitions, table, state, token):
 
 
 @numba.njit(cache=True)
-def _enter(transitions, table, place):
+def _enter(transitions, table, place):  # type: ignore[no-untyped-def]
     mask = len(table) - 1
     slot = _slot(transitions[place, _FROM], transitions[place, _TOKEN], mask)
     while table[slot] != _NOTHING:
@@ -136,13 +136,13 @@ def _enter(transitions, table, place):
 
 
 @numba.njit(cache=True)
-def _fill_table(transitions, count, table):
+def _fill_table(transitions, count, table):  # type: ignore[no-untyped-def]
     for place in range(count):
         _enter(transitions, table, place)
 
 
 @numba.njit(cache=True)
-def _connect(states, transitions, table, sizes, state, token, target):
+def _connect(states, transitions, table, sizes, state, token, target):  # type: ignore[no-untyped-def]
     place = sizes[_TRANSITIONS]
     sizes[_TRANSITIONS] += 1
     transitions[place, _FROM] = state
@@ -155,7 +155,7 @@ def _connect(states, transitions, table, sizes, state, token, target):
 
 
 @numba.njit(cache=True)
-def _new_state(states, sizes, length, link, count):
+def _new_state(states, sizes, length, link, count):  # type: ignore[no-untyped-def]
     state = sizes[_STATES]
     sizes[_STATES] += 1
     states[state, _LENGTH] = length
@@ -167,7 +167,7 @@ def _new_state(states, sizes, length, link, count):
 
 
 @numba.njit(cache=True)
-def _split(states, transitions, table, sizes, parent, token, target):
+def _split(states, transitions, table, sizes, parent, token, target):  # type: ignore[no-untyped-def]
     """A state for those substrings of ``target`` that end a suffix of the text: as long as ``parent`` and a token."""
     clone = _new_state(states, sizes, states[parent, _LENGTH] + 1, states[target, _LINK], states[target, _COUNT])
     likeliest = states[target, _LIKELIEST]
@@ -188,7 +188,7 @@ def _split(states, transitions, table, sizes, parent, token, target):
 
 
 @numba.njit(cache=True)
-def _longest_known(states, transitions, table, sizes, parent, token):
+def _longest_known(states, transitions, table, sizes, parent, token):  # type: ignore[no-untyped-def]
     """The state for ``parent`` and a token, which ``parent`` has a transition by; split off where that stands for more."""
     target = transitions[_find(transitions, table, parent, token), _TO]
     if states[target, _LENGTH] == states[parent, _LENGTH] + 1:
@@ -197,7 +197,7 @@ def _longest_known(states, transitions, table, sizes, parent, token):
 
 
 @numba.njit(cache=True)
-def _extended(states, transitions, table, sizes, last, token):
+def _extended(states, transitions, table, sizes, last, token):  # type: ignore[no-untyped-def]
     """The state of the text that was at ``last`` and goes on with a token."""
     if _find(transitions, table, last, token) != _NOTHING:
         return _longest_known(states, transitions, table, sizes, last, token)
@@ -212,7 +212,7 @@ def _extended(states, transitions, table, sizes, last, token):
 
 
 @numba.njit(cache=True)
-def _count(states, transitions, table, last, current, token):
+def _count(states, transitions, table, last, current, token):  # type: ignore[no-untyped-def]
     """One more occurrence of each suffix, and of each suffix that the last one was how its beginning went on."""
     state = current
     for _ in range(COUNTED_SUFFIXES):
@@ -236,7 +236,7 @@ def _count(states, transitions, table, last, current, token):
 
 
 @numba.njit(cache=True)
-def _append(states, transitions, table, sizes, token_ids):
+def _append(states, transitions, table, sizes, token_ids):  # type: ignore[no-untyped-def]
     for token in token_ids:
         last = sizes[_LAST]
         current = _extended(states, transitions, table, sizes, last, token)
@@ -250,7 +250,16 @@ def _append(states, transitions, table, sizes, token_ids):
 
 
 @numba.njit(cache=True)
-def _read(states, transitions, table, state, length, token_ids):
+def _shortest_enough(states, state, length):  # type: ignore[no-untyped-def]
+    """The state of the last ``length`` tokens: since it was reached, a split may have taken them from this one."""
+    while state != _ROOT and length <= states[states[state, _LINK], _LENGTH]:
+        state = states[state, _LINK]
+    return state
+
+
+@numba.njit(cache=True)
+def _read(states, transitions, table, state, length, token_ids):  # type: ignore[no-untyped-def]
+    state = _shortest_enough(states, state, length)
     for token in token_ids:
         place = _find(transitions, table, state, token)
         while place == _NOTHING and state != _ROOT:
@@ -258,16 +267,13 @@ def _read(states, transitions, table, state, length, token_ids):
             length = states[state, _LENGTH]
             place = _find(transitions, table, state, token)
         if place != _NOTHING:
-            state = transitions[place, _TO]
             length += 1
-        # Since this place was reached, a split may have taken the shorter substrings of the state away.
-        while state != _ROOT and length <= states[states[state, _LINK], _LENGTH]:
-            state = states[state, _LINK]
+            state = _shortest_enough(states, transitions[place, _TO], length)
     return state, length
 
 
 @numba.njit(cache=True)
-def _follow(states, transitions, table, state, length, token_ids, confidences):
+def _follow(states, transitions, table, state, length, token_ids, confidences):  # type: ignore[no-untyped-def]
     for count in range(len(token_ids)):
         while state != _ROOT and states[state, _LIKELIEST] == _NOTHING:
             state = states[state, _LINK]

@@ -26,7 +26,7 @@ def use_compile_cache() -> None:
     """
     if os.environ.get(_VARIABLE):
         return
-    folder = cache_folder() / "compiled" / _sources_digest(Path(__file__).parent.parent)
+    folder = cache_folder() / "compiled" / _sources_digest(Path(__file__).parent.parent.parent)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)

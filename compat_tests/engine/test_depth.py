@@ -1,0 +1,131 @@
+"""Depths against trying them all; costs and chances as they are learned."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from compat_tests.engine.toy import ToyRunner
+from helix_gateway.core.kv import KVGroup
+from helix_gateway.engine.acceptance import AcceptanceModel
+from helix_gateway.engine.depth import _best_depths
+from helix_gateway.engine.drafters.base import DraftTokens
+from helix_gateway.engine.step_costs import StepCosts, measure_costs
+
+
+def draft(confidences, tokens=None, source="suffix"):
+    tokens = range(len(confidences)) if tokens is None else tokens
+    return DraftTokens(source, np.array(tokens, np.int32), np.array(confidences, np.float32))
+
+
+def random_costs(dice):
+    steps = np.cumsum(dice.uniform(0, 1, 4)) * dice.uniform(0.001, 0.05)
+    return StepCosts(dict(zip((1, 4, 8, 32), 0.02 + steps)))
+
+
+@pytest.mark.parametrize("seed", range(80))
+def test_the_depths_are_the_best_of_all_there_are(seed):
+    dice = np.random.default_rng(seed)
+    num_drafts, depth = dice.integers(1, 5), 4
+    chances = np.cumprod(dice.uniform(0.1, 1, (num_drafts, depth)), axis=1)
+    num_decodes = int(num_drafts + dice.integers(0, 8))
+    costs = random_costs(dice)
+
+    def rate(depths):
+        tokens = num_decodes + sum(chances[i, : depths[i]].sum() for i in range(num_drafts))
+        return tokens / costs.seconds_for(num_decodes + sum(depths))
+
+    chosen = _best_depths(chances, num_decodes, costs.rows, costs.seconds, 1.0)
+    best = max(itertools.product(range(depth + 1), repeat=int(num_drafts)), key=rate)
+    assert rate(chosen) == pytest.approx(rate(best), rel=1e-9)
+
+
+def test_what_promises_too_little_is_left():
+    costs = StepCosts({1: 0.010, 2: 0.020, 32: 0.320})
+    assert _best_depths(np.array([[0.9, 0.81]]), 1, costs.rows, costs.seconds, 1.02).tolist() == [0]
+
+
+def test_costs_never_fall_with_rows_whatever_was_measured():
+    costs = StepCosts({1: 0.010, 4: 0.008, 8: 0.030})
+    assert costs.seconds_for(4) == pytest.approx(0.010)
+    for seconds in (1e-6, 1.0, 0.5, 1e-3):
+        costs.observe(8, seconds)
+        assert (np.diff(costs.seconds) >= 0).all()
+
+
+def test_costs_follow_what_steps_take_and_do_not_believe_one_that_was_held_up():
+    costs = StepCosts({1: 0.010, 32: 0.040})
+    costs.observe(1, 5.0)
+    assert costs.seconds_for(1) < 0.0105
+    for _ in range(100):
+        costs.observe(1, 0.020)
+    assert costs.seconds_for(1) == pytest.approx(0.020, rel=0.05)
+
+
+def test_costs_beyond_the_table_go_on_in_proportion():
+    costs = StepCosts({1: 0.01, 64: 0.1})
+    assert costs.seconds_for(640) == pytest.approx(1.0)
+
+
+def test_the_costs_of_a_model_are_measured_over_its_pages():
+    runner = ToyRunner((KVGroup("full", 4, None), KVGroup("window", 6, 5)), 3)
+    costs = measure_costs(runner, (1, 4))
+    assert costs.seconds_for(1) > 0
+    assert {len(batch.token_ids) for batch in runner.batches} == {1, 4}
+
+
+# ---- acceptance
+
+
+def chances(model, drafts, key="a"):
+    return model.probabilities([key] * len(drafts), drafts)
+
+
+def test_before_anything_is_known_a_drafter_is_believed():
+    ((first, second),) = chances(AcceptanceModel(), [draft([0.9, 0.9])])
+    assert first == pytest.approx(0.9, abs=0.06)
+    assert second == pytest.approx(first * first, abs=0.06)
+
+
+def test_a_drafter_that_is_too_sure_is_believed_less_and_less():
+    model = AcceptanceModel()
+    for number in range(400):
+        # Says 0.95, is right every other time.
+        model.learn(f"s{number}", draft([0.95]), np.array([0 if number % 2 else 7], np.int32))
+    assert chances(model, [draft([0.95])])[0, 0] == pytest.approx(0.5, abs=0.08)
+    assert chances(model, [draft([0.95], source="other")])[0, 0] > 0.9
+
+
+def test_a_sequence_that_drafts_fail_for_is_told_from_one_that_they_suit():
+    model = AcceptanceModel()
+    for _ in range(40):
+        model.learn("good", draft([0.7]), np.array([0], np.int32))
+        model.learn("bad", draft([0.7]), np.array([9], np.int32))
+    good, bad = (chances(model, [draft([0.7])], key)[0, 0] for key in ("good", "bad"))
+    assert good > 3 * bad
+    assert model.reach("good") > model.reach("bad")
+
+
+def test_drafts_that_were_not_verified_teach_as_far_as_the_target_spoke():
+    model = AcceptanceModel()
+    before = chances(model, [draft([0.5, 0.5])])[0, 0]
+    for _ in range(50):
+        model.learn("a", draft([0.5, 0.5]), np.array([0], np.int32))  # depth 0: the plain token agrees
+    after = chances(model, [draft([0.5, 0.5])])[0]
+    assert after[0] > before + 0.2
+    assert math.isclose(after[1] / after[0], before, abs_tol=0.25)
+
+
+def test_what_ended_is_forgotten():
+    model = AcceptanceModel()
+    model.learn("a", draft([0.5]), np.array([0], np.int32))
+    model.forget("a")
+    assert not model._records
+
+
+def test_drafts_of_all_lengths_are_judged_together():
+    judged = chances(AcceptanceModel(), [draft([0.9]), draft([0.9, 0.9, 0.9]), draft([0.1, 0.2])])
+    assert judged.shape == (3, 3)
+    assert (judged > 0).sum(axis=1).tolist() == [1, 3, 2]
+    assert (np.diff(judged, axis=1) <= 0).all()

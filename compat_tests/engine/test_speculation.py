@@ -1,0 +1,221 @@
+"""Speculation cannot be seen in what is answered, whatever is drafted, however deep, with any option."""
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compat_tests.engine.toy import (
+    ONE_GROUP,
+    TWO_GROUPS,
+    VOCAB,
+    ScriptedDrafter,
+    ToyRunner,
+    alone,
+    drain,
+    make_engine,
+    request,
+)
+from helix_gateway.engine.depth import AdaptiveDepth, FixedDepth
+from helix_gateway.engine.drafters.base import DraftTokens
+from helix_gateway.engine.drafters.suffix import SuffixDrafter
+from helix_gateway.engine.step_costs import StepCosts
+
+OPTIONS = {
+    "greedy": {"temperature": 0.0},
+    "warm": {"temperature": 0.7},
+    "top k": {"temperature": 1.0, "top_k": 5},
+    "top p": {"temperature": 1.0, "top_p": 0.8},
+    "min p": {"temperature": 1.0, "min_p": 0.05},
+    "penalties": {"repetition_penalty": 1.4, "presence_penalty": 0.7, "frequency_penalty": 0.9},
+    "bias": {"logit_bias": {3: 2.0, 7: -4.0}},
+    "bad words": {"bad_words": ((4,), (5, 6), (7, 8, 9))},
+    "least tokens": {"min_tokens": 6, "stop_token_ids": (1, 2, 3)},
+    "logprobs": {"logprobs": 3, "prompt_logprobs": 2},
+    "several": {"n": 3},
+    "stops": {"stop_token_ids": (11, 12, 13)},
+}
+FREE = StepCosts({1: 0.01, 64: 0.0101})
+"""Rows cost next to nothing, so that all that is drafted is verified."""
+DEAR = StepCosts({rows: 0.01 * rows**1.3 for rows in (1, 2, 4, 8, 16, 32, 64)})
+"""Two rows cost more than twice as much as one."""
+
+
+def wanted_of(each, groups=ONE_GROUP):
+    return {key: (a.token_ids, a.logprobs, a.prompt_logprobs) for key, a in alone(each, groups).items()}
+
+
+def got_from(engine, requests):
+    for each in requests:
+        engine.submit(each)
+    answers = drain(engine)
+    assert engine.cache.pool.num_referenced == 0
+    return {key: (a.token_ids, a.logprobs, a.prompt_logprobs) for key, a in answers.items()}, answers
+
+
+def worst(sequence, tokens):
+    """Never what a model would say twice."""
+    return (tokens[-1] * 7 + 1) % VOCAB
+
+
+DRAFTERS = {
+    "suffix": SuffixDrafter,
+    "always the same": lambda: ScriptedDrafter(lambda sequence, tokens: 11),
+    "seldom right": lambda: ScriptedDrafter(worst),
+    "by chance": lambda: ScriptedDrafter(lambda sequence, tokens: random.Random(len(tokens)).randrange(VOCAB)),
+}
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_gives_the_same_tokens_with_any_drafter(drafter, option):
+    prompt = [5, 6, 7, 8] * 3
+    each = request("r", prompt, max_tokens=24, seed=7, **{"temperature": 1.0, **OPTIONS[option]})
+    for policy in (FixedDepth(3), AdaptiveDepth(FREE, max_depth=5)):
+        engine = make_engine(drafter=DRAFTERS[drafter](), depth_policy=policy, budget=64)
+        assert got_from(engine, [each])[0] == wanted_of(each)
+
+
+def test_drafts_that_are_right_are_accepted_with_every_option():
+    for name, options in OPTIONS.items():
+        each = request("r", [5, 6, 7, 8] * 3, max_tokens=24, seed=7, **{"temperature": 1.0, **options})
+        wanted = alone(each)
+
+        def right(sequence, tokens, wanted=wanted):
+            known = wanted[sequence.key].token_ids
+            place = len(tokens) - sequence.num_prompt_tokens
+            return known[place] if place < len(known) else 0
+
+        engine = make_engine(drafter=ScriptedDrafter(right), depth_policy=FixedDepth(4), budget=64)
+        answers = got_from(engine, [each])[1]
+        metrics = answers["r", 0].last.metrics
+        assert metrics.accepted_tokens >= metrics.output_tokens // 2, name
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_a_crowd_with_any_drafters_depths_and_little_memory_gets_what_each_gets_alone(data):
+    dice = random.Random(data.draw(st.integers(0, 10**6)))
+    requests = [
+        request(
+            f"r{i}",
+            [dice.randrange(6) for _ in range(dice.randrange(1, 30))],
+            max_tokens=dice.randrange(1, 24),
+            seed=i,
+            max_depth=dice.choice([None, None, 0, 2]),
+            priority=dice.randrange(2),
+            **{"temperature": 1.0, **OPTIONS[dice.choice(list(OPTIONS))]},
+        )
+        for i in range(data.draw(st.integers(1, 7)))
+    ]
+    drafter = data.draw(st.sampled_from(list(DRAFTERS)))
+    policy = data.draw(st.sampled_from([FixedDepth(1), FixedDepth(6), AdaptiveDepth(FREE, max_depth=8)]))
+    engine = make_engine(
+        data.draw(st.integers(24, 60)),
+        TWO_GROUPS,
+        budget=data.draw(st.integers(4, 40)),
+        drafter=DRAFTERS[drafter](),
+        depth_policy=policy,
+    )
+    got, _ = got_from(engine, requests)
+    wanted = {}
+    for each in requests:
+        wanted |= wanted_of(each, TWO_GROUPS)
+    assert got == wanted
+
+
+class Trace(ToyRunner):
+    """Writes down what is called, with what."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.calls = []
+
+    def forward(self, batch):
+        self.calls.append(("forward", batch.token_ids.tolist(), batch.positions.tolist(), batch.logits_rows.tolist()))
+        return super().forward(batch)
+
+    def sample(self, logits, rows):
+        self.calls.append(("sample", len(rows.seed)))
+        return super().sample(logits, rows)
+
+    def logprobs(self, *arguments):
+        self.calls.append(("logprobs", arguments[1].tolist()))
+        return super().logprobs(*arguments)
+
+
+class Untouchable:
+    """Fails the test that lets it draft."""
+
+    def propose(self, sequences, depths):
+        raise AssertionError("nobody should have asked for drafts")
+
+    def retire(self, sequence):
+        pass
+
+
+def test_where_rows_are_dear_nothing_of_a_drafter_runs_and_the_calls_are_those_of_plain_decoding():
+    traces = []
+    for options in ({}, {"drafter": Untouchable(), "depth_policy": AdaptiveDepth(DEAR, max_depth=4)}):
+        runner = Trace(ONE_GROUP, 200)
+        engine = make_engine(runner=runner, **options)
+        for i in range(4):
+            engine.submit(request(f"r{i}", [1, 2, 3, 4] * (i + 1), logprobs=1, seed=i))
+        drain(engine)
+        traces.append(runner.calls)
+    assert traces[0] == traces[1]
+
+
+def test_a_drafter_that_fails_for_one_sequence_serves_the_others_on():
+    class Fragile(ScriptedDrafter):
+        def propose(self, sequences, depths):
+            if any(sequence.request.request_id == "bad" for sequence in sequences):
+                raise ValueError("not this one")
+            return super().propose(sequences, depths)
+
+    requests = [request(name, [5, 6, 7], max_tokens=12, seed=3) for name in ("good", "bad")]
+    wanted = {}
+    for each in requests:
+        wanted |= alone(each)
+    drafter = Fragile(lambda sequence, tokens: (wanted[sequence.key].token_ids + [0] * 20)[len(tokens) - 3])
+    engine = make_engine(drafter=drafter, depth_policy=FixedDepth(2))
+    answers = got_from(engine, requests)[1]
+    assert {key: a.token_ids for key, a in answers.items()} == {key: a.token_ids for key, a in wanted.items()}
+    assert answers["good", 0].last.metrics.accepted_tokens > 0
+    assert answers["bad", 0].last.metrics.draft_tokens == 0
+
+
+def test_a_prediction_is_drafted_from_and_told_apart_in_the_figures():
+    each = request("r", [1, 2, 3], max_tokens=20, ignore_eos=True, temperature=1.0)
+    text = alone(each)["r", 0].token_ids
+    predicted = [*text[:8], 49, 49, *text[10:]]
+
+    def ask(prediction):
+        engine = make_engine(drafter=SuffixDrafter(store_tokens=0), depth_policy=FixedDepth(4), budget=64)
+        asked = type(each)(
+            **{**{f: getattr(each, f) for f in each.__struct_fields__}, "prediction_token_ids": prediction}
+        )
+        return got_from(engine, [asked])[1]["r", 0]
+
+    answer = ask(predicted)
+    assert answer.token_ids == text
+    metrics = answer.last.metrics
+    assert metrics.accepted_prediction_tokens >= 10
+    assert metrics.rejected_prediction_tokens >= 1
+    assert metrics.accepted_tokens >= metrics.accepted_prediction_tokens
+    assert ask([]).last.metrics.accepted_prediction_tokens == 0
+
+
+def test_drafts_of_more_tokens_than_were_asked_for_are_cut():
+    class Talkative:
+        def propose(self, sequences, depths):
+            return [DraftTokens("much", np.full(50, 11, np.int32), np.ones(50, np.float32)) for _ in sequences]
+
+        def retire(self, sequence):
+            pass
+
+    each = request("r", [1, 2, 3], max_tokens=10)
+    engine = make_engine(drafter=Talkative(), depth_policy=FixedDepth(2))
+    assert got_from(engine, [each])[0] == wanted_of(each)

@@ -1,0 +1,147 @@
+"""Drafts from known text: this sequence's own, earlier answers, predictions."""
+
+import inspect
+import random
+import textwrap
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from compat_tests.engine.toy import request
+from helix_gateway.engine.drafters.output_store import OutputStore, OutputStores
+from helix_gateway.engine.drafters.prediction import Prediction
+from helix_gateway.engine.drafters.suffix import SuffixDrafter
+
+
+def sequence(name, prompt, output=(), *, salt="", prediction=(), finish_reason=None):
+    asked = request(name, prompt, cache_salt=salt)
+    return SimpleNamespace(
+        key=(name, 0),
+        request=SimpleNamespace(prediction_token_ids=list(prediction), cache_salt=asked.cache_salt),
+        token_ids=[*prompt, *output],
+        num_prompt_tokens=len(prompt),
+        finish_reason=finish_reason,
+    )
+
+
+def draft(drafter, sequence_, depth=4):
+    (drafted,) = drafter.propose([sequence_], [depth])
+    return drafted.source, drafted.token_ids.tolist()
+
+
+def test_what_followed_the_same_words_before_is_proposed():
+    assert draft(SuffixDrafter(), sequence("a", [5, 6, 7, 8, 9, 1, 5, 6])) == ("suffix", [7, 8, 9, 1])
+
+
+def test_tokens_that_came_since_are_caught_up_with():
+    drafter, one = SuffixDrafter(), sequence("a", [5, 6, 7, 8, 9])
+    assert draft(drafter, one)[1] == []
+    one.token_ids += [1, 2, 5, 6]
+    assert draft(drafter, one, 2) == ("suffix", [7, 8])
+
+
+def test_earlier_answers_help_later_requests_of_the_same_salt_alone():
+    drafter = SuffixDrafter()
+    drafter.retire(sequence("first", [1], [21, 22, 23, 24, 25], salt="mine", finish_reason="stop"))
+    assert draft(drafter, sequence("second", [9, 21, 22], salt="mine"), 3) == ("store", [23, 24, 25])
+    assert draft(drafter, sequence("third", [9, 21, 22], salt="yours"), 3)[1] == []
+
+
+@pytest.mark.parametrize("reason", ["abort", "error"])
+def test_an_answer_that_was_broken_off_teaches_nothing(reason):
+    drafter = SuffixDrafter()
+    drafter.retire(sequence("first", [1], [21, 22, 23], finish_reason=reason))
+    assert draft(drafter, sequence("second", [9, 21, 22]))[1] == []
+
+
+def test_a_sequence_that_ended_is_forgotten():
+    drafter, one = SuffixDrafter(), sequence("a", [5, 6, 7, 5, 6])
+    draft(drafter, one)
+    drafter.retire(one)
+    assert not drafter._readers
+
+
+def test_a_store_keeps_the_newest_answers_and_no_more_than_it_may():
+    store = OutputStore(100)
+    for start in range(0, 2000, 20):
+        store.add(np.arange(start, start + 20, dtype=np.int32))
+    assert sum(generation.num_tokens for generation in store.generations()) <= 100
+    drafter = SuffixDrafter(store_tokens=100)
+    for start in range(0, 2000, 20):
+        drafter.retire(sequence("old", [1], range(start, start + 20), finish_reason="length"))
+    assert draft(drafter, sequence("new", [3, 1985, 1986]), 2) == ("store", [1987, 1988])
+    assert draft(drafter, sequence("other", [3, 5, 6]), 2)[1] == []
+
+
+def test_salts_that_nobody_uses_any_more_are_forgotten():
+    stores = OutputStores(100)
+    for number in range(50):
+        stores.add(f"salt {number}", [1, 2, 3])
+    assert len(stores._stores) == 16
+
+
+# ---- predictions
+
+
+def follow_all(prediction_ids, output, depth):
+    """Draft tokens that were accepted while the output came, and steps."""
+    prediction, place, accepted, steps = Prediction(np.array(prediction_ids, np.int32)), 0, 0, 0
+    token_ids, confidences = np.empty(depth, np.int32), np.empty(depth, np.float32)
+    output = np.array(output, np.int32)
+    while place < len(output):
+        count, right = prediction.follow(token_ids, confidences), 0
+        while right < count and place + right < len(output) - 1 and token_ids[right] == output[place + right]:
+            right += 1
+        accepted, steps = accepted + right, steps + 1
+        prediction.read(output[max(0, place - 64) : place + right + 1], right + 1)
+        place += right + 1
+    return accepted, steps
+
+
+def test_a_right_prediction_is_accepted_from_the_first_token_on():
+    text = list(range(100, 400))
+    accepted, steps = follow_all(text, text, 15)
+    assert steps == 19
+    assert accepted == 300 - steps
+
+
+def test_a_prediction_of_4000_tokens_with_40_lines_changed_keeps_nine_in_ten_of_the_others():
+    dice = random.Random(3)
+    lines = [line for line in inspect.getsource(textwrap).splitlines() + inspect.getsource(random).splitlines() if line]
+    lines = lines[:270]
+    places = dice.sample(range(5, len(lines) - 5), 40)
+    removed, inserted = set(places[:20]), set(places[20:])
+    edited, kept = [], []
+    for number, line in enumerate(lines):
+        if number in inserted:
+            edited.append(dice.choice(["    # nothing of the kind", "    return answer, place", "    x = [1, 2, 3]"]))
+        if number not in removed:
+            edited.append(line)
+            kept.append(line)
+    numbers = {}
+
+    def tokens(some_lines):
+        pieces = "\n".join(some_lines).replace("\n", " \n ").split(" ")
+        return [numbers.setdefault(piece, len(numbers)) for piece in pieces]
+
+    before, after = tokens(lines), tokens(edited)
+    assert 3500 < len(before) < 4500
+    accepted, _ = follow_all(before, after, 16)
+    assert accepted > 0.9 * len(tokens(kept)) * 15 / 16  # of each window the bonus token is no draft
+
+
+def test_an_output_that_jumps_far_is_found_again():
+    text = list(range(100, 5000))
+    accepted, _ = follow_all(text, [*text[:50], *text[3000:3200]], 8)
+    assert accepted > 200
+
+
+def test_a_prediction_that_has_nothing_to_do_with_the_answer_proposes_no_more_after_its_start():
+    accepted, steps = follow_all(range(100, 200), range(1000, 1100), 8)
+    assert (accepted, steps) == (0, 100)
+
+
+def test_the_prediction_is_tried_before_anything_else_is_known():
+    one = sequence("a", [1, 2, 3], prediction=[50, 51, 52])
+    assert draft(SuffixDrafter(), one) == ("prediction", [50, 51, 52])
