@@ -163,7 +163,7 @@ def test_counters_of_a_new_engine_are_added_to_those_of_the_one_that_died():
 
 def test_what_an_engine_did_to_warm_up_counts_as_nobodys():
     drafter = ScriptedDrafter(lambda sequence, tokens: 3)
-    engine = make_engine(drafter=drafter, depth_policy=FixedDepth(2, max_model_len=200))
+    engine = make_engine(drafter=drafter, depth_policy=FixedDepth(2))
     metrics = Metrics()
     observer = EngineObserver(metrics, "toy")
     for name in ("warm-up", "first"):
