@@ -7,12 +7,14 @@ for token, and the benchmark ends if they are not.  Intervals are bootstrapped o
 """
 
 import argparse
+import ast
 import inspect
 import json
 import os
 import random
 import statistics
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -35,19 +37,19 @@ def in_engine_environment():
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
+def functions_of(module):
+    """The source of each function and method of a module."""
+    source = Path(inspect.getsourcefile(module)).read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            yield textwrap.dedent(ast.get_source_segment(source, node, padded=True))
+
+
 def edit_prompts(count, dice):
     """Functions of the standard library, to be written again with one name changed."""
-    import argparse as first
-    import textwrap as second
-
-    functions = [
-        inspect.getsource(value)
-        for module in (first, second, json.decoder, random, statistics)
-        for value in vars(module).values()
-        if inspect.isfunction(value) or inspect.isclass(value)
-    ]
+    functions = [source for module in (argparse, statistics, textwrap, random) for source in functions_of(module)]
     chosen = dice.sample([source for source in functions if 400 < len(source) < 1500], count)
-    ask = "Here is a Python file:\n\n```python\n{}```\n\nWrite the whole file again, with `self` renamed to `this`."
+    ask = "Here is a Python file:\n\n```python\n{}\n```\n\nWrite the whole file again, with `self` renamed to `this`."
     return [[{"role": "user", "content": ask.format(source)}] for source in chosen]
 
 
