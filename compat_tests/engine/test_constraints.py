@@ -96,7 +96,7 @@ def test_drafts_change_nothing_good_or_bad_and_those_that_break_the_pattern_neit
         return future[len(tokens)] if known else dice.randrange(VOCAB)
 
     engine, got = generate(
-        temperature, drafter=ScriptedDrafter(oracle), depth_policy=FixedDepth(depth, max_model_len=200)
+        temperature, drafter=ScriptedDrafter(oracle), depth_policy=FixedDepth(depth)
     )
     assert got == wanted
     assert engine.cache.pool.num_referenced == 0
