@@ -26,9 +26,10 @@ from helix_gateway.core.stats import EngineStats
 from helix_gateway.engine.admission import check_request
 from helix_gateway.engine.decoder import AdaptiveSpeculativeDecoder
 from helix_gateway.engine.depth import DepthPolicy, FixedDepth
-from helix_gateway.engine.drafters.base import PREDICTION, Drafter
+from helix_gateway.engine.drafters.base import Drafter
 from helix_gateway.engine.drafters.none import NoDrafter
 from helix_gateway.engine.ending import Ending, find_ending
+from helix_gateway.engine.events import end_event, explained, step_event
 from helix_gateway.engine.kv_cache import PagedKVCache
 from helix_gateway.engine.plan import SequenceOutput, SpeculativeOutput, StepPlan
 from helix_gateway.engine.scheduler import PlanningError, Scheduler
@@ -241,7 +242,7 @@ class Engine(Generic[Logits]):
             self._fail(request_id, error)
 
     def _fail(self, request_id: str, error: Exception) -> None:
-        message, kind = _explained(error)
+        message, kind = explained(error)
         self._end_request(request_id, "error", message, kind)
 
     def _commit(self, output: SpeculativeOutput) -> None:
@@ -263,24 +264,13 @@ class Engine(Generic[Logits]):
         sequence = scheduled.sequence
         accepted = max(0, len(output.token_ids) - 1)
         sequence.num_computed_tokens = scheduled.start + scheduled.num_tokens + accepted
-        sequence.num_draft_tokens += output.num_draft_tokens
-        sequence.num_accepted_tokens += accepted
-        if output.draft_source == PREDICTION:
-            sequence.num_accepted_prediction_tokens += accepted
-            sequence.num_rejected_prediction_tokens += output.num_draft_tokens - accepted
+        sequence.count_draft(output.draft_source, output.num_draft_tokens, accepted)
         sequence.prompt_logprobs += output.prompt_logprobs
         ending = find_ending(sequence, output.token_ids, self.max_model_len)
-        self._append(sequence, ending.token_ids, now)
+        sequence.append(ending.token_ids, now)
         self._settle(sequence, ending)
-        self._tell(sequence, output, ending)
-
-    def _append(self, sequence: Sequence, token_ids: list[int], now: float) -> None:
-        sequence.token_ids += token_ids
-        for token in token_ids:
-            sequence.edits.advance(token)
-            if sequence.constraint is not None:
-                sequence.constraint.advance(token)
-            sequence.timeline.tokens.append(now)
+        if ending.token_ids or ending.finish_reason:
+            self._events.append(step_event(sequence, output, ending))
 
     def _settle(self, sequence: Sequence, ending: Ending) -> None:
         """Bring the cache's accounts up to date, and let forks or the end of the sequence have their way."""
@@ -293,60 +283,22 @@ class Engine(Generic[Logits]):
         if ending.finish_reason is not None:
             self._retire(sequence, ending.finish_reason)
 
-    def _retire(self, sequence: Sequence, reason: FinishReason) -> None:
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         self._scheduler.drop(sequence)
         sequence.finish_reason = reason
         self._decoder.retire(sequence)
+
+    def _retire(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._end(sequence, reason)
         siblings = self._sequences[sequence.request.request_id]
         siblings.remove(sequence)
         if not siblings:
             del self._sequences[sequence.request.request_id]
-
-    def _tell(self, sequence: Sequence, output: SequenceOutput, ending: Ending) -> None:
-        if ending.token_ids or ending.finish_reason:
-            self._events.append(_event_of(sequence, output, ending))
 
     def _end_request(
         self, request_id: str, reason: FinishReason, message: str | None = None, kind: ErrorKind | None = None
     ) -> None:
         self._forks.pop(request_id, None)
         for sequence in self._sequences.pop(request_id, ()):
-            self._scheduler.drop(sequence)
-            sequence.finish_reason = reason
-            self._decoder.retire(sequence)
-            self._events.append(
-                TokenEvent(
-                    request_id=request_id,
-                    index=sequence.index,
-                    token_ids=[],
-                    finish_reason=reason,
-                    error=message,
-                    error_kind=kind,
-                    metrics=sequence.metrics(),
-                )
-            )
-
-
-def _event_of(sequence: Sequence, output: SequenceOutput, ending: Ending) -> TokenEvent:
-    """What a step had to tell of one sequence."""
-    first_event = len(ending.token_ids) == sequence.num_output_tokens
-    return TokenEvent(
-        request_id=sequence.request.request_id,
-        index=sequence.index,
-        token_ids=ending.token_ids,
-        logprobs=None if output.logprobs is None else output.logprobs[: len(ending.token_ids)],
-        prompt_logprobs=sequence.prompt_logprobs if first_event and sequence.wants_prompt_logprobs else None,
-        finish_reason=ending.finish_reason,
-        stop_reason=ending.stop_reason,
-        start=sequence.start() if first_event and ending.token_ids else None,
-        metrics=sequence.metrics() if ending.finish_reason else None,
-    )
-
-
-def _explained(error: Exception) -> tuple[str, ErrorKind]:
-    """What a client is told of a fault, in one line."""
-    if not isinstance(error, OutOfMemoryError | MemoryError):
-        return f"The engine failed while computing this request: {type(error).__name__}.", "failed"
-    reason = str(error).partition("\n")[0] or type(error).__name__
-    message = f"Out of memory: the device has no room for this request ({reason}). Shorten it, or try again later."
-    return message, "out_of_memory"
+            self._end(sequence, reason)
+            self._events.append(end_event(sequence, reason, message, kind))

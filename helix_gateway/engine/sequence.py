@@ -13,6 +13,8 @@ from helix_gateway.core.request import Request
 from helix_gateway.engine.token_edits import TokenEdits
 
 SequenceKey = tuple[str, int]
+PREDICTION = "prediction"
+"""The source of drafts that is the request's own prediction: clients are told what came of it."""
 
 
 @dataclass(slots=True)
@@ -60,6 +62,23 @@ class Sequence:
         self.edits = TokenEdits(self.request.sampling, self.token_ids, self.stop_ids)
         if self.wants_prompt_logprobs:
             self.prompt_logprobs.append(None)
+
+    def append(self, token_ids: list[int], now: float) -> None:
+        """Take tokens that were verified at the moment ``now``, on the clock of its `Timeline`."""
+        self.token_ids += token_ids
+        for token in token_ids:
+            self.edits.advance(token)
+            if self.constraint is not None:
+                self.constraint.advance(token)
+            self.timeline.tokens.append(now)
+
+    def count_draft(self, source: str | None, drafted: int, accepted: int) -> None:
+        """Keep account of what came of one draft."""
+        self.num_draft_tokens += drafted
+        self.num_accepted_tokens += accepted
+        if source == PREDICTION:
+            self.num_accepted_prediction_tokens += accepted
+            self.num_rejected_prediction_tokens += drafted - accepted
 
     @property
     def key(self) -> SequenceKey:

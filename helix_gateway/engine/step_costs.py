@@ -54,7 +54,7 @@ class StepCosts:
         self.seconds = np.maximum.accumulate(self.seconds * np.exp(moved))
 
 
-def measure_costs(runner: ModelRunner[Logits], row_counts: Sequence[int], repeats: int = 2) -> StepCosts:
+def measure_costs(runner: ModelRunner[Logits], row_counts: Sequence[int], repeats: int = 1) -> StepCosts:
     """The costs of a model that nobody uses yet: each row a sequence of one token, written to page 0.
 
     Raises:

@@ -13,7 +13,7 @@ from helix_gateway.engine.drafters.suffix import SuffixDrafter
 from helix_gateway.engine.step_costs import measure_costs
 from helix_gateway.service.settings import EngineSettings
 
-_PROFILED_ROWS = (1, 2, 4, 8, 12, 16, 32, 64)
+_PROFILED_ROWS = (1, 4, 8, 16, 32, 64)
 """Numbers of rows whose cost is measured at the start; the rest is read off between them."""
 
 

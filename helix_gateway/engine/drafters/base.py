@@ -30,8 +30,6 @@ class DraftTokens:
         return DraftTokens(self.source, self.token_ids[:count], self.confidences[:count])
 
 
-PREDICTION = "prediction"
-"""The source that is the request's own prediction, whose tokens clients are told of."""
 NOTHING = DraftTokens("none", np.empty(0, np.int32), np.empty(0, np.float32))
 
 

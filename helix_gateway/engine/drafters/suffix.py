@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from helix_gateway.core.event import FinishReason
-from helix_gateway.engine.drafters.base import PREDICTION, DraftTokens
+from helix_gateway.engine.drafters.base import DraftTokens
 from helix_gateway.engine.drafters.output_store import STORE_TOKENS, OutputStores
 from helix_gateway.engine.drafters.prediction import Prediction
 from helix_gateway.engine.drafters.suffix_automaton import Int32s, Match, SuffixAutomaton
-from helix_gateway.engine.sequence import Sequence, SequenceKey
+from helix_gateway.engine.sequence import PREDICTION, Sequence, SequenceKey
 
 _LOOKED_BACK = 64
 """Tokens from which a reader finds its place in a text that it has not read before."""
