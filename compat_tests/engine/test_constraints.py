@@ -95,9 +95,7 @@ def test_drafts_change_nothing_good_or_bad_and_those_that_break_the_pattern_neit
         known = len(tokens) < len(future) and dice.random() >= error_rate
         return future[len(tokens)] if known else dice.randrange(VOCAB)
 
-    engine, got = generate(
-        temperature, drafter=ScriptedDrafter(oracle), depth_policy=FixedDepth(depth)
-    )
+    engine, got = generate(temperature, drafter=ScriptedDrafter(oracle), depth_policy=FixedDepth(depth))
     assert got == wanted
     assert engine.cache.pool.num_referenced == 0
 

@@ -76,8 +76,7 @@ def _serve(settings: "ServeSettings") -> None:
     if not (gateway.api_keys or gateway.api_key_file or is_loopback(gateway.host)):
         typer.echo(f"helix: whoever reaches {gateway.host} is served; set --api-key or --api-key-file", err=True)
     engine = settings.engine(resolve(settings.model))
-    typer.echo(f"Loading {name}", err=True)
-    raise typer.Exit(_run(engine, gateway, sockets))
+    raise typer.Exit(_run(engine, gateway, sockets, name))
 
 
 def _effective(flags: dict[str, Any], config: str | None) -> "Effective":
@@ -91,7 +90,7 @@ def _effective(flags: dict[str, Any], config: str | None) -> "Effective":
         raise typer.Exit(WRONG_USE) from None
 
 
-def _run(engine: EngineSettings, gateway: GatewaySettings, sockets: "Sequence[socket]") -> int:
+def _run(engine: EngineSettings, gateway: GatewaySettings, sockets: "Sequence[socket]", model_name: str) -> int:
     from helix_gateway.cli.first_start import telling_of_compilation
     from helix_gateway.gateway.app import create_app
     from helix_gateway.gateway.server import run
@@ -102,6 +101,7 @@ def _run(engine: EngineSettings, gateway: GatewaySettings, sockets: "Sequence[so
     from helix_gateway.text.tokenizer import Tokenizer
 
     configure_logging(engine.log)
+    typer.echo(f"Loading {model_name}", err=True)
     name = gateway.served_model_names[0]
     metrics, tracer = Metrics(), _tracer(gateway.otlp_endpoint)
     service = ProcessService(engine, Tokenizer.load(engine.model_path), EngineObserver(metrics, name))

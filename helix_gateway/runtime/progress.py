@@ -37,32 +37,32 @@ def terminal_bar(label: str, total_bytes: int) -> Iterator[Report]:
 @contextmanager
 def lines(label: str, total_bytes: int) -> Iterator[Report]:
     """A `Progress` of a line for each tenth, once it has taken a second, and one at the end."""
-    started_s, told = monotonic(), [0]
+    told = [0]
+    with told_if_long(label) as said:
 
-    def report(done_bytes: int) -> None:
-        tenths = min(10, 10 * done_bytes // max(1, total_bytes))
-        if tenths > told[0] and monotonic() - started_s > QUIET_S:
-            told[0] = tenths
-            _say(f"{label}: {tenths * 10} % of {total_bytes / 1e6:.0f} MB")
+        def report(done_bytes: int) -> None:
+            tenths = min(10, 10 * done_bytes // max(1, total_bytes))
+            if tenths > told[0] and said.is_set():
+                told[0] = tenths
+                _say(f"{label}: {tenths * 10} % of {total_bytes / 1e6:.0f} MB")
 
-    with told_if_long(label):
         yield report
 
 
 @contextmanager
-def told_if_long(label: str) -> Iterator[None]:
-    """Say on stderr what is being done once it has taken a second, and when it is done."""
+def told_if_long(label: str) -> Iterator[Event]:
+    """Say on stderr what is being done once it has taken a second, and when it is done; yields whether it was said."""
     started_s, said = monotonic(), Event()
 
     def say() -> None:
-        said.set()
         _say(f"{label} …")
+        said.set()
 
     timer = Timer(QUIET_S, say)
     timer.daemon = True
     timer.start()
     try:
-        yield
+        yield said
     finally:
         timer.cancel()
     # Not where it failed: why is said by whoever asked.
