@@ -26,7 +26,7 @@ def helix(*arguments):
 def started(monkeypatch, tmp_path):
     """What ``helix serve`` would start, for the arguments given."""
     runs = []
-    monkeypatch.setattr(serve_module, "_run", lambda engine, gateway, sockets: runs.append((engine, gateway)))
+    monkeypatch.setattr(serve_module, "_run", lambda engine, gateway, sockets, name: runs.append((engine, gateway)))
     monkeypatch.setattr(server_module, "bind", lambda gateway: [])
     monkeypatch.delenv("HELIX_API_KEY", raising=False)
     model = tmp_path / "tiny.gguf"
@@ -201,7 +201,7 @@ async def test_a_start_that_compiles_says_so_and_one_that_does_not_is_silent(tmp
     "trouble", [OSError(28, "No space left on device"), EngineUnavailableError("The engine did not start.")]
 )
 def test_trouble_at_the_start_is_one_line_and_exit_code_1(trouble, monkeypatch, tmp_path):
-    def fail(engine, gateway, sockets):
+    def fail(engine, gateway, sockets, name):
         raise trouble
 
     model = tmp_path / "tiny.gguf"

@@ -28,7 +28,7 @@ def test_a_host_that_is_nowhere(smollm2_path):
 
 
 def test_a_model_that_is_not_there():
-    assert "no-such-file.gguf" in serve("/no-such-file.gguf")
+    assert "no-such-file.gguf" in serve("/no-such-file.gguf", "--port", "0")
 
 
 @pytest.mark.parametrize("size", [0, 1000, 5_000_000])

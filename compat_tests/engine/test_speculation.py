@@ -219,3 +219,61 @@ def test_drafts_of_more_tokens_than_were_asked_for_are_cut():
     each = request("r", [1, 2, 3], max_tokens=10)
     engine = make_engine(drafter=Talkative(), depth_policy=FixedDepth(2))
     assert got_from(engine, [each])[0] == wanted_of(each)
+
+
+def test_drafts_take_no_token_from_others():
+    engine = make_engine(
+        400, drafter=ScriptedDrafter(worst), depth_policy=AdaptiveDepth(FREE, max_depth=32), budget=32, max_num_seqs=16
+    )
+    for i in range(16):
+        engine.submit(request(f"r{i}", [1, 2, 3], max_tokens=40, ignore_eos=True))
+    for _ in range(10):
+        engine.step()
+    joined = {sequence.key: sequence.num_output_tokens for sequence in engine.running}
+    assert len(joined) == 16
+    for _ in range(5):
+        engine.step()
+    assert all(sequence.num_output_tokens >= joined[sequence.key] + 5 for sequence in engine.running)
+
+
+@pytest.mark.parametrize(
+    "proposal",
+    [
+        DraftTokens("short of confidence", np.array([1, 2], np.int32), np.ones(1, np.float32)),
+        DraftTokens("beyond the vocabulary", np.array([10**6], np.int32), np.ones(1, np.float32)),
+        DraftTokens("negative", np.array([-1], np.int32), np.ones(1, np.float32)),
+    ],
+    ids=lambda proposal: proposal.source,
+)
+def test_what_is_no_draft_is_not_verified(proposal):
+    class Wrong:
+        def propose(self, sequences, depths):
+            return [proposal for _ in sequences]
+
+        def retire(self, sequence):
+            pass
+
+    each = request("r", [1, 2, 3], max_tokens=10)
+    engine = make_engine(drafter=Wrong(), depth_policy=FixedDepth(2))
+    assert got_from(engine, [each])[0] == wanted_of(each)
+
+
+def test_a_drafter_that_forgets_a_sequence_is_done_without():
+    class Forgetful:
+        def propose(self, sequences, depths):
+            return []
+
+        def retire(self, sequence):
+            pass
+
+    each = request("r", [1, 2, 3], max_tokens=10)
+    assert got_from(make_engine(drafter=Forgetful(), depth_policy=FixedDepth(2)), [each])[0] == wanted_of(each)
+
+
+def test_what_is_right_but_lies_behind_a_stop_is_not_counted_as_accepted():
+    each = request("r", [1, 2, 3], max_tokens=20, ignore_eos=True, temperature=1.0)
+    text = alone(each)["r", 0].token_ids
+    stopping = request("r", [1, 2, 3], max_tokens=20, ignore_eos=True, temperature=1.0, stop_token_ids=(text[3],))
+    drafter = ScriptedDrafter(lambda sequence, tokens: (text + [0] * 20)[len(tokens) - 3])
+    metrics = got_from(make_engine(drafter=drafter, depth_policy=FixedDepth(10), budget=64), [stopping])[1]
+    assert metrics["r", 0].last.metrics.accepted_tokens <= len(metrics["r", 0].token_ids)

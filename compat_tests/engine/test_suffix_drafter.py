@@ -81,6 +81,14 @@ def test_salts_that_nobody_uses_any_more_are_forgotten():
     assert len(stores._stores) == 16
 
 
+def test_asking_about_salts_that_have_no_answers_costs_those_that_have_nothing():
+    drafter = SuffixDrafter()
+    drafter.retire(sequence("first", [1], [21, 22, 23], salt="mine", finish_reason="stop"))
+    for number in range(40):
+        draft(drafter, sequence(f"s{number}", [9, 21, 22], salt=f"salt {number}"))
+    assert draft(drafter, sequence("second", [9, 21, 22], salt="mine"), 1) == ("store", [23])
+
+
 # ---- predictions
 
 

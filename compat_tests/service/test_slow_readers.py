@@ -150,7 +150,7 @@ async def test_a_silent_client_slows_nobody_and_has_its_blocks_back_when_it_goes
         await until(lambda: blocks_held(tiny_service))
         held = blocks_held(tiny_service)
         assert len(await asyncio.wait_for(streamed(), 20)) > 1
-        assert blocks_held(tiny_service) > held
+        await until(lambda: blocks_held(tiny_service) > held)
         sock.close()
         await until(lambda: not blocks_held(tiny_service))
 

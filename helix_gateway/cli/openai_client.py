@@ -5,6 +5,7 @@ Python allows, since `helix bench` shares its cores with the server that it meas
 answers are for.
 """
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
@@ -137,7 +138,7 @@ class OpenAIClient:
                 body = await response.read()
                 if response.status != 200:
                     raise _refusal(response.status, body)
-        except (aiohttp.ClientError, TimeoutError) as error:
+        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
             raise self._unreachable(error) from error
         try:
             return [str(entry["id"]) for entry in msgspec.json.decode(body)["data"]]
@@ -179,7 +180,7 @@ class OpenAIClient:
                 except BaseException:
                     response.close()
                     raise
-        except TimeoutError as error:
+        except asyncio.TimeoutError as error:
             raise ServerError(f"No whole answer within {self._timeout.total:g} s.") from error
         except aiohttp.ClientConnectorError as error:
             raise self._unreachable(error) from error

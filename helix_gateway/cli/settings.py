@@ -141,7 +141,7 @@ class ServeSettings(BaseModel):
     speculation: SpeculationName = _setting(
         _ENGINE.speculation,
         "Who drafts tokens that are then verified together: `auto` whoever pays, `suffix` only what is read off known "
-        "text, `off` nobody. It never changes an answer.",
+        "text, `off` nobody. Where kernels keep rows apart, as on a CPU, it never changes an answer.",
     )
     max_depth: int = _setting(_ENGINE.max_depth, "Most tokens drafted for a sequence at a step.", ge=0, le=MAX_DEPTH)
     min_depth: int = _setting(

@@ -54,7 +54,7 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
         self, runner: ModelRunner[Logits], drafter: Drafter, depth_policy: DepthPolicy, cache: PagedKVCache
     ) -> None:
         self._runner = runner
-        self._drafter = GuardedDrafter(drafter)
+        self._drafter = GuardedDrafter(drafter, runner.vocab_size)
         self._depth_policy = depth_policy
         self._cache = cache
         self.ledger = DraftLedger()
@@ -76,7 +76,7 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
         computed = perf_counter()
         outputs = self._choose(windows, logits, batch.logits_rows)
         sampled = perf_counter()
-        self._learn(plan, drafts, outputs, sampled - drafted)
+        self._learn(plan, drafts, outputs, sampled - began)
         timing = StepTiming(draft_s=drafted - began, forward_s=computed - drafted, sample_s=sampled - computed)
         return SpeculativeOutput(StepOutput(outputs), timing)
 

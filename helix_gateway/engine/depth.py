@@ -93,6 +93,8 @@ class AdaptiveDepth:
         self._max_depth = max_depth
         self._min_depth = min_depth
         self._acceptance = AcceptanceModel()
+        self._paying: dict[tuple[int, int], bool] = {}
+        """What `_could_pay` answered since costs changed last: it is asked for each sequence of a step."""
 
     def most(self, sequence: Sequence, num_decodes: int) -> int:
         """A little more than lately proved right, or nothing where even a draft right throughout would not pay."""
@@ -100,12 +102,16 @@ class AdaptiveDepth:
             return self._max_depth
         depth = min(self._max_depth, _REACH_MARGIN + int(2 * self._acceptance.reach(sequence.key)))
         depth = min(depth, max(1, _MOST_DRAFT_ROWS // max(1, num_decodes)))
-        return depth if self._could_pay(num_decodes, depth) else 0
+        return depth if self._could_pay(max(1, num_decodes), depth) else 0
 
     def _could_pay(self, num_decodes: int, depth: int) -> bool:
-        plain = max(1, num_decodes) / self._costs.seconds_for(max(1, num_decodes))
-        deep = max(1, num_decodes) + depth
-        return deep / self._costs.seconds_for(deep) > plain * _WORTH_IT
+        """Whether any number of draft tokens, all of them right and everybody's together, beats the plain step."""
+        known = self._paying.get((num_decodes, depth))
+        if known is None:
+            rows = np.arange(num_decodes, num_decodes * (1 + depth) + 1)
+            rates = rows / np.interp(rows, self._costs.rows, self._costs.seconds)
+            known = self._paying[num_decodes, depth] = bool(rates.max() > rates[0] * _WORTH_IT)
+        return known
 
     def choose(self, sequences: Ordered[Sequence], drafts: Ordered[DraftTokens], num_decodes: int) -> list[int]:
         """See `DepthPolicy`."""
@@ -121,6 +127,7 @@ class AdaptiveDepth:
     def observe(self, num_rows: int, seconds: float) -> None:
         """See `DepthPolicy`."""
         self._costs.observe(num_rows, seconds)
+        self._paying.clear()
 
     def retire(self, sequence: Sequence) -> None:
         """See `DepthPolicy`."""

@@ -264,9 +264,11 @@ class Engine(Generic[Logits]):
         sequence = scheduled.sequence
         accepted = max(0, len(output.token_ids) - 1)
         sequence.num_computed_tokens = scheduled.start + scheduled.num_tokens + accepted
-        sequence.count_draft(output.draft_source, output.num_draft_tokens, accepted)
         sequence.prompt_logprobs += output.prompt_logprobs
         ending = find_ending(sequence, output.token_ids, self.max_model_len)
+        # What was right but lies behind a stop is no part of the answer.
+        told = min(accepted, len(ending.token_ids))
+        sequence.count_draft(output.draft_source, output.num_draft_tokens, told)
         sequence.append(ending.token_ids, now)
         self._settle(sequence, ending)
         if ending.token_ids or ending.finish_reason:

@@ -106,7 +106,10 @@ class Scheduler:
 
     def _fill(self, step: "_StepInMaking") -> None:
         # Those that lack least come first: a long prompt's chunk must not hold up everybody's next token.
-        for sequence in sorted(self.running, key=lambda s: s.num_pending_tokens):
+        order = sorted(self.running, key=lambda s: s.num_pending_tokens)
+        for place, sequence in enumerate(order, start=1):
+            # Nor must one's drafts: whoever comes after keeps a token, and those who would join keep half.
+            step.kept_for_others = len(order) - place + (step.budget // 2 if self.waiting else 0)
             if sequence in self.running and step.budget:
                 step.at = sequence
                 self._continue(sequence, step)
@@ -130,7 +133,7 @@ class Scheduler:
         share = max(1, step.budget // 2) if self.waiting else step.budget
         num_tokens = min(sequence.num_pending_tokens, share)
         reaches_end = num_tokens == sequence.num_pending_tokens
-        depth = self._depth(sequence, step.budget - num_tokens) if reaches_end else 0
+        depth = self._depth(sequence, step.budget - num_tokens - step.kept_for_others) if reaches_end else 0
         while True:
             try:
                 copies = self._cache.reserve(sequence.key, start, start + num_tokens + depth)
@@ -226,6 +229,8 @@ class _StepInMaking:
         self.budget = budget
         self.at: Sequence | None = None
         """Whose part is being planned."""
+        self.kept_for_others = 0
+        """Tokens of the budget that are not for drafts."""
         self._parts: dict[SequenceKey, tuple[ScheduledSequence, list[PageCopy]]] = {}
 
     def add(self, scheduled: ScheduledSequence, copies: list[PageCopy]) -> None:

@@ -45,10 +45,11 @@ class EngineHost:
             max_tokens_in_use=settings.max_num_seqs * (settings.max_model_len or 2**20),
         )
         self.vocab_size = loaded.runner.vocab_size
-        drafter, depth_policy = make_speculation(settings, loaded.runner)
+        limits = _limits(settings, loaded)
+        drafter, depth_policy = make_speculation(settings, loaded.runner, limits.max_num_batched_tokens)
         self._engine = Engine(
             loaded.runner,
-            _limits(settings, loaded),
+            limits,
             eos_token_ids=frozenset(self._tokenizer.eos_token_ids),
             enable_prefix_caching=settings.enable_prefix_caching,
             drafter=drafter,
@@ -109,9 +110,13 @@ class EngineHost:
             self._engine.cache.reset()
 
     def _warm_up(self) -> None:
-        """Serve one tiny request, so that no client waits for kernels to be compiled."""
-        sampling = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=2, ignore_eos=True, logprobs=1, n=2)
-        self._engine.submit(Request(request_id="warm-up", prompt_token_ids=[0], sampling=sampling))
+        """Serve a tiny request that repeats itself, so that no client waits for kernels to be compiled."""
+        prompt = [0] * min(4, self.max_model_len - 1)
+        most = min(4, self.max_model_len - len(prompt))
+        sampling = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=most, ignore_eos=True, logprobs=1, n=2)
+        self._engine.submit(
+            Request(request_id="warm-up", prompt_token_ids=prompt, prediction_token_ids=prompt, sampling=sampling)
+        )
         while self._engine.has_work():
             for event in self._engine.step():
                 if event.error is not None:

@@ -245,12 +245,15 @@ async def _start_engine(settings: EngineSettings) -> _EngineLink:
     replies.setsockopt(zmq.RCVHWM, 0)
     commands.bind(endpoints.commands)
     replies.bind(endpoints.replies)
-    process = await asyncio.create_subprocess_exec(
-        *ENGINE_COMMAND,
-        stdin=PIPE,
-        stdout=sys.stderr,
-        env={**os.environ, **engine_environment()},
-    )
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *ENGINE_COMMAND, stdin=PIPE, stdout=sys.stderr, env={**os.environ, **engine_environment()}
+        )
+    except BaseException:  # no memory, no disk: it is tried again, and again
+        commands.close(linger=0)
+        replies.close(linger=0)
+        endpoints.close()
+        raise
     assert process.stdin is not None
     assignment = Assignment(settings, _bound_to(commands), _bound_to(replies))
     process.stdin.write(msgspec.json.encode(assignment) + b"\n")

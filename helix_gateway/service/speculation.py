@@ -5,6 +5,7 @@ Knows which drafters there are; how they work is the engine's affair.
 
 from typing import Any
 
+from helix_gateway.core.errors import OutOfMemoryError
 from helix_gateway.core.protocols import ModelRunner
 from helix_gateway.engine.depth import AdaptiveDepth, DepthPolicy, FixedDepth
 from helix_gateway.engine.drafters.base import Drafter
@@ -17,9 +18,16 @@ _PROFILED_ROWS = (1, 4, 8, 16, 32, 64)
 """Numbers of rows whose cost is measured at the start; the rest is read off between them."""
 
 
-def make_speculation(settings: EngineSettings, runner: ModelRunner[Any]) -> tuple[Drafter, DepthPolicy]:
-    """The drafter and the depth policy that the settings ask for; the costs of steps are measured for the latter."""
+def make_speculation(settings: EngineSettings, runner: ModelRunner[Any], max_rows: int) -> tuple[Drafter, DepthPolicy]:
+    """The drafter and the depth policy that the settings ask for; the costs of steps are measured for the latter.
+
+    Args:
+        max_rows: tokens that a step may compute.
+    """
     if settings.speculation == "off" or not settings.max_depth:
         return NoDrafter(), FixedDepth(0)
-    costs = measure_costs(runner, _PROFILED_ROWS)
+    try:
+        costs = measure_costs(runner, [rows for rows in _PROFILED_ROWS if rows <= max_rows])
+    except OutOfMemoryError:  # the first request will be told; there is no room for drafts in any case
+        return NoDrafter(), FixedDepth(0)
     return SuffixDrafter(), AdaptiveDepth(costs, max_depth=settings.max_depth, min_depth=settings.min_depth)

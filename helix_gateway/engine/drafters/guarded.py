@@ -15,10 +15,15 @@ log = structlog.get_logger(__name__)
 
 
 class GuardedDrafter:
-    """`Drafter` around another."""
+    """`Drafter` around another.
 
-    def __init__(self, drafter: Drafter) -> None:
+    Args:
+        vocab_size: compiled code trusts ids to be below it.
+    """
+
+    def __init__(self, drafter: Drafter, vocab_size: int) -> None:
         self._drafter = drafter
+        self._vocab_size = vocab_size
         self._switched_off: set[SequenceKey] = set()
 
     def propose(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> list[DraftTokens]:
@@ -28,12 +33,12 @@ class GuardedDrafter:
         if served:
             proposed = self._propose([sequences[index] for index in served], [depths[index] for index in served])
             for index, draft in zip(served, proposed, strict=True):
-                drafts[index] = draft.first(depths[index])
+                drafts[index] = draft
         return drafts
 
     def _propose(self, sequences: list[Sequence], depths: list[int]) -> list[DraftTokens]:
         try:
-            return self._drafter.propose(sequences, depths)
+            return self._checked(self._drafter.propose(sequences, depths), depths)
         except OutOfMemoryError:
             raise
         except Exception as error:
@@ -46,6 +51,14 @@ class GuardedDrafter:
                 "drafter_switched_off", request_id=sequences[0].request.request_id, reason=repr(error), exc_info=error
             )
             return [NOTHING]
+
+    def _checked(self, drafts: list[DraftTokens], depths: list[int]) -> list[DraftTokens]:
+        """The drafts, cut to their depths.  Raises ValueError where they are not what the Protocol says."""
+        for draft in drafts:
+            ids = draft.token_ids
+            if len(draft.confidences) != len(ids) or (len(ids) and not 0 <= ids.min() <= ids.max() < self._vocab_size):
+                raise ValueError(f"{draft.source} proposed what is no draft")
+        return [draft.first(depth) for draft, depth in zip(drafts, depths, strict=True)]
 
     def retire(self, sequence: Sequence) -> None:
         """See `Drafter`."""

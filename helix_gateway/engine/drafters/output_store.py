@@ -47,17 +47,19 @@ class OutputStores:
         self._num_tokens = num_tokens
         self._stores: OrderedDict[str, OutputStore] = OrderedDict()
 
-    def of(self, cache_salt: str) -> OutputStore:
-        """The store of a salt, an empty one if it has none."""
+    def generations(self, cache_salt: str) -> tuple[SuffixAutomaton, ...]:
+        """What may be read of a salt's answers, the newest first; nothing where there are none."""
         store = self._stores.get(cache_salt)
         if store is None:
-            store = self._stores[cache_salt] = OutputStore(self._num_tokens)
+            return ()
         self._stores.move_to_end(cache_salt)
-        while len(self._stores) > MOST_SALTS:
-            self._stores.popitem(last=False)
-        return store
+        return store.generations()
 
     def add(self, cache_salt: str, token_ids: list[int]) -> None:
         """Remember an answer."""
-        if token_ids:
-            self.of(cache_salt).add(np.array(token_ids, np.int32))
+        if not token_ids:
+            return
+        self._stores.setdefault(cache_salt, OutputStore(self._num_tokens)).add(np.array(token_ids, np.int32))
+        self._stores.move_to_end(cache_salt)
+        if len(self._stores) > MOST_SALTS:
+            self._stores.popitem(last=False)

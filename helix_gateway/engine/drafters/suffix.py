@@ -20,6 +20,8 @@ from helix_gateway.engine.sequence import PREDICTION, Sequence, SequenceKey
 
 _LOOKED_BACK = 64
 """Tokens from which a reader finds its place in a text that it has not read before."""
+_INDEXED = 16_384
+"""Tokens of a prompt that are drafted from, its last: a token takes some 240 bytes."""
 _LEARNED_FROM: tuple[FinishReason, ...] = ("stop", "length")
 
 
@@ -29,8 +31,6 @@ class SuffixDrafter:
     Args:
         store_tokens: earlier answers remembered for each cache salt; 0 for none.
     """
-
-    name = "suffix"
 
     def __init__(self, *, store_tokens: int = STORE_TOKENS) -> None:
         self._stores = OutputStores(store_tokens) if store_tokens else None
@@ -44,7 +44,7 @@ class SuffixDrafter:
         reader = self._readers.get(sequence.key)
         if reader is None:
             reader = self._readers[sequence.key] = _Reader(np.array(sequence.request.prediction_token_ids, np.int32))
-        store = self._stores.of(sequence.request.cache_salt).generations() if self._stores else ()
+        store = self._stores.generations(sequence.request.cache_salt) if self._stores else ()
         reader.catch_up(sequence, store)
         return reader.best_draft(depth)
 
@@ -80,8 +80,7 @@ class _Reader:
         """Read the tokens that have come since the last time."""
         new = sequence.token_ids[self.num_read :]
         self._read_prediction(sequence)
-        self.num_read += len(new)
-        new_ids = np.array(new, np.int32)
+        new_ids = np.array(new[-_INDEXED:], np.int32)
         self._seen = self.own.append(new_ids)
         known = {id(place.automaton): place for place in self.places}
         tail = np.array(sequence.token_ids[-_LOOKED_BACK:], np.int32)
@@ -93,6 +92,7 @@ class _Reader:
             )
             for automaton in store
         ]
+        self.num_read += len(new)
 
     def _read_prediction(self, sequence: Sequence) -> None:
         if not len(self.prediction_token_ids):

@@ -134,7 +134,7 @@ class ChatRequest(GenerationRequest):
     """The most tokens of an answer. Left out, it goes on to a stop or the end of the context. What the context has no
     room for is cut off it, and the header `x-helix-clamped` says so."""
     max_completion_tokens: int | None = Field(None, ge=1)
-    """The same by its newer name; the lesser of both counts."""
+    """The same by its newer name, which counts where both are given."""
     logprobs: bool = False
     """Whether to tell each token's log-probability."""
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)

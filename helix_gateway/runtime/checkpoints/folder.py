@@ -16,8 +16,6 @@ from helix_gateway.runtime.checkpoints.safetensors_file import SafetensorsTensor
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-_GENERATION_CONFIG = "generation_config.json"
-
 
 class FolderCheckpoint:
     """One folder; see `Checkpoint`."""

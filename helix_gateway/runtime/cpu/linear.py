@@ -164,11 +164,6 @@ class PackedLinear(nn.Module):
         """Pack a copy of the module's matrix."""
         return cls(pack_weight(module.weight), module.bias)
 
-    @classmethod
-    def from_conv1d(cls, module: Conv1D) -> "PackedLinear":
-        """Pack a copy of the module's matrix, which a Conv1D keeps as [inputs, channels]."""
-        return cls(pack_weight(module.weight.T), module.bias)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Takes x [..., in_features] to [..., out_features]."""
         weight = self.weight_tiles
