@@ -34,13 +34,14 @@ def test_an_unknown_name_is_an_ordinary_attribute_error():
 
 # Imported under another name than their package's, or by a library that leaves the choice to its users.
 MODULES = {
+    "typing-extensions": "typing_extensions",
     "huggingface-hub": "huggingface_hub",
     "prometheus-client": "prometheus_client",
     "prompt-toolkit": "prompt_toolkit",
     "pydantic-settings": "pydantic_settings",
     "pyzmq": "zmq",
 }
-OF_PYDANTIC = {"annotated_types", "pydantic_core", "typing_extensions"}  # pydantic cannot be without them
+OF_PYDANTIC = {"annotated_types", "pydantic_core"}  # pydantic cannot be without them
 UNSEEN = {"jinja2", "tornado"}
 OPTIONAL = {"matplotlib", "opentelemetry", "torch_directml", "watchfiles"}  # extras, or development
 
