@@ -3,7 +3,8 @@
 Helix runs as a library (`HelixEngine`) in this process, transformers as a loop of ``generate`` calls, one prompt after
 another, in a process of its own, so that their threads do not meet; the two in turn, in every repeat, greedily, on
 prompts of the same length.  All prompts of a level are there at its beginning: what a prompt of the loop waits for its
-turn counts to its first token, as it does for Helix's.  No prompt is used twice, so nothing is found in a cache.
+turn counts to its first token, as it does for Helix's.  No prompt is used twice, so nothing is found in a cache, and
+speculation is off: what that brings `speculative_bench.py` tells.
 """
 
 import argparse
@@ -117,7 +118,7 @@ def measure(dtype, options):
     dice = random.Random(options.seed)
     peer = Peer(options.model, dtype)
     helix, loop = {streams: [] for streams in STREAMS}, {streams: [] for streams in PEER_STREAMS}
-    with HelixEngine(options.model, dtype=dtype, kv_cache_memory_bytes=2 << 30) as engine:
+    with HelixEngine(options.model, dtype=dtype, kv_cache_memory_bytes=2 << 30, speculation="off") as engine:
         helix_times(engine, 4, 8, dice)
         peer.times(1, 4, dice)
         for _ in range(options.repeats):
