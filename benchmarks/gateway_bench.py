@@ -32,24 +32,29 @@ HERE = Path(__file__).resolve().parent
 def run_gateway(model):
     """The second process: the gateway over an engine that computes nothing."""
     from helix_gateway.gateway.app import create_app
-    from helix_gateway.gateway.server import run
+    from helix_gateway.gateway.server import bind, run
     from helix_gateway.gateway.settings import GatewaySettings
     from helix_gateway.service import process
+    from helix_gateway.service.observer import EngineObserver
     from helix_gateway.service.settings import EngineSettings
     from helix_gateway.telemetry.logging import configure_logging
+    from helix_gateway.telemetry.metrics import Metrics
+    from helix_gateway.telemetry.settings import LogSettings
     from helix_gateway.text.tokenizer import Tokenizer
 
-    configure_logging()
+    configure_logging(LogSettings())
     process.ENGINE_COMMAND = (sys.executable, str(HERE / "fake_engine.py"))
     settings = EngineSettings(model_path=model)
-    service = process.ProcessService(settings, Tokenizer.load(model))
-    app = create_app(GatewaySettings(port=0, served_model_names=("fake",)), {"fake": service})
+    metrics = Metrics()
+    service = process.ProcessService(settings, Tokenizer.load(model), EngineObserver(metrics, "fake"))
+    app = create_app(GatewaySettings(port=0, served_model_names=("fake",)), {"fake": service}, metrics)
 
     async def stop(_app):
         await service.stop()
 
     app.on_shutdown.append(stop)
-    sys.exit(run(app, GatewaySettings(port=0), service.start))
+    settings = GatewaySettings(port=0)
+    sys.exit(run(app, settings, bind(settings), service.start))
 
 
 class Gateway:

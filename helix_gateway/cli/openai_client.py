@@ -132,6 +132,10 @@ class OpenAIClient:
         Raises:
             ServerError: it cannot be reached, or says something else.
         """
+        return list(await self._roots())
+
+    async def _roots(self) -> dict[str, str]:
+        """Each name, and the name of the model behind it where the server tells that several are of one."""
         assert self._session is not None
         try:
             async with self._session.get(self.base_url + "/models") as response:
@@ -141,8 +145,9 @@ class OpenAIClient:
         except (aiohttp.ClientError, asyncio.TimeoutError) as error:
             raise self._unreachable(error) from error
         try:
-            return [str(entry["id"]) for entry in msgspec.json.decode(body)["data"]]
-        except (msgspec.DecodeError, KeyError, TypeError):
+            entries = msgspec.json.decode(body)["data"]
+            return {str(entry["id"]): str(entry.get("root") or entry["id"]) for entry in entries}
+        except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
             raise ServerError(f"{self.base_url}/models does not answer as OpenAI's API does.") from None
 
     async def only_model(self, wanted: str | None) -> str:
@@ -153,12 +158,12 @@ class OpenAIClient:
         """
         if wanted:
             return wanted
-        names = await self.models()
-        if len(names) == 1:
-            return names[0]
-        if not names:
+        roots = await self._roots()
+        if not roots:
             raise ServerError(f"{self.base_url} serves no model.")
-        raise ServerError(f"{self.base_url} serves several models; name one of them: {', '.join(names)}.")
+        if len(set(roots.values())) == 1:
+            return next(iter(roots))
+        raise ServerError(f"{self.base_url} serves several models; name one of them: {', '.join(roots)}.")
 
     async def stream(self, api: Api, body: bytes) -> AsyncGenerator[Piece, None]:
         """Send a request whose body asks for a stream, and yield what comes, until ``[DONE]``.
@@ -188,7 +193,8 @@ class OpenAIClient:
             raise ServerError(f"The connection broke: {_first_line(error)}.") from error
 
     def _unreachable(self, error: Exception) -> ServerError:
-        return ServerError(f"No server answers at {self.base_url}: {_first_line(error)}.")
+        reason = error.os_error.strerror if isinstance(error, aiohttp.ClientConnectorError) else None
+        return ServerError(f"No server answers at {self.base_url}: {reason or _first_line(error)}.")
 
 
 async def _pieces(response: aiohttp.ClientResponse) -> AsyncGenerator[Piece, None]:

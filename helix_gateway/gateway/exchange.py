@@ -7,6 +7,7 @@ nothing about what chat and completions look like.
 import re
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -130,7 +131,11 @@ async def answer_stream(request: web.Request, events: AsyncGenerator[bytes, None
         return api_error
 
     stream = EventStream(request, context.time_limit, settings.ping_interval_s)
-    response = await stream.run(events, explain)
+    try:
+        response = await stream.run(events, explain)
+    finally:
+        if stream.answered:
+            context.answered_status = HTTPStatus.OK
     if stream.client_left:
         context.log["client_left"] = True
     return response

@@ -92,7 +92,7 @@ def _holds_key(line: str) -> bool:
 def _parsed(path: str, number: int, line: str) -> ApiKey:
     before, colon, after = line.partition(":")
     name, key = (before.strip(), after.strip()) if colon else (f"line-{number}", line)
-    if not name or not key or len(key.split()) > 1:
+    if len(name.split()) != 1 or len(key.split()) != 1:
         raise KeyFileError(f"The file of keys {path} has a line {number} that is no `name: key` and no `key`.")
     return ApiKey(name, digest(key))
 

@@ -4,6 +4,7 @@ Plain functions, outermost first in `MIDDLEWARES`; headers that every response c
 prepared, so that streams have them too.  Knows nothing about what routes do.
 """
 
+import asyncio
 import re
 
 import structlog
@@ -55,6 +56,9 @@ async def identify_and_log(request: web.Request, handler: Handler) -> web.Stream
         response = await handler(request)
         status = response.status
         return response
+    except asyncio.CancelledError:
+        status = context.answered_status or status
+        raise
     finally:
         _count_request(request, status)
         _trace_request(request, context, status)
@@ -88,7 +92,9 @@ def _trace_request(request: web.Request, context: RequestContext, status: int) -
 def _log_request(request: web.Request, context: RequestContext, status: int) -> None:
     # Probes come every few seconds, and a 503 while loading is what they ask for.
     quiet = bare_path(request) in PROBES and status in (200, 503)
-    log = _log.debug if quiet else _log.error if status >= 500 else _log.info
+    # A server that is loading or stopping, and an answer that took too long, are no faults.
+    fault = status >= 500 and status not in (503, 504)
+    log = _log.debug if quiet else _log.error if fault else _log.info
     log(
         "request",
         request_id=context.request_id,

@@ -56,6 +56,8 @@ class EventStream:
         self._pinging: asyncio.Task[None] | None = None
         self.client_left = False
         """Whether the client closed the connection before the end."""
+        self.answered = False
+        """Whether the last event is written: a client that closes from then on has what it came for."""
 
     async def run(
         self, events: AsyncGenerator[bytes, None], explain: Callable[[Exception], ApiError]
@@ -95,6 +97,7 @@ class EventStream:
             raise
         except Exception as error:  # noqa: BLE001 - the head is sent: all that is left is to say it in an event
             await self._write_last(event(explain(error).body()))
+        self.answered = True
         await self._response.write_eof()
 
     async def _write_all(self, head: asyncio.Future[bytes], events: AsyncGenerator[bytes, None]) -> None:

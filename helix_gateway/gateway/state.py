@@ -70,6 +70,8 @@ class RequestContext:
     """Of prompt and answer, known at the end."""
     time_limit: TimeLimit = field(default_factory=TimeLimit)
     generation: Generation | None = None
+    answered_status: int | None = None
+    """Of a stream whose last event is written, whatever its client does from then on."""
 
     @property
     def elapsed_ms(self) -> float:

@@ -85,4 +85,4 @@ class ModelService(Protocol):
         """
 
     def draw_seed(self) -> int:
-        """A seed for a request that brought none: unsigned 64 bits."""
+        """A seed for a request that brought none: unsigned, and small enough for any client to send back."""

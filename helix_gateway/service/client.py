@@ -26,7 +26,7 @@ from helix_gateway.service.messages import (
 )
 from helix_gateway.service.observer import EngineObserver
 from helix_gateway.service.requests_in_flight import RequestsInFlight, Sink
-from helix_gateway.service.seeds import seed_source
+from helix_gateway.service.seeds import SEED_BITS, seed_source
 from helix_gateway.service.settings import EngineSettings
 from helix_gateway.service.stops import ChoiceText
 from helix_gateway.telemetry.metrics import Metrics
@@ -93,7 +93,7 @@ class EngineClient(ABC):
 
     def draw_seed(self) -> int:
         """See `ModelService`."""
-        return self._seeds.getrandbits(64)
+        return self._seeds.getrandbits(SEED_BITS)
 
     def _facts(self) -> Ready:
         if self._ready is None:

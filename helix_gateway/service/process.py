@@ -85,7 +85,7 @@ class ProcessService(EngineClient):
             self._keeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._keeper
-        self._in_flight.fail_all("The server is shutting down.")
+        self._in_flight.fail_all("The server was stopped before this answer was finished.")
 
     def _send(self, command: Command) -> None:
         sent = self._link is not None and self._link.send(command)
@@ -105,7 +105,7 @@ class ProcessService(EngineClient):
                 self._in_flight.fail_all("The engine died while serving this request; it is being restarted.")
                 await self._restart()
         finally:
-            self._in_flight.fail_all("The engine has stopped.")
+            self._in_flight.fail_all("The server was stopped before this answer was finished.")
             if self._link is not None:
                 await self._link.close()
                 self._link = None

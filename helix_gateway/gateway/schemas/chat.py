@@ -106,7 +106,7 @@ class Prediction(WireModel):
     """What the answer is expected to be: it then comes the faster the more of it is right, and is never changed by it."""
 
     type: Literal["content"]
-    content: Content = ""
+    content: Content
     """A text, or parts that are joined."""
 
     @property
