@@ -15,6 +15,7 @@ import structlog
 import zmq
 
 from helix_gateway.core.errors import HelixError
+from helix_gateway.runtime.cpu.threads import load_openmp
 from helix_gateway.service.messages import Command, LoadFailed, Ready, Reply
 from helix_gateway.service.settings import EngineSettings
 from helix_gateway.service.wire import command_decoder, encoded
@@ -91,6 +92,7 @@ def _serve(settings: EngineSettings, commands: "Socket", replies: "Socket") -> b
             replies.send(message)
 
     # Imported here: what is heavy is loaded once the parent can already be told of trouble.
+    load_openmp()
     try:
         from helix_gateway.service.host import EngineHost
         from helix_gateway.service.loop import run_loop

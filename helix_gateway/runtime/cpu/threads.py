@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -71,6 +72,17 @@ def engine_environment() -> dict[str, str]:
     if sys.platform == "linux" and not _loads(_OPENMP_OF_NUMBA):
         environment.update(_openmp_of_torch())
     return environment
+
+
+def load_openmp() -> None:
+    """Load the OpenMP library of compiled code before another library brings one of its own along.
+
+    Each copy (torch's, sentencepiece's, the system's) binds the first thread to a core as it is loaded, and the next one
+    takes the mask that is left for all there is: its threads then share one core, and a step takes twice as long.  To be
+    called before anything that computes is imported.  Where there is no such library, nothing happens.
+    """
+    with suppress(OSError):
+        ctypes.CDLL(_OPENMP_OF_NUMBA)
 
 
 def _loads(library: str) -> bool:
