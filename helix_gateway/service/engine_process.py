@@ -1,4 +1,4 @@
-"""The engine in a process of its own: ``python -m helix_gateway.service.engine_process``.
+"""The engine in a process of its own, started by `engine_process_main`.
 
 Started by exec, never by fork.  The first line of its standard input says what to load and where to connect; the
 rest of that pipe says nothing, but its end means that the parent is gone, and then so is this process.
@@ -15,7 +15,6 @@ import structlog
 import zmq
 
 from helix_gateway.core.errors import HelixError
-from helix_gateway.runtime.cpu.threads import load_openmp
 from helix_gateway.service.messages import Command, LoadFailed, Ready, Reply
 from helix_gateway.service.settings import EngineSettings
 from helix_gateway.service.wire import command_decoder, encoded
@@ -92,7 +91,6 @@ def _serve(settings: EngineSettings, commands: "Socket", replies: "Socket") -> b
             replies.send(message)
 
     # Imported here: what is heavy is loaded once the parent can already be told of trouble.
-    load_openmp()
     try:
         from helix_gateway.service.host import EngineHost
         from helix_gateway.service.loop import run_loop
@@ -109,7 +107,3 @@ def _serve(settings: EngineSettings, commands: "Socket", replies: "Socket") -> b
     tell(Ready(host.max_model_len, host.vocab_size))
     run_loop(host, SocketInbox(commands), tell, batch_window_s=settings.batch_window_ms / 1e3)
     return True
-
-
-if __name__ == "__main__":
-    main()

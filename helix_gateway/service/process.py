@@ -30,7 +30,7 @@ from helix_gateway.text.tokenizer import Tokenizer
 
 log = structlog.get_logger(__name__)
 
-ENGINE_COMMAND = (sys.executable, "-m", "helix_gateway.service.engine_process")
+ENGINE_COMMAND = (sys.executable, "-m", "helix_gateway.service.engine_process_main")
 """What is started; it is told what to do on its standard input."""
 HEARTBEAT_TIMEOUT_S = 60.0
 """A ready engine that has said nothing for so long hangs; the longest step must be shorter."""
