@@ -93,12 +93,25 @@ def generate_at_once(models, prompts, num_pages, **options):
     return [results(taken) for taken in answers], held, engines
 
 
+def assert_same_tokens(got, wanted, tolerance):
+    """Equal but for the log-probabilities' last digits."""
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, (tokens, logprobs, reason) in mine.items():
+            assert (tokens, reason) == (theirs[name][0], theirs[name][2])
+            values = [[entry.logprob for entry in side] for side in (logprobs, theirs[name][1])]
+            assert values[0] == pytest.approx(values[1], abs=tolerance)
+
+
 @pytest.mark.parametrize("attention", [None, TorchPagedAttention], ids=["compiled", "torch"])
 def test_pages_pass_between_two_models_and_each_answers_as_if_alone(attention):
     models, prompts = [make_packed(*DEEP), make_packed(*OTHER)], [prompts_of(1), prompts_of(2)]
     wanted = [alone(model, own, attention=attention) for model, own in zip(models, prompts, strict=True)]
     got, held, engines = generate_at_once(models, prompts, num_pages=16, attention=attention)
-    assert got == wanted
+    if attention is None:
+        assert got == wanted
+    else:  # torch sums over keys in an order that depends on how far sequences are padded: bits may differ, no more
+        assert_same_tokens(got, wanted, tolerance=1e-4)
     # Memory was short, and pages went both ways: one model's, later the other's.
     assert sum(engine.num_preemptions for engine in engines) > 0
     for mine, others in (held, held[::-1]):

@@ -261,10 +261,10 @@ def test_packing_frees_each_matrix_as_it_goes(monkeypatch):
     alive = weakref.WeakSet(module.weight for module in model.modules() if isinstance(module, nn.Linear))
     left, pack = [], linear.pack_weight
 
-    def watched(matrix):
+    def watched(matrix, **options):
         gc.collect()
         left.append(len(alive))
-        return pack(matrix)
+        return pack(matrix, **options)
 
     monkeypatch.setattr(linear, "pack_weight", watched)
     count = len(alive)
@@ -272,6 +272,35 @@ def test_packing_frees_each_matrix_as_it_goes(monkeypatch):
     assert left == list(range(count, 0, -1))
     gc.collect()
     assert len(alive) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_whole_tiles_are_packed_where_the_matrix_lay(dtype):
+    module = make_linear(64, 24, dtype)
+    matrix, address = module.weight.detach().clone(), module.weight.data_ptr()
+    model = nn.Sequential(module)
+    pack_linears(model)
+    assert model[0].weight_tiles.tiles.data_ptr() == address
+    assert torch.equal(model[0].weight_tiles.unpacked(), matrix)
+
+
+@pytest.mark.parametrize("channels", [48, 64])
+def test_a_matrix_that_somebody_else_in_the_model_reads_is_not_overwritten(channels):
+    class Normed(nn.Embedding):
+        pass
+
+    head, reader = make_linear(channels, 24, torch.float32), Normed(channels, 24)
+    reader.weight = head.weight
+    joined = torch.randn(2 * channels, 24)
+    halves = [make_linear(channels, 24, torch.float32) for _ in range(2)]
+    for half, matrix in zip(halves, joined.split(channels)):
+        half.weight = nn.Parameter(matrix)
+    kept, kept_joined = head.weight.detach().clone(), joined.clone()
+    model = nn.Sequential(reader, head, *halves)
+    pack_linears(model)
+    assert torch.equal(reader.weight, kept)
+    assert torch.equal(joined, kept_joined)
+    assert torch.equal(model[1].weight_tiles.unpacked(), kept)
 
 
 def test_modules_with_a_forward_of_their_own_are_left_alone():

@@ -12,7 +12,7 @@ from typing_extensions import Required, Unpack
 
 from helix_gateway.core.errors import ModelLoadError, OutOfMemoryError
 from helix_gateway.runtime.device import free_memory_bytes, get_device
-from helix_gateway.runtime.heap import returning_freed_memory
+from helix_gateway.runtime.heap import return_freed_blocks, returning_freed_memory
 from helix_gateway.runtime.loading import load_model, resolve_dtype
 from helix_gateway.runtime.pool import make_runners
 from helix_gateway.runtime.runner import TransformersRunner
@@ -96,6 +96,7 @@ def _load_packed(path: str, device: torch.device, dtype: torch.dtype) -> "PreTra
     if device.type == "cpu":
         from helix_gateway.runtime.cpu.linear import pack_linears
 
+        return_freed_blocks()
         pack_linears(model)
     return model
 

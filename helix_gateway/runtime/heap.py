@@ -8,6 +8,7 @@ a load takes twice the weights.  Elsewhere than glibc nothing is done.  Knows no
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _M_MMAP_THRESHOLD = -3
 _WHILE_LOADING = 256 * 1024
@@ -17,17 +18,26 @@ _WHILE_SERVING = 32 * 1024 * 1024
 
 @contextmanager
 def returning_freed_memory() -> Iterator[None]:
-    """Within, blocks of 256 KB and more go back to the system as they are freed."""
-    _map_from(_WHILE_LOADING)
+    """Within, blocks of 256 KB and more go back to the system as they are freed; at the end, smaller ones too."""
+    _call("mallopt", _M_MMAP_THRESHOLD, _WHILE_LOADING)
     try:
         yield
     finally:
-        _map_from(_WHILE_SERVING)
+        return_freed_blocks()
+        _call("mallopt", _M_MMAP_THRESHOLD, _WHILE_SERVING)
 
 
-def _map_from(size_bytes: int) -> None:
+def return_freed_blocks() -> None:
+    """Give back what is free within the heaps of all threads.
+
+    The threads in which transformers reads weights leave some tens of MB behind, whatever the size of the model.
+    """
+    _call("malloc_trim", 0)
+
+
+def _call(name: str, *arguments: int) -> None:
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        function: Any = getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):  # not glibc; Windows takes no None
         return
-    mallopt(_M_MMAP_THRESHOLD, size_bytes)
+    function(*arguments)

@@ -6,6 +6,8 @@ gradients.  Knows nothing about models beyond their modules, nor about batches o
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
+from itertools import chain
 from typing import Any, ClassVar, TypeAlias, TypeGuard
 
 import numpy as np
@@ -22,6 +24,8 @@ from helix_gateway.runtime.cpu.threads import configure_threads
 # Multiply-adds below which a second thread does not pay: a parallel region costs 2 microseconds (measured), in which one
 # core reads some 32 KB of weights.
 _SERIAL_PRODUCT = 1 << 15
+# Numbers packed at a time: enough to hide the cost of an operator, few enough to stay in the cache.
+_PIECE_ELEMENTS = 1 << 18
 
 
 class PackedWeight(ABC):
@@ -34,12 +38,19 @@ class PackedWeight(ABC):
     dtype: ClassVar[torch.dtype]
     bits: ClassVar[int]
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, *, in_place: bool = False) -> None:
         self.channels, self.inputs = weight.shape
-        count = -(-self.channels // TILE_CHANNELS)
-        self.tiles = torch.zeros(count, self.inputs, TILE_CHANNELS, dtype=self.dtype)
-        vectors, whole = self._vectors(self.tiles), self.channels // TILE_CHANNELS
-        vectors[:whole] = weight[: whole * TILE_CHANNELS].view(whole, 2, LANES, self.inputs)
+        count, whole = -(-self.channels // TILE_CHANNELS), self.channels // TILE_CHANNELS
+        if in_place:
+            self.tiles = weight.view(count, self.inputs, TILE_CHANNELS)
+        else:
+            self.tiles = torch.zeros(count, self.inputs, TILE_CHANNELS, dtype=self.dtype)
+        vectors, piece = self._vectors(self.tiles), max(1, _PIECE_ELEMENTS // (TILE_CHANNELS * self.inputs))
+        for first in range(0, whole, piece):
+            rows = weight[first * TILE_CHANNELS : min(first + piece, whole) * TILE_CHANNELS]
+            # A tile lies where its channels lay, so no more than these are needed twice.
+            rows = rows.clone() if in_place else rows
+            vectors[first : min(first + piece, whole)] = rows.view(-1, 2, LANES, self.inputs)
         if whole < count:
             last = weight.new_zeros(TILE_CHANNELS, self.inputs)
             last[: self.channels % TILE_CHANNELS] = weight[whole * TILE_CHANNELS :]
@@ -129,15 +140,19 @@ class BFloat16Weight(PackedWeight):
 _FORMATS: dict[torch.dtype, type[PackedWeight]] = {kind.dtype: kind for kind in (Float32Weight, BFloat16Weight)}
 
 
-def pack_weight(weight: torch.Tensor) -> PackedWeight:
+def pack_weight(weight: torch.Tensor, *, in_place: bool = False) -> PackedWeight:
     """Pack a matrix [channels, inputs] of a dtype that has a format.
+
+    Args:
+        weight: what is packed.
+        in_place: into the matrix's own memory, which must be contiguous and of whole tiles.
 
     Raises:
         TypeError: it is neither float32 nor bfloat16.
     """
     if weight.dtype not in _FORMATS:
         raise TypeError(f"compiled products take float32 or bfloat16 weights, not {weight.dtype}")
-    return _FORMATS[weight.dtype](weight.detach())
+    return _FORMATS[weight.dtype](weight.detach(), in_place=in_place)
 
 
 def _bits(values: torch.Tensor) -> npt.NDArray[Any]:
@@ -204,16 +219,18 @@ class PackedEmbedding(nn.Module):
 def pack_linears(model: nn.Module) -> None:
     """Replace every ``nn.Linear`` and Conv1D inside a model, and the embeddings tied to them, by packed ones.
 
-    One matrix is packed at a time and the original freed at once, also where somebody else still holds its module:
-    the most memory in use is that of the weights and one matrix.  Subclasses are left alone, since their forward may
-    be another; so is a matrix that only embeddings use.
+    A matrix of whole tiles that nothing else in the model uses is packed into its own memory; any other is copied and
+    freed at once, also where somebody else still holds its module.  So the most memory in use is that of the weights
+    and one odd matrix, and whoever shares weights with the model must copy them before.  Subclasses are left alone,
+    since their forward may be another; so is a matrix that only embeddings use.
 
     Raises:
         TypeError: a weight is neither float32 nor bfloat16; the message names its module.
     """
     replacements: dict[nn.Module, nn.Module] = {}
+    uses = _uses_of_memory(model)
     for holders in _matrices(model):
-        replacements.update(_pack_matrix(holders))
+        replacements.update(_pack_matrix(holders, uses))
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if child in replacements:
@@ -240,10 +257,17 @@ def _matrices(model: nn.Module) -> list[list[_Holder]]:
     return [group for group in holders.values() if any(type(module) is not nn.Embedding for module in group)]
 
 
-def _pack_matrix(holders: list[_Holder]) -> dict[nn.Module, nn.Module]:
+def _uses_of_memory(model: nn.Module) -> Counter[int]:
+    """How many parameters and buffers of a model's modules lie in each piece of memory, by its address."""
+    tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    return Counter(tensor.untyped_storage().data_ptr() for _, tensor in tensors)
+
+
+def _pack_matrix(holders: list[_Holder], uses: Counter[int]) -> dict[nn.Module, nn.Module]:
     """Pack the one matrix of some modules, take it from them, and return what stands in place of each."""
-    matrix: torch.Tensor = holders[0].weight
-    weight = pack_weight(matrix.T if type(holders[0]) is Conv1D else matrix)
+    parameter = holders[0].weight.detach()
+    matrix = parameter.T if type(holders[0]) is Conv1D else parameter
+    weight = pack_weight(matrix, in_place=_is_theirs_alone(matrix, len(holders), uses))
     packed: dict[nn.Module, nn.Module] = {}
     for module in holders:
         if isinstance(module, nn.Embedding):
@@ -253,3 +277,10 @@ def _pack_matrix(holders: list[_Holder]) -> dict[nn.Module, nn.Module]:
             packed[module] = PackedLinear(weight, bias)
         module.register_parameter("weight", None)
     return packed
+
+
+def _is_theirs_alone(matrix: torch.Tensor, num_holders: int, uses: Counter[int]) -> bool:
+    """Whether a matrix may be overwritten by its tiles: they fit, and nobody else reads it."""
+    memory = matrix.untyped_storage()
+    fits = matrix.is_contiguous() and matrix.shape[0] % TILE_CHANNELS == 0 and memory.nbytes() == matrix.nbytes
+    return fits and uses[memory.data_ptr()] == num_holders

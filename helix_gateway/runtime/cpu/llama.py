@@ -25,6 +25,7 @@ from helix_gateway.runtime.cpu.linear import PackedLinear, PackedWeight
 from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS
 from helix_gateway.runtime.cpu.products import host_shape
 from helix_gateway.runtime.cpu.threads import configure_threads
+from helix_gateway.runtime.heap import return_freed_blocks
 from helix_gateway.runtime.rotary import RotaryTable
 
 log = structlog.get_logger(__name__)
@@ -57,6 +58,7 @@ class LlamaStep:
         self._kept: list[torch.Tensor] = []
         """Memory that the compiled step knows by address only."""
         layers = np.array([self._describe(layer) for layer in base.layers], np.int64)
+        return_freed_blocks()
         first = base.layers[0]
         products = (
             (first.self_attn.q_proj, first.self_attn.k_proj, first.self_attn.v_proj),
