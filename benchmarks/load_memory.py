@@ -73,7 +73,6 @@ def measure_runner(model, dtype):
     import torch
     import transformers
 
-    import helix_gateway.runtime.cpu.llama
     from helix_gateway.runtime.factory import load_runner
     from helix_gateway.runtime.loading import model_config
 
