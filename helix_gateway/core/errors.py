@@ -66,3 +66,7 @@ class OutOfMemoryError(HelixError):
 
 class ModelLoadError(HelixError):
     """The model is missing, corrupt, or of a kind that Helix does not serve; the message names it."""
+
+
+class DraftVocabularyError(ModelLoadError):
+    """The draft model's tokenizer cannot be translated to the target's and back; the message says why."""
