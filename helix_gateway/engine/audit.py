@@ -6,6 +6,7 @@ nor what is done about it.
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
+from helix_gateway.core.kv import KVGroup
 from helix_gateway.engine.block_pool import BlockPool
 from helix_gateway.engine.block_table import SequenceBlockTable
 from helix_gateway.engine.prefix_index import BlockKey, PrefixIndex, child_key
@@ -28,11 +29,14 @@ def account_faults(tables: Tables, pool: BlockPool, index: PrefixIndex) -> Itera
         yield "a table holds a block twice"
 
 
-def token_faults(tables: Tables, index: PrefixIndex, token_ids: Mapping[Hashable, Sequence[int]]) -> Iterator[str]:
-    """Whether every table is a living sequence's, and what can be found is what the sequence's tokens say."""
+def token_faults(
+    tables: Tables, index: PrefixIndex, token_ids: Mapping[Hashable, Sequence[int]], groups: Sequence[KVGroup]
+) -> Iterator[str]:
+    """Whether every table of ``groups`` is a living sequence's, and what can be found is what its tokens say."""
     for sequence, own in tables.items():
         if sequence not in token_ids:
-            yield f"blocks are held for {sequence}, which has ended"
+            if any(table.group in groups for table in own):
+                yield f"blocks are held for {sequence}, which has ended"
             continue
         for table in own:
             chain = _chain(table, token_ids[sequence])

@@ -89,6 +89,7 @@ class Engine(Generic[Logits]):
         self.max_model_len = min(limits.max_model_len, self.cache.capacity_tokens(runner.kv_groups))
         self._limits = limits
         self._vocab_size = runner.vocab_size
+        self._groups = tuple(runner.kv_groups)
         self._eos_token_ids = eos_token_ids
         policy = depth_policy or FixedDepth(0)
         self._scheduler = Scheduler(
@@ -191,6 +192,8 @@ class Engine(Generic[Logits]):
     def check(self, plan: StepPlan | None = None) -> None:
         """Recount the cache's accounts from scratch, given who is being served; slow, for tests and idle moments.
 
+        Another engine's sequences in the same cache are that one's to check.
+
         Args:
             plan: the step that is about to be computed.
 
@@ -200,7 +203,7 @@ class Engine(Generic[Logits]):
         token_ids: dict[Hashable, list[int]] = {
             s.key: s.token_ids for siblings in self._sequences.values() for s in siblings
         }
-        self.cache.check(token_ids, [] if plan is None else plan.writes())
+        self.cache.check(token_ids, [] if plan is None else plan.writes(), self._groups)
 
     def step(self) -> list[TokenEvent]:
         """Compute one step; what it, and cancels since the last one, have to tell."""

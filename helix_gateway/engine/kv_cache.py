@@ -3,11 +3,13 @@
 Allocation is all or nothing.  A block is written only while one table holds it and nobody could find it; who
 must write to another kind of block gets a copy of it (`PageCopy`), which the runner makes before the forward.
 Where several models share the pool, each has tables of its own for a sequence, under a key of its own, since what is
-computed and what is found again differs from one to the other.
+computed and what is found again differs from one to the other.  A drafter's tables are *guests* of the sequence that it
+drafts for: they may be taken back at any time, and go when their host goes.
 Knows nothing about scheduling, nor what a page looks like.  Sequences are named by any hashable key.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from math import lcm
 
 from helix_gateway.core.kv import KVGroup
@@ -19,6 +21,15 @@ from helix_gateway.engine.prefix_index import PrefixIndex, child_key, root_key
 
 PageCopy = tuple[int, int]
 """(source, destination)"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Guest:
+    """Tables that somebody can do without."""
+
+    host: Hashable
+    token_ids: Sequence[int]
+    """What its KV is of; grows, as the list that it was opened with does."""
 
 
 class PagedKVCache:
@@ -41,6 +52,7 @@ class PagedKVCache:
         self.pool = BlockPool(num_blocks, self._index)
         self.finds_prefixes = enable_prefix_caching
         self._tables: dict[Hashable, tuple[SequenceBlockTable, ...]] = {}
+        self._guests: dict[Hashable, _Guest] = {}
 
     def __contains__(self, sequence: Hashable) -> bool:
         return sequence in self._tables
@@ -48,6 +60,13 @@ class PagedKVCache:
     def tables(self, sequence: Hashable) -> tuple[SequenceBlockTable, ...]:
         """The sequence's tables, one for each group that it was added with."""
         return self._tables[sequence]
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that could be had: free ones, cached ones, and those of guests."""
+        # A guest's model has groups of its own, so no host holds what a guest does.
+        lent = {block for guest in self._guests for table in self._tables[guest] for block in table.blocks}
+        return self.pool.num_available + len(lent)
 
     def capacity_tokens(self, groups: Sequence[KVGroup] | None = None) -> int:
         """Tokens that one sequence could hold if it had the whole pool (windows not counted in its favour).
@@ -76,6 +95,7 @@ class PagedKVCache:
         groups: Sequence[KVGroup] | None = None,
         cache_salt: str = "",
         reuse: bool = True,
+        host: Hashable | None = None,
     ) -> int:
         """Open the tables of a new sequence and share what is cached of its tokens.
 
@@ -83,6 +103,7 @@ class PagedKVCache:
             token_ids: all tokens known of it; the last one is always left to compute, for its logits.
             groups: of the model that computes it; None: all there are.
             reuse: whether to look for cached blocks at all.
+            host: the sequence whose guest it is, which must be there; None: nobody's.
 
         Returns:
             How many leading tokens have their KV already.
@@ -90,6 +111,8 @@ class PagedKVCache:
         roots = [(group, root_key(group.name, cache_salt=cache_salt)) for group in groups or self.groups]
         tables = tuple(SequenceBlockTable(group, root) for group, root in roots)
         self._tables[sequence] = tables
+        if host is not None:
+            self._guests[sequence] = _Guest(host, token_ids)
         if not (reuse and self.finds_prefixes):
             return 0
         return self._share_prefix(tables, token_ids)
@@ -203,10 +226,20 @@ class PagedKVCache:
             table.num_released += count
 
     def remove(self, sequence: Hashable) -> None:
-        """Give back all that the sequence holds; nothing happens if it holds nothing."""
+        """Give back all that the sequence and its guests hold; nothing happens if it holds nothing."""
+        for guest in [name for name, guest in self._guests.items() if guest.host == sequence]:
+            self.remove(guest)
+        self._guests.pop(sequence, None)
         for table in self._tables.pop(sequence, ()):
             # Last first: a prefix whose beginning was evicted is worthless, so its end should go before it.
             self.pool.release(reversed(table.blocks))
+
+    def evict_guest(self) -> bool:
+        """Take back what the guest that came last holds; False if there is no guest."""
+        if not self._guests:
+            return False
+        self.remove(next(reversed(self._guests)))
+        return True
 
     def fill_tables(self, sequences: Sequence[Hashable], out: tuple[Int32s, ...]) -> None:
         """Write the block tables of one model's sequences into zeroed arrays [num_seqs, max_blocks], one for each group."""
@@ -214,21 +247,30 @@ class PagedKVCache:
             for table, array in zip(self._tables[sequence], out, strict=True):
                 table.fill_row(array[row])
 
-    def check(self, token_ids: Mapping[Hashable, Sequence[int]] | None = None, writes: Iterable[Write] = ()) -> None:
+    def check(
+        self,
+        token_ids: Mapping[Hashable, Sequence[int]] | None = None,
+        writes: Iterable[Write] = (),
+        groups: Sequence[KVGroup] | None = None,
+    ) -> None:
         """Recount every invariant from scratch.
 
         Args:
-            token_ids: the tokens of every living sequence; None where they are not known, and then neither the keys of
-                blocks nor who holds them can be checked.
+            token_ids: the tokens of every living sequence, guests aside; None where they are not known, and then
+                neither the keys of blocks nor who holds them can be checked.
             writes: what the step that was just planned will write.
+            groups: of the model whose sequences those are, where others share the pool; None: all there are.
 
         Raises:
             BrokenInvariantError: naming all that are broken.
         """
         faults = [*account_faults(self._tables, self.pool, self._index)]
         faults += write_faults(self._tables, self.pool, self._index, writes)
+        gone = [name for name, guest in self._guests.items() if guest.host not in self._tables]
+        faults += [f"{name} is a guest of {self._guests[name].host}, which has ended" for name in gone]
         if token_ids is not None:
-            faults += token_faults(self._tables, self._index, token_ids)
+            guests = {name: guest.token_ids for name, guest in self._guests.items()}
+            faults += token_faults(self._tables, self._index, {**token_ids, **guests}, groups or self.groups)
         if faults:
             raise BrokenInvariantError("; ".join(faults))
 
@@ -237,6 +279,7 @@ class PagedKVCache:
         self._index = PrefixIndex()
         self.pool = BlockPool(self.pool.num_blocks, self._index)
         self._tables.clear()
+        self._guests.clear()
 
 
 class _FoundPrefix:

@@ -3,8 +3,8 @@
 There is no prefill phase and no decode phase: every running sequence computes what it lacks, as far as the
 step's token budget goes.  Knows the cache's accounts but no page, and nothing of tensors.
 
-Memory, when short: cached blocks go first (the pool does that), then depth, then the sequence that ranks last
-is preempted and computed again later.  The first in rank is never preempted, so something always finishes.
+Memory, when short: cached blocks go first (the pool does that), then depth, then a drafter's own KV, then the sequence
+that ranks last is preempted and computed again later.  The first in rank is never preempted, so something always finishes.
 """
 
 from collections.abc import Iterable
@@ -140,7 +140,7 @@ class Scheduler:
             except NoFreeBlocksError:
                 if depth:
                     depth = 0
-                elif self._preempt_last(step) is sequence:
+                elif not self._cache.evict_guest() and self._preempt_last(step) is sequence:
                     return
             else:
                 step.add(ScheduledSequence(sequence, start, num_tokens, depth), copies)
@@ -208,7 +208,7 @@ class Scheduler:
 
     def _fits(self, sequence: Sequence) -> bool:
         needed = self._cache.blocks_needed(sequence.key, sequence.num_computed_tokens, len(sequence.token_ids))
-        return needed <= self._cache.pool.num_available
+        return needed <= self._cache.pool.num_available or needed <= self._cache.num_available
 
     def fork(self, parent: Sequence, children: Iterable[Sequence]) -> None:
         """Let children, same prompt, share the parent's computed prompt and wait for their turn.
