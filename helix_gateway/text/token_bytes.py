@@ -75,6 +75,8 @@ class TokenBytes:
         added = backend.get_added_tokens_decoder()
         self._bytes = {index: of_added_token(token.content) for index, token in added.items()}
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
+        self.fallback_ids = _fallback_ids(backend) if of_token is fallback_bytes else frozenset[int]()
+        """Tokens that stand for a byte which no other token has, spelt ``<0xE4>``."""
 
     def __getitem__(self, token_id: int) -> bytes:
         """The bytes of one token; none for an id that no token has."""
@@ -86,6 +88,11 @@ class TokenBytes:
     def _look_up(self, token_id: int) -> bytes:
         token = find_token(self._backend, token_id)
         return b"" if token is None else self._to_bytes(token)
+
+
+def _fallback_ids(backend: Tokenizer) -> frozenset[int]:
+    ids = [backend.token_to_id(f"<0x{byte:02X}>") for byte in range(0x100)]
+    return frozenset(index for index in ids if index is not None)
 
 
 def find_token(backend: Tokenizer, token_id: int) -> str | None:

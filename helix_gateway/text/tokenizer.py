@@ -66,6 +66,20 @@ class Tokenizer:
         return self._fast_path is not None
 
     @property
+    def token_bytes_table(self) -> TokenBytes | None:
+        """The bytes of every token; None where a text is not simply its tokens' bytes in a row."""
+        return self._token_bytes
+
+    @property
+    def prompt_prefix(self) -> tuple[int, ...]:
+        """What `encode` writes before a prompt: BOS, or nothing."""
+        return self._prefix
+
+    def ids_by_spelling(self) -> dict[str, int]:
+        """Every token with its id, in the vocabulary's own spelling."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
+    @property
     def chat_template(self) -> str | None:
         """The model's template, in Jinja; None for a model that does not chat."""
         return None if self._template is None else self._template.source
