@@ -2,11 +2,16 @@
 
 import asyncio
 import json
+import resource
+import subprocess
 import time
 
 import pytest
 from conftest import chat_body, running
 from fake_service import FakeService
+
+from helix_gateway.gateway import long_bodies
+from helix_gateway.gateway.body import LONG_BYTES
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MB = 10**6
@@ -100,30 +105,48 @@ LIMIT_S = 0.1
 """Processor time of server and client together, for the best of three tries: machines that run tests are busy."""
 
 
-@pytest.mark.parametrize("path, body, param, code", CASES.values(), ids=CASES.keys())
-async def test_bad_bodies_are_refused_by_name_in_a_tenth_of_a_second(gateway, path, body, param, code):
-    times = []
+def processor_time_s():
+    """Used so far by this process and by those that it started and that have ended."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + ended.ru_utime + ended.ru_stime
+
+
+@pytest.fixture(scope="module")
+def start_s():
+    """What a process for long bodies uses before the body comes: it waits already, unless the body is the first."""
+    costs = []
     for _ in range(3):
-        started = time.process_time()
+        before = processor_time_s()
+        subprocess.run(long_bodies._COMMAND, input=b"", check=True)
+        costs.append(processor_time_s() - before)
+    return min(costs)
+
+
+@pytest.mark.parametrize("path, body, param, code", CASES.values(), ids=CASES.keys())
+async def test_bad_bodies_are_refused_by_name_in_a_tenth_of_a_second(gateway, start_s, path, body, param, code):
+    times = []
+    limit_s = LIMIT_S + (start_s if len(body) > LONG_BYTES else 0.0)
+    for _ in range(3):
+        started = processor_time_s()
         status, answer = await gateway.answer(path, body)
-        times.append(time.process_time() - started)
+        times.append(processor_time_s() - started)
         error = answer["error"]
         assert status == 400
         assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
         assert len(error["message"]) < 500
-        if times[-1] < LIMIT_S:
+        if times[-1] < limit_s:
             break
-    assert min(times) < LIMIT_S
+    assert min(times) < limit_s
     assert gateway.service.calls == []
 
 
 async def test_megabytes_of_unknown_fields_cost_nothing(gateway):
     junk = b'{"messages": [{"role": "user", "content": "a"}], "junk": [' + b"{}," * 3 * MB + b"{}]}"
-    started = time.perf_counter()
+    started = processor_time_s()
     async with gateway.post(CHAT, junk) as response:
         assert response.status == 200
         assert response.headers["x-helix-ignored-fields"] == "junk"
-    assert time.perf_counter() - started < 1.0
+    assert processor_time_s() - started < 0.5
 
 
 async def test_a_key_given_twice_counts_once(gateway):

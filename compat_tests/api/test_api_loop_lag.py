@@ -25,6 +25,7 @@ def chat_raw(content: bytes) -> bytes:
     return b'{"messages": [{"role": "user", "content": "' + content + b'"}]}'
 
 
+NUMBERS = b",".join([b"%d" % (10_000 + i % 30_000) for i in range(1_700_000)])
 SENT = {
     "10 MB of text": (CHAT, chat_raw(b"word " * 2 * MB)),
     "10 MB of escapes": (CHAT, chat_raw(b"\\n" * 5 * MB)),
@@ -38,6 +39,16 @@ SENT = {
     "10 MB of empty messages": (
         CHAT,
         b'{"messages":[' + b",".join([b'{"role":"user","content":""}'] * 345_000) + b"]}",
+    ),
+    "10 MB of token ids": (COMPLETIONS, b'{"prompt": [' + NUMBERS + b"]}"),
+    "10 MB of numbers in a field that nobody knows": (COMPLETIONS, b'{"prompt": [], "numbers": [' + NUMBERS + b"]}"),
+    "10 MB of objects in a field that nobody knows": (
+        CHAT,
+        b'{"messages": [], "objects": [' + b",".join([b"{}"] * 3_300_000) + b"]}",
+    ),
+    "a thousand prompts of a thousand token ids": (
+        COMPLETIONS,
+        json.dumps({"prompt": [[5] * 1000] * 1000 + [[]]}).encode(),
     ),
     "16,384 empty messages": (CHAT, json.dumps({"messages": [{"role": "user", "content": ""}] * 16_384}).encode()),
 }

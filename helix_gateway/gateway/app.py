@@ -11,6 +11,7 @@ from aiohttp import web
 
 from helix_gateway.gateway.keys import KeyRing
 from helix_gateway.gateway.limits.callers import Callers
+from helix_gateway.gateway.long_bodies import LongBodies
 from helix_gateway.gateway.loop_lag import watch_lag
 from helix_gateway.gateway.middlewares import MIDDLEWARES, add_headers
 from helix_gateway.gateway.openapi import OpenApi
@@ -19,7 +20,19 @@ from helix_gateway.gateway.route import Route
 from helix_gateway.gateway.routes import chat, completions, docs, generate, health, models, root
 from helix_gateway.gateway.routes import metrics as metrics_route
 from helix_gateway.gateway.settings import GatewaySettings
-from helix_gateway.gateway.state import API, CALLERS, DRAIN, KEYS, METRICS, MODELS, SETTINGS, TRACER, WORKERS, Drain
+from helix_gateway.gateway.state import (
+    API,
+    CALLERS,
+    DRAIN,
+    KEYS,
+    LONG_BODIES,
+    METRICS,
+    MODELS,
+    SETTINGS,
+    TRACER,
+    WORKERS,
+    Drain,
+)
 from helix_gateway.service.api import ModelService
 from helix_gateway.telemetry.metrics import Metrics
 from helix_gateway.telemetry.tracing import Tracer
@@ -62,6 +75,7 @@ def create_app(
     app.on_response_prepare.append(add_headers)
     app[METRICS] = metrics or Metrics()
     app.cleanup_ctx.append(_workers)
+    app.cleanup_ctx.append(_long_bodies)
     app.cleanup_ctx.append(watch_lag)
     if tracer is not None:
         app[TRACER] = tracer
@@ -80,6 +94,12 @@ def _add_routes(app: web.Application) -> None:
 async def _tracer(app: web.Application) -> AsyncIterator[None]:
     yield
     await asyncio.to_thread(app[TRACER].close)
+
+
+async def _long_bodies(app: web.Application) -> AsyncIterator[None]:
+    app[LONG_BODIES] = LongBodies()
+    yield
+    await app[LONG_BODIES].close()
 
 
 async def _workers(app: web.Application) -> AsyncIterator[None]:

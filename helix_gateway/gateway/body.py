@@ -5,41 +5,27 @@ that nobody knows costs nothing however large it is, and no field but the prompt
 about what the fields mean.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-import msgspec
 from aiohttp import web
 
+from helix_gateway.gateway import envelope
+from helix_gateway.gateway.envelope import Envelope, JsonError, Overlong, Wanted, read_envelope, read_value
 from helix_gateway.gateway.errors import ApiError
-from helix_gateway.gateway.long_bodies import holds_long_value, limit_bytes
+from helix_gateway.gateway.long_bodies import limit_bytes
 from helix_gateway.gateway.schemas.common import WireModel
-from helix_gateway.gateway.state import in_worker, models_of, settings_of
+from helix_gateway.gateway.state import LONG_BODIES, in_worker, models_of, settings_of
 
 INLINE_BYTES = 64 * 1024
 """Longer bodies are parsed in a worker thread: up to here it takes a fraction of a millisecond."""
+LONG_BYTES = 1024 * 1024
+"""Longer ones are taken apart in a process of their own: up to here that keeps Python's lock for 2 ms."""
 MAX_FIELD_BYTES = 1024 * 1024
 """Any field but the prompt; 64 stop strings of 1,024 escaped characters fit."""
 
-EXACT_INTEGERS = 2**53
-"""Up to here a float holds every integer."""
-
 Schema = TypeVar("Schema", bound=WireModel)
-
-
-def _number(text: str) -> float:
-    """JSON has one kind of number: ``16.0`` is an integer too, for some languages write every number so."""
-    value = float(text)
-    return int(value) if abs(value) <= EXACT_INTEGERS and value.is_integer() else value
-
-
-_read_envelope = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-read_value = msgspec.json.Decoder(float_hook=_number).decode
-"""A JSON text as Python has it."""
-_msgspec_path = re.compile(r" - at `\$(?P<path>.*)`$")
-_half_pair = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,30 +42,52 @@ async def read_body(request: web.Request, schema: type[Schema]) -> Body[Schema]:
 
     Raises:
         ApiError: 400 with the JSON path of what is wrong, 413.
+        EngineUnavailableError: a long body cannot be read just now.
     """
-    limit = settings_of(request).max_body_bytes
-    if (request.content_length or 0) > limit:
-        raise ApiError.too_large(limit)
-    try:
-        data = await request.read()
-    except web.HTTPRequestEntityTooLarge as error:
-        raise ApiError.too_large(limit) from error
-    if len(data) <= INLINE_BYTES:
-        return parse_body(data, schema)
-    return await in_worker(request, _parse_long_body, data, schema, models_of(request).longest_context)
-
-
-def _parse_long_body(data: bytes, schema: type[Schema], longest_context: int | None) -> Body[Schema]:
-    if longest_context is not None and schema.prompt_field is not None:
-        limit = limit_bytes(longest_context)
-        if len(data) > limit and holds_long_value(data, schema.prompt_field, schema.prompt_opening, limit):
-            raise _prompt_too_long(schema.prompt_field, limit, longest_context)
+    pieces, size = await _receive(request, settings_of(request).max_body_bytes)
+    if size > LONG_BYTES:
+        opened = await _open_elsewhere(request, pieces, schema)
+        return await in_worker(request, _checked, opened, schema)
+    data = b"".join(pieces)
+    if size > INLINE_BYTES:
+        return await in_worker(request, parse_body, data, schema)
     return parse_body(data, schema)
 
 
-def _prompt_too_long(name: str, limit: int, context_tokens: int) -> ApiError:
+async def _receive(request: web.Request, limit: int) -> tuple[list[bytes], int]:
+    """The body in the pieces in which it comes, and their bytes in all."""
+    pieces: list[bytes] = []
+    size = request.content_length or 0
+    if size <= limit:
+        size = 0
+        async for piece in request.content.iter_any():
+            pieces.append(piece)
+            size += len(piece)
+            if size > limit:
+                break
+    if size > limit:
+        raise ApiError.too_large(limit)
+    return pieces, size
+
+
+async def _open_elsewhere(request: web.Request, pieces: list[bytes], schema: type[WireModel]) -> Envelope:
+    context_tokens = models_of(request).longest_context
+    limit = None if context_tokens is None else limit_bytes(context_tokens)
+    wanted = Wanted(
+        fields=list(schema.model_fields), bounded=schema.prompt_field, opening=schema.one_prompt, limit_bytes=limit
+    )
+    try:
+        opened = await request.app[LONG_BODIES].read(pieces, wanted)
+    except JsonError as error:
+        raise _bad_json(error) from None
+    if isinstance(opened, Overlong):
+        raise _prompt_too_long(schema.prompt_field, opened.size_bytes, context_tokens)
+    return opened
+
+
+def _prompt_too_long(name: str | None, size: int, context_tokens: int | None) -> ApiError:
     return ApiError.bad_request(
-        f"This model's maximum context length is {context_tokens} tokens, but `{name}` alone has more than {limit} bytes, "
+        f"This model's maximum context length is {context_tokens} tokens, but `{name}` alone has {size} bytes, "
         "which no prompt of so many tokens has. Shorten the prompt.",
         param=name,
         code="context_length_exceeded",
@@ -93,60 +101,45 @@ def parse_body(data: bytes, schema: type[Schema]) -> Body[Schema]:
         ApiError: 400.
         pydantic.ValidationError: a field is of the wrong type or out of its bounds.
     """
-    values: dict[str, Any] = {}
-    unknown: list[str] = []
-    for name, raw in read_json(data, _read_envelope, "").items():
-        size = len(memoryview(raw))
-        if size == len(b"null") and bytes(raw) == b"null":
-            continue
-        if name in schema.raw_fields:
-            values[name] = raw
-        elif name in schema.model_fields:
-            values[name] = _read_field(name, raw, size, schema)
-        elif name not in schema.inert_fields:
-            unknown.append(name)
+    try:
+        opened = read_envelope(data, Wanted(fields=list(schema.model_fields)))
+    except JsonError as error:
+        raise _bad_json(error) from None
+    assert isinstance(opened, Envelope), "no bound was given"
+    return _checked(opened, schema)
+
+
+def _checked(opened: Envelope, schema: type[Schema]) -> Body[Schema]:
+    values = {
+        name: value if name in schema.raw_fields else _read_field(name, value, schema)
+        for name, value in opened.fields.items()
+    }
     fields = schema.model_validate(values)
+    unknown = [name for name in opened.others if name not in schema.inert_fields]
     return Body(fields, unknown + fields.overruled() + fields.unknown_below())
 
 
-def _read_field(name: str, raw: msgspec.Raw, size: int, schema: type[WireModel]) -> Any:
-    if size > MAX_FIELD_BYTES:
+def _read_field(name: str, value: bytes, schema: type[WireModel]) -> Any:
+    if len(value) > MAX_FIELD_BYTES:
         outline = schema.large_fields.get(name)
         if outline is None:
-            raise ApiError.bad_request(f"`{name}` has {size} bytes; the limit is {MAX_FIELD_BYTES}.", param=name)
-        read_json(raw, outline, name)
-    return read_json(raw, read_value, name)
+            raise ApiError.bad_request(f"`{name}` has {len(value)} bytes; the limit is {MAX_FIELD_BYTES}.", param=name)
+        read_json(value, outline, name)
+    return read_json(value, read_value, name)
 
 
-def read_json(data: bytes | msgspec.Raw, read: Callable[[Any], Any], path: str) -> Any:
+def read_json(data: bytes, read: Callable[[bytes], Any], path: str) -> Any:
     """Decode ``data`` with ``read``; what is wrong with it becomes a 400 that names the place below ``path``.
 
     Raises:
         ApiError: 400.
     """
     try:
-        return read(data)
-    except RecursionError:
-        problem = "is nested too deeply"
-    except UnicodeDecodeError:
-        problem = "is not valid UTF-8"
-    except msgspec.DecodeError as error:
-        found = _msgspec_path.search(str(error))
-        if found:
-            path = (path + found["path"].replace("[...]", "")).lstrip(".")
-        problem = _json_problem(error, memoryview(data))
-    raise ApiError.bad_request(f"`{path}` {problem}." if path else f"The body {problem}.", param=path or None)
+        return envelope.read_json(data, read, path)
+    except JsonError as error:
+        raise _bad_json(error) from None
 
 
-def _json_problem(error: msgspec.DecodeError, data: memoryview) -> str:
-    message = str(error)
-    truncated = "truncated" in message
-    # A half pair at the very end reads as an input cut short: the other half is missed first.
-    if "surrogate" in message or (truncated and _half_pair.search(data[-32:])):
-        return "holds half of a surrogate pair (a \\u escape between d800 and dfff that stands alone)"
-    if isinstance(error, msgspec.ValidationError):
-        message = _msgspec_path.sub("", message)
-        return "cannot be read: " + message[:1].lower() + message[1:].replace("`", "")
-    if truncated:
-        return "is not valid JSON: it ends too early" if len(data) else "is empty; a JSON object is expected"
-    return "is not valid JSON: " + message.removeprefix("JSON is malformed: ")
+def _bad_json(error: JsonError) -> ApiError:
+    place = f"`{error.path}`" if error.path else "The body"
+    return ApiError.bad_request(f"{place} {error.problem}.", param=error.path or None)

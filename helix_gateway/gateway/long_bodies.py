@@ -1,26 +1,29 @@
-"""A look at a long body that nobody reads yet: does it hold a prompt that no served model has room for?
+"""Long bodies are taken apart by a process of their own, to which they pass in the pieces in which they arrived.
 
-msgspec reads JSON in one call, which keeps Python's lock, and with it the event loop, for about 3 ms a megabyte where
-strings are full of escapes.  A prompt far too long is therefore found by walking over the body in small steps: from
-quote to quote and from bracket to bracket, no further than the bound.  What the walk cannot tell, it leaves to the
-parser.  Knows JSON's brackets and quotes, and nothing about what the fields mean.
+msgspec reads JSON in one call, which keeps Python's lock for 2 to 3 ms a megabyte, and with it the event loop; so does
+putting megabytes of pieces together.  A process lives for one body; the next one is started then, for the next long
+body comes from whoever sent the first.  Knows nothing about what fields mean.
 """
 
-import re
+import asyncio
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Sequence
+from contextlib import suppress
+
+import msgspec
+
+from helix_gateway.core.errors import EngineUnavailableError
+from helix_gateway.gateway.envelope import Envelope, JsonError, Overlong, Wanted
+from helix_gateway.gateway.envelope_process import Malformed, decode_answer
 
 BYTES_PER_TOKEN = 64
 """More JSON than this for each token of the context is no prompt that fits: text has about 4."""
 MIN_LIMIT_BYTES = 1024 * 1024
-"""Below this, parsing is quick enough whatever it is."""
-MAX_STEPS = 40_000
-"""Quotes, brackets and plain objects that are looked at, about a microsecond each."""
+"""No prompt is called too long for its bytes below this."""
 
-_SLICE_BYTES = 64 * 1024
-_QUOTE = ord(b'"')
-_content = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
-# What most messages are: an object of strings and numbers, passed in one step.
-_plain_object = re.compile(rb'\{[^{}\[\]"]*(?:"[^"\\]*(?:\\.[^"\\]*)*"[^{}\[\]"]*)*\}', re.DOTALL)
-_mark = re.compile(rb'["\[\]{}]')
+_COMMAND = (sys.executable, "-m", "helix_gateway.gateway.envelope_process")
+_MOST_AT_ONCE = 4
 
 
 def limit_bytes(context_tokens: int) -> int:
@@ -28,62 +31,60 @@ def limit_bytes(context_tokens: int) -> int:
     return max(MIN_LIMIT_BYTES, context_tokens * BYTES_PER_TOKEN)
 
 
-def holds_long_value(data: bytes, name: str, opening: bytes, limit: int) -> bool:
-    """Whether a field of the outermost object is seen to take more than ``limit`` bytes.
+class LongBodies:
+    """Starts the processes; belongs to one event loop."""
 
-    Args:
-        name: the field's.
-        opening: how its value must begin, without spaces: ``b'"'`` for a string, ``b"[{"`` for an array of objects.
-    """
-    key = name.encode()
-    depth = position = 0
-    start: int | None = None
-    for _ in range(MAX_STEPS):
-        position = _next_mark(data, position)
-        if position < len(data) and data[position] == _QUOTE:
-            end = _end_of_string(data, position + 1, limit)
-            if depth == 1 and _next_byte(data, end) == b":":
-                start = end if data[position + 1 : end - 1] == key and _opens(data, end, opening) else None
-            position = end
-        elif depth > 1 and (plain := _plain_object.match(data, position, position + _SLICE_BYTES)):
-            position = plain.end()
-        elif position < len(data):
-            depth += 1 if data[position] in b"[{" else -1
-            position += 1
-        if start is not None and position - start > limit:
-            return True
-        if position >= len(data):
-            break
-    return False
+    def __init__(self) -> None:
+        self._spare: Process | None = None
+        self._slots = asyncio.Semaphore(_MOST_AT_ONCE)
 
+    async def read(self, pieces: Sequence[bytes], wanted: Wanted) -> Envelope | Overlong:
+        """Take a body apart; as `envelope.read_envelope`.
 
-def _next_mark(data: bytes, position: int) -> int:
-    """Where the next quote or bracket is; the end where there is none."""
-    while position < len(data):
-        found = _mark.search(data, position, position + _SLICE_BYTES)
-        if found:
-            return found.start()
-        position += _SLICE_BYTES
-    return len(data)
+        Raises:
+            JsonError: it is no JSON, or no object.
+            EngineUnavailableError: this machine has no room for another process.
+        """
+        async with self._slots:
+            try:
+                process = await self._process()
+                answer = await _ask(process, pieces, wanted)
+                self._spare = self._spare or await _start()
+            except (OSError, msgspec.DecodeError) as error:
+                raise EngineUnavailableError("Long requests cannot be read just now; try again in a moment.") from error
+        if isinstance(answer, Malformed):
+            raise JsonError(answer.path, answer.problem)
+        return answer
+
+    async def close(self) -> None:
+        """End the process that waits, if there is one."""
+        if self._spare is not None:
+            await self._spare.communicate(b"")
+            self._spare = None
+
+    async def _process(self) -> Process:
+        process, self._spare = self._spare, None
+        return await _start() if process is None or process.returncode is not None else process
 
 
-def _end_of_string(data: bytes, position: int, most: int) -> int:
-    """The place behind the closing quote of a string that begins at ``position``, or one more than ``most`` bytes on."""
-    begin = position
-    while position < len(data) and position - begin <= most:
-        found = _content.match(data, position, position + _SLICE_BYTES)
-        assert found is not None, "it matches nothing too"
-        if found.end() < len(data) and data[found.end()] == _QUOTE:
-            return found.end() + 1
-        # Here a slice ends, perhaps between a backslash and what it escapes; or the body does.
-        position = found.end() if found.end() > position else len(data)
-    return position
+async def _start() -> Process:
+    return await asyncio.create_subprocess_exec(*_COMMAND, stdin=PIPE, stdout=PIPE)
 
 
-def _next_byte(data: bytes, position: int) -> bytes:
-    return data[position : position + 64].lstrip()[:1]
-
-
-def _opens(data: bytes, position: int, opening: bytes) -> bool:
-    """Whether the value behind a key that ends at ``position`` begins as wished."""
-    return data[position : position + 256].translate(None, b": \t\r\n").startswith(opening)
+async def _ask(process: Process, pieces: Sequence[bytes], wanted: Wanted) -> Envelope | Overlong | Malformed:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(msgspec.json.encode(wanted) + b"\n")
+        for piece in pieces:
+            process.stdin.write(piece)
+            await process.stdin.drain()
+        process.stdin.close()
+        answer: Envelope | Overlong | Malformed = decode_answer(await process.stdout.read())
+        await process.wait()
+        return answer
+    finally:
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()

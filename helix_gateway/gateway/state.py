@@ -20,6 +20,7 @@ from helix_gateway.gateway.errors import ApiError
 from helix_gateway.gateway.keys import KeyRing
 from helix_gateway.gateway.limits.callers import Callers
 from helix_gateway.gateway.limits.time import TimeLimit
+from helix_gateway.gateway.long_bodies import LongBodies
 from helix_gateway.gateway.openapi import OpenApi
 from helix_gateway.gateway.registry import ModelRegistry
 from helix_gateway.gateway.settings import GatewaySettings
@@ -32,6 +33,7 @@ MODELS = web.AppKey("helix_models", ModelRegistry)
 API = web.AppKey("helix_openapi", OpenApi)
 KEYS = web.AppKey("helix_keys", KeyRing)
 CALLERS = web.AppKey("helix_callers", Callers)
+LONG_BODIES = web.AppKey("helix_long_bodies", LongBodies)
 WORKERS = web.AppKey("helix_workers", Executor)
 METRICS = web.AppKey("helix_metrics", Metrics)
 TRACER = web.AppKey("helix_tracer", Tracer)

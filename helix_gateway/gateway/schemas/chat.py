@@ -125,7 +125,7 @@ class ChatRequest(GenerationRequest):
     """A conversation to answer."""
 
     inert_fields = frozenset({"user", "store", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier"})
-    prompt_field, prompt_opening = "messages", b"[{"
+    prompt_field, one_prompt = "messages", r"\[\s*\{"
     large_fields = {"messages": msgspec.json.Decoder(list[_MessageOutline]).decode}
 
     messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]

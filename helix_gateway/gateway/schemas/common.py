@@ -51,8 +51,8 @@ class WireModel(BaseModel):
 
     prompt_field: ClassVar[str | None] = None
     """The field whose length the model's context bounds."""
-    prompt_opening: ClassVar[bytes] = b""
-    """How its value begins, without spaces, where it is one prompt and not several."""
+    one_prompt: ClassVar[str] = ""
+    """How its value begins, as a regular expression, where it is one prompt and not several."""
 
     @model_validator(mode="before")
     @classmethod

@@ -25,9 +25,9 @@ class CompletionRequest(GenerationRequest):
 
     inert_fields = frozenset({"user", "store", "metadata", "service_tier"})
     raw_fields = frozenset({"prompt"})
-    prompt_field, prompt_opening = "prompt", b'"'
+    prompt_field, one_prompt = "prompt", r'"|\[\s*[-\d]'
 
-    # msgspec.Raw as it comes from the body
+    # bytes as they lie in the body
     prompt: Any = Field(json_schema_extra={"anyOf": [*ONE_PROMPT, *_many(*ONE_PROMPT)]})
     """A string, an array of strings, token ids, or arrays of token ids."""
     max_tokens: int = Field(DEFAULT_MAX_TOKENS, ge=0)

@@ -15,9 +15,9 @@ class GenerateRequest(GenerationRequest):
 
     inert_fields = frozenset({"user", "store", "metadata", "service_tier"})
     raw_fields = frozenset({"prompt"})
-    prompt_field, prompt_opening = "prompt", b'"'
+    prompt_field, one_prompt = "prompt", ""
 
-    # msgspec.Raw as it comes from the body
+    # bytes as they lie in the body
     prompt: Any = Field(json_schema_extra={"anyOf": [*ONE_PROMPT]})
     """A string or token ids."""
     max_tokens: int | None = Field(None, ge=1)
