@@ -18,7 +18,6 @@ from helix_gateway.text.awkward_texts import AWKWARD_TEXTS
 from helix_gateway.text.translation.by_text import TextTranslation
 from helix_gateway.text.translation.by_token import TokenTranslation
 from helix_gateway.text.translation.choice import translate_vocabularies
-from helix_gateway.text.translation.same import SameVocabulary
 
 PAIRS = ["smollm2 byte_level", "byte_level smollm2", "smollm2 unigram", "unigram smollm2", "unigram byte_level"]
 PROSE = (
@@ -253,15 +252,7 @@ def test_a_long_run_of_one_letter_costs_a_bounded_window(pairs):
 
 
 def test_the_same_tokens_need_no_translation(smollm2):
-    translation = translate_vocabularies(smollm2, smollm2)
-    assert isinstance(translation, SameVocabulary)
-    assert translation.shares_ids
-    assert translation.allowed(smollm2.vocab_size) is None
-    sequence = translation.begin()
-    assert [sequence.extend([5, 6]), sequence.extend([7])] == [0, 2]
-    assert list(sequence.draft_token_ids) == [5, 6, 7]
-    assert sequence.to_target([1, 2]).token_ids == [1, 2]
-    assert sequence.to_target([1, smollm2.vocab_size, 2]).token_ids == [1]
+    assert translate_vocabularies(smollm2, smollm2) is None
 
 
 def test_tokens_that_are_numbered_otherwise_are_translated_one_by_one(tmp_path):
@@ -300,7 +291,14 @@ def test_a_target_with_more_tokens_than_its_draft_model_shares_those_that_both_h
     assert translation.allowed(draft.vocab_size) is None
     read = _read(translation, [target.encode("a<tool>b")]).draft_token_ids
     assert list(read) == [*draft.encode("a"), *draft.encode("b")]
-    assert isinstance(translate_vocabularies(draft, target), SameVocabulary)
+
+    # The other way round the draft model is held to what the target has too.
+    translation = translate_vocabularies(draft, target)
+    assert translation.shares_ids
+    bits = np.unpackbits(translation.allowed(target.vocab_size).view(np.uint8), bitorder="little")
+    assert np.flatnonzero(bits).tolist() == list(range(draft.vocab_size))
+    (tool,) = target.encode("<tool>")
+    assert translation.begin().to_target([5, tool, 6]).token_ids == [5]
 
 
 def test_vocabularies_that_cut_text_otherwise_are_translated_through_text(pairs):
@@ -314,7 +312,7 @@ def test_tokens_that_are_not_bytes_of_text_are_refused_by_name(loaded, tmp_path)
         translate_vocabularies(loaded["smollm2"], bert)
     with pytest.raises(DraftVocabularyError, match=r"^The model's tokenizer is of a kind"):
         translate_vocabularies(bert, loaded["smollm2"])
-    assert isinstance(translate_vocabularies(bert, bert), SameVocabulary)
+    assert translate_vocabularies(bert, bert) is None
 
 
 def test_a_tokenizer_that_changes_text_is_refused_by_name(loaded, tmp_path):

@@ -8,7 +8,6 @@ from helix_gateway.text.token_bytes import TokenBytes
 from helix_gateway.text.tokenizer import Tokenizer
 from helix_gateway.text.translation.by_text import TextTranslation
 from helix_gateway.text.translation.by_token import TokenTranslation
-from helix_gateway.text.translation.same import SameVocabulary
 from helix_gateway.text.translation.sample import SAMPLE_TEXT
 from helix_gateway.text.translation.vocabulary import Vocabulary
 
@@ -20,17 +19,16 @@ _KEPT = 0.8
 """Share of a text that a tokenizer has to give back: one that changes more is no way to say it."""
 
 
-def translate_vocabularies(target: Tokenizer, draft: Tokenizer) -> VocabularyTranslation:
-    """What stands between a target model and a draft model.
+def translate_vocabularies(target: Tokenizer, draft: Tokenizer) -> VocabularyTranslation | None:
+    """What stands between a target model and a draft model; None where their tokens are the same, ids and all.
 
-    Tokens go through as they are where all the target's are the draft model's too; one by one where both cut text
-    alike; else through text.
+    Others go through one by one where both tokenizers cut text alike, else through text.
 
     Raises:
         DraftVocabularyError: the tokens of one say nothing that the other could read.
     """
-    if target.ids_by_spelling().items() <= draft.ids_by_spelling().items():
-        return SameVocabulary(target.vocab_size)
+    if target.ids_by_spelling() == draft.ids_by_spelling():
+        return None
     ours = Vocabulary(target, _known(target, "The model's"))
     theirs = Vocabulary(draft, _known(draft, "The draft model's"))
     _check_kept(ours, "The model's")
