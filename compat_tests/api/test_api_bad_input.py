@@ -21,6 +21,13 @@ def chat_raw(content: bytes) -> bytes:
     return b'{"messages": [{"role": "user", "content": ' + content + b"}]}"
 
 
+TEXT_PART = b'{"type": "text", "text": "a"}, '
+
+
+def predicted(content: bytes) -> bytes:
+    return chat_raw(b'"a"')[:-1] + b', "prediction": {"type": "content", "content": ' + content + b"}}"
+
+
 def deep(opening: bytes, closing: bytes, depth: int) -> bytes:
     return b'{"messages": ' + opening * depth + closing * depth + b"}"
 
@@ -88,6 +95,11 @@ CASES = {
         "prompt",
         None,
     ),
+    "10 MB prediction": (CHAT, predicted(b'"' + b"word " * 2 * MB + b'"'), "prediction", None),
+    "10 MB prediction, in parts": (CHAT, predicted(b"[" + TEXT_PART * 300_000 + b"{}]"), "prediction", None),
+    "10 MB of numbers for a prediction": (CHAT, predicted(b"[" + b"1," * 5 * MB + b"1]"), "prediction", None),
+    "half a surrogate pair in a prediction": (CHAT, predicted(b'"\\ud800"'), None, None),
+    "invalid UTF-8 in a prediction": (CHAT, predicted(b'"\xff"'), "prediction", None),
     "no prompt": (COMPLETIONS, b"{}", "prompt", None),
     "no prompts": (COMPLETIONS, b'{"prompt": []}', "prompt", None),
     "an empty prompt of ids": (COMPLETIONS, b'{"prompt": [[1], []]}', "prompt[1]", None),

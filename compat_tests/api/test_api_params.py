@@ -132,6 +132,39 @@ async def test_the_operators_default_bounds_chats_that_name_no_limit():
         assert (await sampling_of(gateway, max_tokens=8)).max_tokens == 8
 
 
+TEXT_PART = {"type": "text", "text": "Grüße"}
+
+
+def predicted(content):
+    return {"type": "content", "content": content}
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ("", ""),
+        ([], ""),
+        ("Grüße <|im_end|>", "Grüße <|im_end|>"),
+        ([TEXT_PART, {"type": "text", "text": "!"}], "Grüße!"),
+    ],
+)
+async def test_a_prediction_arrives_as_the_tokens_of_its_text(gateway, content, expected):
+    body = await gateway.chat(prediction=predicted(content))
+    assert bytes(gateway.service.calls[-1].request.prediction_token_ids).decode() == expected
+    details = body["usage"]["completion_tokens_details"]
+    assert details["accepted_prediction_tokens"] == details["rejected_prediction_tokens"] == 0
+
+
+@pytest.mark.parametrize("parts", [1, 12])
+async def test_of_a_long_prediction_what_the_context_holds_is_taken(gateway, parts):
+    text = "words " * (1_000_000 // 6 // parts)
+    content = text if parts == 1 else [{"type": "text", "text": text}] * parts
+    status, body = await gateway.answer(CHAT, chat_body(prediction=predicted(content)))
+    assert status == 200, body
+    assert bytes(gateway.service.calls[-1].request.prediction_token_ids).decode() == text[:512]
+    assert gateway.service.tokenizer.encoded_characters < 20_000
+
+
 BOTH = [
     ("temperature", [0, 2, 0.7], [-0.1, 2.1, "0.5", True, []]),
     ("top_p", [1, 0.001], [0, 1.1, -1, "1"]),
@@ -155,7 +188,11 @@ BOTH = [
     ("return_token_ids", [True, False], [1]),
     ("priority", [-5, 5], [1.5, 2**31]),
     ("cache_salt", ["x"], [5, "x" * 1025]),
-    ("speculation", ["off", 0, 8], ["on", -1, 1.5, True]),
+    (
+        "speculation",
+        ["off", 0, 8, 64],
+        ["on", "OFF", "", "8", -1, 65, 2**70, 1.5, True, False, [], [8], {}, {"depth": 8}],
+    ),
     ("stream", [False], ["yes", 1]),
     ("stream_options", [{}], [5, {"include_usage": 1}]),
     ("response_format", [{"type": "text"}], [{"type": "json_object"}, {"type": "xml"}, {}, "text"]),
@@ -170,6 +207,38 @@ CHAT_ONLY = [
     ("functions", [[]], [[{}]]),
     ("modalities", [["text"]], [["text", "audio"], ["audio"], "text"]),
     ("audio", [], [{"voice": "alloy"}]),
+    (
+        "prediction",
+        [
+            None,
+            predicted(""),
+            predicted("Grüße, 🌍! <|im_end|> \0"),
+            predicted([]),
+            predicted([TEXT_PART, {"type": "text", "text": ""}, {"type": "refusal", "refusal": "No."}]),
+        ],
+        [
+            "Grüße",
+            5,
+            True,
+            [],
+            [predicted("a")],
+            {},
+            {"content": "a"},
+            {"type": "content"},
+            {"type": "text", "content": "a"},
+            {"type": "content", "content": None},
+            predicted(5),
+            predicted(True),
+            predicted({"text": "a"}),
+            predicted(["a"]),
+            predicted([5]),
+            predicted([{"text": "a"}]),
+            predicted([{"type": "text", "text": 5}]),
+            predicted([TEXT_PART, {"type": "image_url", "image_url": {"url": "data:"}}]),
+            predicted([{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]),
+            predicted([TEXT_PART] * 100_000),
+        ],
+    ),
 ]
 COMPLETIONS_ONLY = [
     ("max_tokens", [1, 10**9], [0, -1]),
