@@ -18,9 +18,11 @@ from compat_tests.engine.toy import (
     ToyRunner,
     alone,
     drain,
+    logits_after,
     make_engine,
     request,
 )
+from compat_tests.runtime.sampling_reference import Row, reference_token
 from helix_gateway.core.errors import ContextLengthError, InvalidRequestError, OutOfMemoryError, QueueFullError
 from helix_gateway.core.kv import KVGroup
 from helix_gateway.core.protocols import StopMatch
@@ -141,9 +143,8 @@ def reference_tokens(prompt, choice, *, count, seed, temperature):
     """The toy model sampled by hand: the noise of a token is counted by its place, prompt included."""
     tokens = list(prompt)
     while len(tokens) < len(prompt) + count:
-        logits = np.random.default_rng(abs(hash((tuple(tokens),)))).normal(0, 2, VOCAB)
-        noise = np.random.default_rng([seed, choice, len(tokens)]).gumbel(size=VOCAB)
-        tokens.append(int((logits.astype(np.float32) + temperature * noise).argmax()))
+        row = Row(seed=seed, choice=choice, position=len(tokens), temperature=temperature)
+        tokens.append(reference_token(logits_after([tuple(tokens)]).astype(np.float32), row))
     return tokens[len(prompt) :]
 
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compat_tests.engine.speculation_cases import DRAFTERS, OPTIONS, got_from, wanted_of, worst
 from compat_tests.engine.toy import (
     ONE_GROUP,
     TWO_GROUPS,
-    VOCAB,
     ScriptedDrafter,
     ToyRunner,
     alone,
@@ -23,75 +23,10 @@ from helix_gateway.engine.drafters.base import DraftTokens
 from helix_gateway.engine.drafters.suffix import SuffixDrafter
 from helix_gateway.engine.step_costs import StepCosts
 
-OPTIONS = {
-    "greedy": {"temperature": 0.0},
-    "warm": {"temperature": 0.7},
-    "top k": {"temperature": 1.0, "top_k": 5},
-    "top p": {"temperature": 1.0, "top_p": 0.8},
-    "min p": {"temperature": 1.0, "min_p": 0.05},
-    "penalties": {"repetition_penalty": 1.4, "presence_penalty": 0.7, "frequency_penalty": 0.9},
-    "bias": {"logit_bias": {3: 2.0, 7: -4.0}},
-    "bad words": {"bad_words": ((4,), (5, 6), (7, 8, 9))},
-    "least tokens": {"min_tokens": 6, "stop_token_ids": (1, 2, 3)},
-    "logprobs": {"logprobs": 3, "prompt_logprobs": 2},
-    "several": {"n": 3},
-    "stops": {"stop_token_ids": (11, 12, 13)},
-}
 FREE = StepCosts({1: 0.01, 64: 0.0101})
 """Rows cost next to nothing, so that all that is drafted is verified."""
 DEAR = StepCosts({rows: 0.01 * rows**1.3 for rows in (1, 2, 4, 8, 16, 32, 64)})
 """Two rows cost more than twice as much as one."""
-
-
-def wanted_of(each, groups=ONE_GROUP):
-    return {key: (a.token_ids, a.logprobs, a.prompt_logprobs) for key, a in alone(each, groups).items()}
-
-
-def got_from(engine, requests):
-    for each in requests:
-        engine.submit(each)
-    answers = drain(engine)
-    assert engine.cache.pool.num_referenced == 0
-    return {key: (a.token_ids, a.logprobs, a.prompt_logprobs) for key, a in answers.items()}, answers
-
-
-def worst(sequence, tokens):
-    """Never what a model would say twice."""
-    return (tokens[-1] * 7 + 1) % VOCAB
-
-
-DRAFTERS = {
-    "suffix": SuffixDrafter,
-    "always the same": lambda: ScriptedDrafter(lambda sequence, tokens: 11),
-    "seldom right": lambda: ScriptedDrafter(worst),
-    "by chance": lambda: ScriptedDrafter(lambda sequence, tokens: random.Random(len(tokens)).randrange(VOCAB)),
-}
-
-
-@pytest.mark.parametrize("drafter", DRAFTERS)
-@pytest.mark.parametrize("option", OPTIONS)
-def test_every_option_gives_the_same_tokens_with_any_drafter(drafter, option):
-    prompt = [5, 6, 7, 8] * 3
-    each = request("r", prompt, max_tokens=24, seed=7, **{"temperature": 1.0, **OPTIONS[option]})
-    for policy in (FixedDepth(3), AdaptiveDepth(FREE, max_depth=5)):
-        engine = make_engine(drafter=DRAFTERS[drafter](), depth_policy=policy, budget=64)
-        assert got_from(engine, [each])[0] == wanted_of(each)
-
-
-def test_drafts_that_are_right_are_accepted_with_every_option():
-    for name, options in OPTIONS.items():
-        each = request("r", [5, 6, 7, 8] * 3, max_tokens=24, seed=7, **{"temperature": 1.0, **options})
-        wanted = alone(each)
-
-        def right(sequence, tokens, wanted=wanted):
-            known = wanted[sequence.key].token_ids
-            place = len(tokens) - sequence.num_prompt_tokens
-            return known[place] if place < len(known) else 0
-
-        engine = make_engine(drafter=ScriptedDrafter(right), depth_policy=FixedDepth(4), budget=64)
-        answers = got_from(engine, [each])[1]
-        metrics = answers["r", 0].last.metrics
-        assert metrics.accepted_tokens >= metrics.output_tokens // 2, name
 
 
 @settings(max_examples=25, deadline=None)
@@ -102,11 +37,10 @@ def test_a_crowd_with_any_drafters_depths_and_little_memory_gets_what_each_gets_
         request(
             f"r{i}",
             [dice.randrange(6) for _ in range(dice.randrange(1, 30))],
-            max_tokens=dice.randrange(1, 24),
             seed=i,
             max_depth=dice.choice([None, None, 0, 2]),
             priority=dice.randrange(2),
-            **{"temperature": 1.0, **OPTIONS[dice.choice(list(OPTIONS))]},
+            **{"temperature": 1.0, "max_tokens": dice.randrange(1, 24), **OPTIONS[dice.choice(list(OPTIONS))]},
         )
         for i in range(data.draw(st.integers(1, 7)))
     ]
@@ -116,7 +50,7 @@ def test_a_crowd_with_any_drafters_depths_and_little_memory_gets_what_each_gets_
         data.draw(st.integers(24, 60)),
         TWO_GROUPS,
         budget=data.draw(st.integers(4, 40)),
-        drafter=DRAFTERS[drafter](),
+        drafter=DRAFTERS[drafter]({}),
         depth_policy=policy,
     )
     got, _ = got_from(engine, requests)

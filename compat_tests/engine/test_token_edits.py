@@ -1,6 +1,9 @@
 """Penalties, bias and bans follow the tokens, position by position."""
 
+import random
+
 import numpy as np
+import pytest
 
 from helix_gateway.core.request import SamplingParams
 from helix_gateway.engine.token_edits import TokenEdits, join_edits
@@ -61,3 +64,39 @@ def test_accepted_recovered_and_bonus_tokens():
     sampled = [[1, 2, 3], [1, 9, 3], [8, 2, 3], [5], []]
     drafts = [[1, 2], [1, 2], [1, 2], [], []]
     assert verify(sampled, drafts) == [[1, 2, 3], [1, 9], [8], [5], []]
+
+
+def by_definition(params, prompt, output):
+    """Scale and shift of every token that has any, counted anew."""
+    edits = {}
+    for token in {*prompt, *output, *params.logit_bias, *(word[-1] for word in params.bad_words)}:
+        scale = params.repetition_penalty if token in prompt or token in output else 1.0
+        shift = params.logit_bias.get(token, 0.0) - params.presence_penalty * (token in output)
+        shift -= params.frequency_penalty * output.count(token)
+        if any((*output, token)[-len(word) :] == word for word in params.bad_words if word[-1] == token):
+            shift = -np.inf
+        edits[token] = (scale, shift)
+    return {token: edit for token, edit in edits.items() if edit != (1.0, 0.0)}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_windows_of_any_tokens_are_as_the_definition_says_however_long_the_output(seed):
+    dice = random.Random(seed)
+    options = {
+        "repetition_penalty": dice.choice([1.0, 1.25]),
+        "presence_penalty": dice.choice([0.0, 0.5]),
+        "frequency_penalty": dice.choice([0.0, 0.25]),
+        "logit_bias": dice.choice([{}, {3: 1.5, 70: -1.0}]),
+        "bad_words": dice.choice([(), ((4,), (5, 6), (1, 2, 3))]),
+    }
+    params, prompt, output = SamplingParams(**options), [dice.randrange(99) for _ in range(9)], ()
+    edits = TokenEdits(params, prompt, frozenset())
+    for _ in range(40):
+        drafts = [dice.randrange(99) for _ in range(dice.randrange(5))]
+        rows = edits.along(drafts)
+        for count, row in enumerate(rows):
+            found = {} if row is None else {token: edit for token, edit in as_dict(row).items() if edit != (1.0, 0.0)}
+            assert found == by_definition(params, prompt, (*output, *drafts[:count]))
+        for token in [*drafts[: dice.randrange(len(drafts) + 1)], dice.randrange(99)]:
+            edits.advance(token)
+            output = (*output, token)

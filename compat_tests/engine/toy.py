@@ -1,20 +1,23 @@
 """A model of a few lines for the engine's tests: its "KV" is the tokens themselves, kept in pages.
 
 Logits are a hash of the tokens that each row reads through its block tables, so a wrong table, a block shared
-that should not be, a missed copy or a window given back too early changes the output.
+that should not be, a missed copy or a window given back too early changes the output.  Tokens are chosen from them by
+the sampler that serves on a CPU.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from helix_gateway.core.kv import KVGroup
 from helix_gateway.core.request import Request, SamplingParams
-from helix_gateway.core.step import LogprobRows, SamplingRows, StepBatch
+from helix_gateway.core.step import SamplingRows, StepBatch
 from helix_gateway.engine.drafters.base import DraftTokens
 from helix_gateway.engine.engine import Engine, EngineLimits
 from helix_gateway.engine.sequence import Sequence as EngineSequence
+from helix_gateway.runtime.sampling import make_sampler
 
 VOCAB = 50
 EOS = 0
@@ -32,6 +35,7 @@ class ToyRunner:
     def __post_init__(self):
         size = max(group.tokens_per_block for group in self.kv_groups)
         self.pages = np.full((self.num_pages, size), -1, np.int64)
+        self.sampler = make_sampler(torch.device("cpu"), self.vocab_size)
 
     def copy_pages(self, copies):
         for source, destination in copies:
@@ -61,34 +65,18 @@ class ToyRunner:
             first = 0 if group.window is None else max(0, position - group.window + 1)
             places = [divmod(p, group.tokens_per_block) for p in range(first, position + 1)]
             seen.append(tuple(int(self.pages[table[s, entry], offset]) for entry, offset in places))
-        return np.random.default_rng(abs(hash(tuple(seen)))).normal(0, 2, self.vocab_size)
+        return logits_after(seen, self.vocab_size)
 
     def sample(self, logits, rows: SamplingRows):
-        edited = logits[rows.logits_index].astype(np.float64)
-        edits = rows.edits
-        for row, token, scale, shift in zip(edits.rows, edits.token_ids, edits.scale, edits.shift, strict=True):
-            x = edited[row, token]
-            edited[row, token] = (x / scale if x > 0 else x * scale) + shift
-        if rows.allowed is not None:
-            bits = np.unpackbits(rows.allowed.view(np.uint8), axis=1, bitorder="little")[:, : self.vocab_size]
-            edited[bits == 0] = -np.inf
-        for i, row in enumerate(edited):
-            if rows.temperature[i] > 0:
-                key = [int(rows.seed[i]), int(rows.choice[i]), int(rows.position[i])]
-                row += rows.temperature[i] * np.random.default_rng(key).gumbel(size=len(row))
-        return edited.argmax(1).astype(np.int32)
+        return self.sampler.sample(torch.from_numpy(logits), rows)
 
     def logprobs(self, logits, logits_index, token_ids, top):
-        x = logits[logits_index].astype(np.float64)
-        x -= np.log(np.exp(x).sum(1, keepdims=True))
-        order = np.argsort(-x, axis=1, kind="stable")
-        own = x[np.arange(len(x)), token_ids]
-        return LogprobRows(
-            logprobs=own.astype(np.float32),
-            ranks=(1 + (x > own[:, None]).sum(1)).astype(np.int32),
-            top_ids=order[:, :top].astype(np.int32),
-            top_logprobs=np.take_along_axis(x, order[:, :top], 1).astype(np.float32),
-        )
+        return self.sampler.logprobs(torch.from_numpy(logits), logits_index, token_ids, top)
+
+
+def logits_after(seen, vocab_size=VOCAB):
+    """What a model of one group with no window says after some tokens; ``seen``: [the tokens read], for each group."""
+    return np.random.default_rng(abs(hash(tuple(seen)))).normal(0, 2, vocab_size)
 
 
 ONE_GROUP = (KVGroup("full", 4, None),)

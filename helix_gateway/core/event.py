@@ -7,6 +7,8 @@ from typing import Literal
 
 import msgspec
 
+from helix_gateway.core.stats import DraftCounts, StepSeconds
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 ErrorKind = Literal["out_of_memory", "failed"]
 
@@ -43,6 +45,12 @@ class SequenceMetrics(msgspec.Struct, frozen=True, kw_only=True):
     accepted_prediction_tokens: int = 0
     """Of the accepted ones those that came from the request's prediction."""
     rejected_prediction_tokens: int = 0
+    drafts: dict[str, DraftCounts] = {}
+    """What came of drafts, by drafter; what was right but lies behind a stop is not among the accepted."""
+    depths: list[int] = []
+    """How many of its steps verified so many draft tokens, from 0 on."""
+    step_time: StepSeconds = StepSeconds()
+    """What the steps from its first to its last took; others of the batch shared them."""
 
 
 class SequenceStart(msgspec.Struct, frozen=True, kw_only=True):

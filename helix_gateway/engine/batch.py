@@ -5,7 +5,6 @@ Knows how sequences lie in the flat batch, and nothing else of the engine's poli
 
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,10 @@ class Window:
     scheduled: ScheduledSequence
     draft_tokens: list[int]
     first_row: int
+    sampled_rows: range
+    """Flat rows whose logits choose a token: the last verified token's and each draft token's."""
+    scored_prompt_rows: range
+    """Flat rows whose logits score the prompt's next token, those already scored left out."""
 
     @property
     def sequence(self) -> Sequence:
@@ -38,22 +41,9 @@ class Window:
         return self.scheduled.num_tokens + len(self.draft_tokens)
 
     @property
-    def sampled_rows(self) -> range:
-        """Flat rows whose logits choose a token: the last verified token's and each draft token's."""
-        if not self.scheduled.samples:
-            return range(0)
-        first = self.first_row + self.scheduled.num_tokens - 1
-        return range(first, first + 1 + len(self.draft_tokens))
-
-    @property
-    def scored_prompt_rows(self) -> range:
-        """Flat rows whose logits score the prompt's next token, those already scored left out."""
-        sequence, start = self.sequence, self.scheduled.start
-        if not sequence.wants_prompt_logprobs:
-            return range(0)
-        first = max(start, len(sequence.prompt_logprobs) - 1)
-        end = min(start + self.scheduled.num_tokens, sequence.num_prompt_tokens - 1)
-        return range(self.first_row + first - start, self.first_row + max(first, end) - start)
+    def is_scored(self) -> bool:
+        """Whether log-probabilities of any of its rows were asked for."""
+        return bool(self.scored_prompt_rows) or self.sequence.request.sampling.logprobs is not None
 
     def position(self, row: int) -> int:
         """Where the token of a flat row stands in its sequence."""
@@ -65,29 +55,56 @@ class Window:
         return self.sequence.token_ids[start : start + self.scheduled.num_tokens] + self.draft_tokens
 
 
+_NO_ROWS = range(0)
+
+
+def _window(scheduled: ScheduledSequence, draft_tokens: list[int], first_row: int) -> Window:
+    sampled = _NO_ROWS
+    if scheduled.samples:
+        first = first_row + scheduled.num_tokens - 1
+        sampled = range(first, first + 1 + len(draft_tokens))
+    return Window(scheduled, draft_tokens, first_row, sampled, _scored_prompt_rows(scheduled, first_row))
+
+
+def _scored_prompt_rows(scheduled: ScheduledSequence, first_row: int) -> range:
+    sequence, start = scheduled.sequence, scheduled.start
+    if not sequence.wants_prompt_logprobs:
+        return _NO_ROWS
+    first = max(start, len(sequence.prompt_logprobs) - 1)
+    end = min(start + scheduled.num_tokens, sequence.num_prompt_tokens - 1)
+    return range(first_row + first - start, first_row + max(first, end) - start)
+
+
 def lay_out(scheduled: Ordered[ScheduledSequence], drafts: Ordered[list[int]]) -> list[Window]:
     """Give each scheduled sequence its rows, in order."""
     windows, row = [], 0
     for entry, draft in zip(scheduled, drafts, strict=True):
-        windows.append(Window(entry, draft, row))
+        windows.append(_window(entry, draft, row))
         row += windows[-1].num_rows
     return windows
 
 
 def build_step_batch(windows: Ordered[Window], cache: PagedKVCache) -> StepBatch:
     """The flat arrays of the forward."""
-    starts = [window.scheduled.start for window in windows]
-    lengths = [window.num_rows for window in windows]
+    starts = np.array([window.scheduled.start for window in windows], np.int32)
+    lengths = np.array([window.num_rows for window in windows], np.int32)
     return StepBatch(
         token_ids=np.array([token for window in windows for token in window.token_ids()], np.int32),
-        positions=np.concatenate(
-            [np.arange(start, start + length, dtype=np.int32) for start, length in zip(starts, lengths, strict=True)]
-        ),
-        cu_seqlens=np.array([0, *accumulate(lengths)], np.int32),
-        context_lens=np.array(starts, np.int32) + np.array(lengths, np.int32),
+        positions=_ramps(starts, lengths),
+        cu_seqlens=np.concatenate([_ZERO, np.cumsum(lengths, dtype=np.int32)]),
+        context_lens=starts + lengths,
         block_tables=_block_tables(windows, cache),
         logits_rows=logits_rows(windows),
     )
+
+
+_ZERO = np.zeros(1, np.int32)
+
+
+def _ramps(starts: Int32s, lengths: Int32s) -> Int32s:
+    """``starts[i], starts[i] + 1, …`` of ``lengths[i]`` numbers each, one after the other; int32 [sum of lengths]."""
+    behind = np.cumsum(lengths, dtype=np.int32)
+    return np.arange(behind[-1] if behind.size else 0, dtype=np.int32) + np.repeat(starts + lengths - behind, lengths)
 
 
 def _block_tables(windows: Ordered[Window], cache: PagedKVCache) -> tuple[Int32s, ...]:
@@ -100,8 +117,16 @@ def _block_tables(windows: Ordered[Window], cache: PagedKVCache) -> tuple[Int32s
 
 def logits_rows(windows: Ordered[Window]) -> Int32s:
     """Flat rows whose logits somebody reads, ascending."""
+    if not any(window.scored_prompt_rows for window in windows):
+        return _sampled_rows(windows)
     rows = (row for window in windows for row in sorted({*window.scored_prompt_rows, *window.sampled_rows}))
     return np.fromiter(rows, np.int32)
+
+
+def _sampled_rows(windows: Ordered[Window]) -> Int32s:
+    """Flat rows that choose a token, ascending."""
+    firsts = np.array([window.sampled_rows.start for window in windows], np.int32)
+    return _ramps(firsts, np.array([len(window.sampled_rows) for window in windows], np.int32))
 
 
 def build_sampling_rows(windows: Ordered[Window], rows: Int32s, vocab_size: int) -> SamplingRows:
@@ -113,29 +138,24 @@ def build_sampling_rows(windows: Ordered[Window], rows: Int32s, vocab_size: int)
     Raises:
         ConstraintFailedError: a sequence's constraint raised.
     """
-    params = [window.sequence.request.sampling for window in windows]
-    counts = [len(window.sampled_rows) for window in windows]
-    flat = np.array([row for window in windows for row in window.sampled_rows], np.int32)
+    windows = [window for window in windows if window.sampled_rows]
+    sequences = [window.sequence for window in windows]
+    params = [sequence.request.sampling for sequence in sequences]
+    counts = np.array([len(window.sampled_rows) for window in windows], np.int32)
+    firsts = np.array([window.position(window.sampled_rows.start) + 1 for window in windows], np.int32)
 
     def spread(values: list[float], dtype: type[np.generic]) -> npt.NDArray[Any]:
         return np.repeat(np.array(values, dtype), counts)
 
     return SamplingRows(
-        logits_index=np.searchsorted(rows, flat).astype(np.int32),
-        seed=np.repeat(np.array([p.seed & 0xFFFF_FFFF_FFFF_FFFF for p in params], np.uint64), counts),
-        choice=spread([window.sequence.index for window in windows], np.int32),
-        position=np.array([window.position(row) + 1 for window in windows for row in window.sampled_rows], np.int32),
+        logits_index=np.searchsorted(rows, _sampled_rows(windows)).astype(np.int32),
+        seed=spread([p.seed & 0xFFFF_FFFF_FFFF_FFFF for p in params], np.uint64),
+        choice=spread([sequence.index for sequence in sequences], np.int32),
+        position=_ramps(firsts, counts),
         temperature=spread([p.temperature for p in params], np.float32),
         top_k=spread([min(p.top_k or vocab_size, vocab_size) for p in params], np.int32),
         top_p=spread([p.top_p for p in params], np.float32),
         min_p=spread([p.min_p for p in params], np.float32),
-        edits=join_edits(
-            [
-                edits
-                for window in windows
-                if window.sampled_rows
-                for edits in window.sequence.edits.along(window.draft_tokens)
-            ]
-        ),
-        allowed=join_masks([(w.sequence, w.draft_tokens) for w in windows if w.sampled_rows], vocab_size),
+        edits=join_edits([row for w in windows for row in w.sequence.edits.along(w.draft_tokens)]),
+        allowed=join_masks([(w.sequence, w.draft_tokens) for w in windows], vocab_size),
     )

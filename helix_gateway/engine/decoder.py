@@ -5,6 +5,7 @@ the same position), so speculation cannot be seen in the text; at depth 0 the ve
 Knows nothing about queues and blocks: it computes what the plan says.
 """
 
+from itertools import accumulate
 from time import perf_counter
 from typing import Generic, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from helix_gateway.core.event import TokenLogprobs
 from helix_gateway.core.protocols import Logits, ModelRunner
+from helix_gateway.core.stats import StepSeconds
 from helix_gateway.core.step import Int32s, LogprobRows
 from helix_gateway.engine.batch import Window, build_sampling_rows, build_step_batch, lay_out
 from helix_gateway.engine.depth import DepthPolicy
@@ -24,7 +26,6 @@ from helix_gateway.engine.plan import (
     SpeculativeOutput,
     StepOutput,
     StepPlan,
-    StepTiming,
 )
 from helix_gateway.engine.sequence import Sequence
 from helix_gateway.engine.verification import verify
@@ -77,7 +78,7 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
         outputs = self._choose(windows, logits, batch.logits_rows)
         sampled = perf_counter()
         self._learn(plan, drafts, outputs, sampled - began)
-        timing = StepTiming(draft_s=drafted - began, forward_s=computed - drafted, sample_s=sampled - computed)
+        timing = StepSeconds(draft_s=drafted - began, verify_s=computed - drafted, sample_s=sampled - computed)
         return SpeculativeOutput(StepOutput(outputs), timing)
 
     def retire(self, sequence: Sequence) -> None:
@@ -104,11 +105,13 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
     def _learn(self, plan: StepPlan, drafts: list["_Draft"], outputs: list[SequenceOutput], seconds: float) -> None:
         """Count what came of drafts, and let the depth policy know of it and of what the step cost."""
         for (proposed, verified), output in zip(drafts, outputs, strict=True):
+            if not output.token_ids:
+                continue
             if len(proposed.token_ids):
                 self._depth_policy.learn(output.scheduled.sequence, proposed, np.array(output.token_ids, np.int32))
-            if len(verified.token_ids):
+            if output.num_draft_tokens:
                 output.draft_source = verified.source
-                self.ledger.count(verified.source, output)
+            self.ledger.count(output.draft_source, output.num_draft_tokens, output.num_accepted)
         if all(entry.num_tokens == 1 for entry in plan.scheduled):
             self._depth_policy.observe(len(outputs) + sum(output.num_draft_tokens for output in outputs), seconds)
 
@@ -121,15 +124,16 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
         ]
         scorer = _Scorer(self._runner, logits, rows)
         for window, output in zip(windows, outputs, strict=True):
-            _score(scorer, window, output)
+            if window.is_scored:
+                _score(scorer, window, output)
         return outputs
 
     def _sample(self, windows: list[Window], logits: Logits, rows: Int32s) -> list[list[int]]:
-        counts = [len(window.sampled_rows) for window in windows]
-        if not sum(counts):
+        ends = list(accumulate(len(window.sampled_rows) for window in windows))
+        if not ends[-1]:
             return [[] for _ in windows]
-        flat = self._runner.sample(logits, build_sampling_rows(windows, rows, self._runner.vocab_size))
-        return [part.tolist() for part in np.split(flat, np.cumsum(counts)[:-1])]
+        flat = self._runner.sample(logits, build_sampling_rows(windows, rows, self._runner.vocab_size)).tolist()
+        return [flat[end - len(window.sampled_rows) : end] for window, end in zip(windows, ends, strict=True)]
 
 
 def _score(scorer: "_Scorer[Logits]", window: Window, output: SequenceOutput) -> None:

@@ -1,34 +1,28 @@
-"""What came of drafts, drafter by drafter, since the engine began.
+"""What came of drafts, drafter by drafter, and how deep windows were: of an engine, or of one sequence.
 
 Counts what verification kept; knows nothing about how drafts are made or how deep they should be.
 """
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from helix_gateway.core.stats import DraftCounts
-from helix_gateway.engine.plan import SequenceOutput
 
 
 @dataclass(slots=True)
 class _Account:
-    num_drafts: int = 0
     num_draft_tokens: int = 0
-    accepted_per_position: list[int] = field(default_factory=list)
-
-    def add(self, drafted: int, accepted: int) -> None:
-        self.num_drafts += 1
-        self.num_draft_tokens += drafted
-        self.accepted_per_position += [0] * (accepted - len(self.accepted_per_position))
-        for position in range(accepted):
-            self.accepted_per_position[position] += 1
+    by_accepted: list[int] = field(default_factory=list)
+    """How many drafts had so many tokens accepted, from 0 on."""
 
     def counts(self) -> DraftCounts:
+        # A draft of which n tokens were accepted had one accepted at each of the first n places.
+        at_least = list(accumulate(reversed(self.by_accepted)))[::-1]
         return DraftCounts(
-            num_drafts=self.num_drafts,
+            num_drafts=at_least[0],
             num_draft_tokens=self.num_draft_tokens,
-            # A draft token is accepted in one place.
-            num_accepted_tokens=sum(self.accepted_per_position),
-            accepted_per_position=list(self.accepted_per_position),
+            num_accepted_tokens=sum(at_least[1:]),
+            accepted_per_position=at_least[1:],
         )
 
 
@@ -37,12 +31,34 @@ class DraftLedger:
 
     def __init__(self) -> None:
         self._accounts: dict[str, _Account] = {}
+        self._depths: list[int] = []
 
-    def count(self, source: str, output: SequenceOutput) -> None:
-        """Take one verified draft's outcome."""
-        account = self._accounts.setdefault(source, _Account())
-        account.add(output.num_draft_tokens, len(output.token_ids) - 1)
+    def count(self, source: str | None, drafted: int, accepted: int) -> None:
+        """Take one window's outcome.
+
+        Args:
+            source: who drafted for it; None where nobody did.
+            drafted, accepted: tokens.
+        """
+        _count_at(self._depths, drafted)
+        if source is None:
+            return
+        account = self._accounts.get(source)
+        if account is None:
+            account = self._accounts[source] = _Account()
+        account.num_draft_tokens += drafted
+        _count_at(account.by_accepted, accepted)
 
     def counts(self) -> dict[str, DraftCounts]:
         """All accounts as they stand."""
         return {drafter: account.counts() for drafter, account in self._accounts.items()}
+
+    def depths(self) -> list[int]:
+        """How many windows had so many draft tokens, from 0 on."""
+        return list(self._depths)
+
+
+def _count_at(counts: list[int], place: int) -> None:
+    if place >= len(counts):
+        counts += [0] * (place + 1 - len(counts))
+    counts[place] += 1

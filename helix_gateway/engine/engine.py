@@ -22,7 +22,7 @@ from helix_gateway.core.errors import ContextLengthError, InvalidRequestError, O
 from helix_gateway.core.event import ErrorKind, FinishReason, TokenEvent
 from helix_gateway.core.protocols import Logits, ModelRunner, StopCondition, TokenConstraint
 from helix_gateway.core.request import Request
-from helix_gateway.core.stats import EngineStats
+from helix_gateway.core.stats import EngineStats, StepSeconds
 from helix_gateway.engine.admission import check_request
 from helix_gateway.engine.decoder import AdaptiveSpeculativeDecoder
 from helix_gateway.engine.depth import DepthPolicy, FixedDepth
@@ -105,6 +105,7 @@ class Engine(Generic[Logits]):
         self._forks: dict[str, list[Sequence]] = {}
         self._arrivals = count()
         self._events: list[TokenEvent] = []
+        self._step_time = StepSeconds()
         self.last_output: SpeculativeOutput | None = None
 
     @property
@@ -138,6 +139,8 @@ class Engine(Generic[Logits]):
             kv_blocks_total=pool.num_blocks,
             num_preemptions=self.num_preemptions,
             drafts=self._decoder.ledger.counts(),
+            depths=self._decoder.ledger.depths(),
+            step_time=self._step_time,
         )
 
     def has_work(self) -> bool:
@@ -221,7 +224,8 @@ class Engine(Generic[Logits]):
         now = monotonic()
         for scheduled in plan.scheduled:
             timeline = scheduled.sequence.timeline
-            timeline.first_scheduled = now if timeline.first_scheduled is None else timeline.first_scheduled
+            if timeline.first_scheduled is None:
+                timeline.first_scheduled, timeline.steps_before = now, self._step_time
         try:
             self.last_output = self._decoder.speculative_decode_step(plan)
         except ConstraintFailedError as failed:
@@ -231,6 +235,7 @@ class Engine(Generic[Logits]):
         except Exception as error:  # noqa: BLE001 - told in `_give_up`
             self._give_up(plan, error)
         else:
+            self._step_time += self.last_output.timing
             self._commit(self.last_output)
             self._budget.grow()
 
@@ -265,17 +270,18 @@ class Engine(Generic[Logits]):
     def _commit_one(self, output: SequenceOutput, now: float) -> None:
         scheduled = output.scheduled
         sequence = scheduled.sequence
-        accepted = max(0, len(output.token_ids) - 1)
+        accepted = output.num_accepted
         sequence.num_computed_tokens = scheduled.start + scheduled.num_tokens + accepted
         sequence.prompt_logprobs += output.prompt_logprobs
         ending = find_ending(sequence, output.token_ids, self.max_model_len)
         # What was right but lies behind a stop is no part of the answer.
         told = min(accepted, len(ending.token_ids))
-        sequence.count_draft(output.draft_source, output.num_draft_tokens, told)
+        if output.token_ids:
+            sequence.count_draft(output.draft_source, output.num_draft_tokens, told)
         sequence.append(ending.token_ids, now)
         self._settle(sequence, ending)
         if ending.token_ids or ending.finish_reason:
-            self._events.append(step_event(sequence, output, ending))
+            self._events.append(step_event(sequence, output, ending, self._step_time))
 
     def _settle(self, sequence: Sequence, ending: Ending) -> None:
         """Bring the cache's accounts up to date, and let forks or the end of the sequence have their way."""
@@ -306,4 +312,4 @@ class Engine(Generic[Logits]):
         self._forks.pop(request_id, None)
         for sequence in self._sequences.pop(request_id, ()):
             self._end(sequence, reason)
-            self._events.append(end_event(sequence, reason, message, kind))
+            self._events.append(end_event(sequence, reason, self._step_time, message, kind))

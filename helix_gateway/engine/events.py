@@ -5,13 +5,18 @@ Knows nothing about who listens.
 
 from helix_gateway.core.errors import OutOfMemoryError
 from helix_gateway.core.event import ErrorKind, FinishReason, TokenEvent
+from helix_gateway.core.stats import StepSeconds
 from helix_gateway.engine.ending import Ending
 from helix_gateway.engine.plan import SequenceOutput
 from helix_gateway.engine.sequence import Sequence
 
 
-def step_event(sequence: Sequence, output: SequenceOutput, ending: Ending) -> TokenEvent:
-    """What a step had to tell of one sequence."""
+def step_event(sequence: Sequence, output: SequenceOutput, ending: Ending, steps: StepSeconds) -> TokenEvent:
+    """What a step had to tell of one sequence.
+
+    Args:
+        steps: what the engine's steps have taken until now.
+    """
     first_event = len(ending.token_ids) == sequence.num_output_tokens
     return TokenEvent(
         request_id=sequence.request.request_id,
@@ -22,14 +27,18 @@ def step_event(sequence: Sequence, output: SequenceOutput, ending: Ending) -> To
         finish_reason=ending.finish_reason,
         stop_reason=ending.stop_reason,
         start=sequence.start() if first_event and ending.token_ids else None,
-        metrics=sequence.metrics() if ending.finish_reason else None,
+        metrics=sequence.metrics(steps) if ending.finish_reason else None,
     )
 
 
 def end_event(
-    sequence: Sequence, reason: FinishReason, message: str | None = None, kind: ErrorKind | None = None
+    sequence: Sequence,
+    reason: FinishReason,
+    steps: StepSeconds,
+    message: str | None = None,
+    kind: ErrorKind | None = None,
 ) -> TokenEvent:
-    """That a sequence was ended from outside or failed."""
+    """That a sequence was ended from outside or failed; ``steps`` as for `step_event`."""
     return TokenEvent(
         request_id=sequence.request.request_id,
         index=sequence.index,
@@ -37,7 +46,7 @@ def end_event(
         finish_reason=reason,
         error=message,
         error_kind=kind,
-        metrics=sequence.metrics(),
+        metrics=sequence.metrics(steps),
     )
 
 

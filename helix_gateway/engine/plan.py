@@ -7,6 +7,7 @@ the last one's tokens are known needs; counts still come from committed tokens, 
 from dataclasses import dataclass, field
 
 from helix_gateway.core.event import TokenLogprobs
+from helix_gateway.core.stats import StepSeconds
 from helix_gateway.engine.audit import Write
 from helix_gateway.engine.kv_cache import PageCopy
 from helix_gateway.engine.sequence import Sequence
@@ -67,6 +68,11 @@ class SequenceOutput:
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
+    @property
+    def num_accepted(self) -> int:
+        """Draft tokens that agreed; the last of ``token_ids`` is none of them."""
+        return max(0, len(self.token_ids) - 1)
+
 
 @dataclass(slots=True)
 class StepOutput:
@@ -75,18 +81,24 @@ class StepOutput:
     outputs: list[SequenceOutput]
 
 
-@dataclass(frozen=True, slots=True)
-class StepTiming:
-    """Seconds that the parts of a step took."""
-
-    draft_s: float
-    forward_s: float
-    sample_s: float
-
-
 @dataclass(slots=True)
 class SpeculativeOutput:
-    """Accepted tokens of one speculative step, and its timing."""
+    """What one speculative step got, and what it took."""
 
     step: StepOutput
-    timing: StepTiming
+    timing: StepSeconds
+
+    @property
+    def accepted_tokens(self) -> list[list[int]]:
+        """For each sequence of the plan the tokens it goes on with: accepted drafts, then recovered or bonus."""
+        return [output.token_ids for output in self.step.outputs]
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Draft tokens verified, over all sequences."""
+        return sum(output.num_draft_tokens for output in self.step.outputs)
+
+    @property
+    def num_accepted_draft_tokens(self) -> int:
+        """Of those the ones that agreed."""
+        return sum(output.num_accepted for output in self.step.outputs)

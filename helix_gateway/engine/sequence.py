@@ -10,9 +10,12 @@ from time import monotonic
 from helix_gateway.core.event import FinishReason, SequenceMetrics, SequenceStart, TokenLogprobs
 from helix_gateway.core.protocols import StopCondition, TokenConstraint
 from helix_gateway.core.request import Request
+from helix_gateway.core.stats import StepSeconds
+from helix_gateway.engine.draft_ledger import DraftLedger
 from helix_gateway.engine.token_edits import TokenEdits
 
 SequenceKey = tuple[str, int]
+_NO_STEPS = StepSeconds()
 PREDICTION = "prediction"
 """The source of drafts that is the request's own prediction: clients are told what came of it."""
 
@@ -23,6 +26,8 @@ class Timeline:
 
     arrival: float
     first_scheduled: float | None = None
+    steps_before: StepSeconds = _NO_STEPS
+    """What the engine's steps had taken until then."""
     tokens: list[float] = field(default_factory=list)
 
 
@@ -50,6 +55,7 @@ class Sequence:
     """Prompt tokens looked up in the prefix cache."""
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    ledger: DraftLedger = field(default_factory=DraftLedger)
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     num_accepted_prediction_tokens: int = 0
@@ -73,7 +79,8 @@ class Sequence:
             self.timeline.tokens.append(now)
 
     def count_draft(self, source: str | None, drafted: int, accepted: int) -> None:
-        """Keep account of what came of one draft."""
+        """Keep account of what came of one window, drafted for or not."""
+        self.ledger.count(source, drafted, accepted)
         self.num_draft_tokens += drafted
         self.num_accepted_tokens += accepted
         if source == PREDICTION:
@@ -121,8 +128,12 @@ class Sequence:
             cached_tokens=self.num_cached_tokens,
         )
 
-    def metrics(self) -> SequenceMetrics:
-        """Its figures so far."""
+    def metrics(self, steps: StepSeconds) -> SequenceMetrics:
+        """Its figures so far.
+
+        Args:
+            steps: what the engine's steps have taken until now.
+        """
         arrival = self.timeline.arrival
         started = self.timeline.first_scheduled
         times = [moment - arrival for moment in self.timeline.tokens]
@@ -139,4 +150,7 @@ class Sequence:
             accepted_tokens=self.num_accepted_tokens,
             accepted_prediction_tokens=self.num_accepted_prediction_tokens,
             rejected_prediction_tokens=self.num_rejected_prediction_tokens,
+            drafts=self.ledger.counts(),
+            depths=self.ledger.depths(),
+            step_time=_NO_STEPS if started is None else steps - self.timeline.steps_before,
         )

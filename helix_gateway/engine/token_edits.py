@@ -13,6 +13,9 @@ import numpy as np
 from helix_gateway.core.request import SamplingParams
 from helix_gateway.core.step import Float32s, Int32s, LogitEdits
 
+_ROOM = 16
+"""Slots that a sequence has for tokens of its output before they are doubled."""
+
 
 @dataclass(frozen=True, slots=True)
 class RowEdits:
@@ -56,14 +59,17 @@ class TokenEdits:
         known = {*params.logit_bias, *self._stop_ids, *(word[-1] for word in params.bad_words)}
         if params.repetition_penalty != 1.0:
             known.update(prompt)
-        self._ids = np.array(sorted(known), np.int32)
-        self._slots = {int(token): slot for slot, token in enumerate(self._ids)}
-        self._bias = np.array([params.logit_bias.get(int(token), 0.0) for token in self._ids], np.float32)
-        self._counts = np.zeros(len(self._ids), np.int32)
-        self._scale = np.ones(len(self._ids), np.float32)
+        ids = sorted(known)
+        self._slots = {token: slot for slot, token in enumerate(ids)}
+        # Columns with room for tokens to come; what lies beyond the slots in use is as a new slot has it.
+        self._ids = np.array(ids + [0] * _ROOM, np.int32)
+        self._bias = np.array([params.logit_bias.get(token, 0.0) for token in ids] + [0.0] * _ROOM, np.float32)
+        self._counts = np.zeros(len(ids) + _ROOM, np.int32)
+        self._scale = np.ones(len(ids) + _ROOM, np.float32)
         if params.repetition_penalty != 1.0:
             self._scale[[self._slots[token] for token in set(prompt)]] = params.repetition_penalty
         self._penalised = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1, 0, 0)
+        self._bans = bool(self._stop_ids or params.bad_words)
 
     def advance(self, token_id: int) -> None:
         """Take one token of the output."""
@@ -72,16 +78,18 @@ class TokenEdits:
             return
         slot = self._slots.get(token_id)
         if slot is None:
-            slot = self._append_slot(token_id)
+            slot = self._new_slot(token_id)
         self._counts[slot] += 1
         self._scale[slot] = self._params.repetition_penalty
 
-    def _append_slot(self, token_id: int) -> int:
-        slot = self._slots[token_id] = len(self._ids)
-        self._ids = np.append(self._ids, np.int32(token_id))
-        self._bias = np.append(self._bias, np.float32(0))
-        self._counts = np.append(self._counts, np.int32(0))
-        self._scale = np.append(self._scale, np.float32(1))
+    def _new_slot(self, token_id: int) -> int:
+        slot = self._slots[token_id] = len(self._slots)
+        if slot == len(self._ids):
+            self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+            self._bias = np.concatenate([self._bias, np.zeros_like(self._bias)])
+            self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+            self._scale = np.concatenate([self._scale, np.ones_like(self._scale)])
+        self._ids[slot] = token_id
         return slot
 
     def along(self, draft_tokens: Sequence[int]) -> list[RowEdits | None]:
@@ -91,25 +99,33 @@ class TokenEdits:
             ``1 + len(draft_tokens)`` edits; the state is as before.
         """
         rows = [self.current()]
+        if not self._penalised and not self._bans:
+            return rows * (1 + len(draft_tokens))
         if draft_tokens:
-            saved = self._ids, self._bias, self._counts.copy(), self._scale.copy(), dict(self._slots)
+            size, counts, scale = len(self._slots), self._counts.copy(), self._scale.copy()
             for token in draft_tokens:
                 self.advance(token)
                 rows.append(self.current())
-            self._ids, self._bias, self._counts, self._scale, self._slots = saved
+            for token in self._ids[size : len(self._slots)].tolist():
+                del self._slots[token]
+            self._counts[: len(counts)], self._counts[len(counts) :] = counts, 0
+            self._scale[: len(scale)], self._scale[len(scale) :] = scale, 1
             del self._output[-len(draft_tokens) :]
         return rows
 
     def current(self) -> RowEdits | None:
         """The edits of the next token's logits; None where there are none."""
-        if not len(self._ids):
+        size = len(self._slots)
+        if not size:
             return None
-        params = self._params
-        shift = self._bias - np.float32(params.presence_penalty) * (self._counts > 0)
-        shift -= np.float32(params.frequency_penalty) * self._counts
-        banned = [self._slots[token] for token in self._banned()]
-        shift[banned] = -np.inf
-        return RowEdits(self._ids, self._scale.copy(), shift.astype(np.float32))
+        params, counts, shift = self._params, self._counts[:size], self._bias[:size].copy()
+        if params.presence_penalty:
+            shift -= np.float32(params.presence_penalty) * (counts > 0)
+        if params.frequency_penalty:
+            shift -= np.float32(params.frequency_penalty) * counts.astype(np.float32)
+        if self._bans:
+            shift[[self._slots[token] for token in self._banned()]] = -np.inf
+        return RowEdits(self._ids[:size].copy(), self._scale[:size].copy(), shift)
 
     def _banned(self) -> Iterator[int]:
         if len(self._output) < self._params.min_tokens:
