@@ -1,8 +1,8 @@
 """How likely draft tokens are to be accepted, learned from what became of earlier ones.
 
 A drafter's confidence is only its own opinion.  For each source of drafts the share really accepted is counted by
-confidence and by place in the window (older counts fade), and for each sequence how it did against what was expected of
-it.  Drafts that were not verified teach too: the token sampled where verification ended shows whether the next one
+confidence and by place in the window (older counts fade), and for each sequence how the source did against what was
+expected of it.  By place alone it is counted too: all that can be said before anything is drafted.  Drafts that were not verified teach too: the token sampled where verification ended shows whether the next one
 would have been right, so nothing has to be tried only to learn.  Compiled, since it runs at every step.  Knows nothing
 about costs.
 """
@@ -33,6 +33,10 @@ _MOST = 0.995
 _FIRST_REACH = 16.0
 """Of a sequence that is new: generous, since a long draft that is right is worth most."""
 _REACH_RATE = 0.2
+_UNTRIED = 0.75
+"""Share of a source's tokens believed to be accepted before any was drafted: enough to be tried where that could pay."""
+_UNTRIED_PRIOR = 6.0
+_PLACE_MEMORY = 100.0
 
 
 @dataclass(slots=True)
@@ -56,7 +60,9 @@ class AcceptanceModel:
         self._sources: dict[str, int] = {}
         self._accepted = np.empty((0, _CONFIDENCES, _PLACES))
         self._seen = np.empty((0, _CONFIDENCES, _PLACES))
-        self._records: dict[Hashable, _Record] = {}
+        self._placed_accepted = np.empty((0, _PLACES))
+        self._placed_seen = np.empty((0, _PLACES))
+        self._records: dict[Hashable, dict[str, _Record]] = {}
 
     def probabilities(self, keys: Sequence[Hashable], drafts: Sequence[DraftTokens]) -> Float64s:
         """[num_drafts, longest draft]: that the token is accepted and all before it are; 0 behind a draft's end."""
@@ -65,8 +71,27 @@ class AcceptanceModel:
         for row, draft in zip(confidences, drafts, strict=True):
             row[: len(draft.confidences)] = draft.confidences
         sources = np.array([self._source(draft.source) for draft in drafts], np.int64)
-        factors = np.array([self._records[key].factor if key in self._records else 1.0 for key in keys])
+        factors = np.array([self._factor(key, draft.source) for key, draft in zip(keys, drafts, strict=True)])
         return np.asarray(_chained(self._accepted, self._seen, sources, factors, lengths, confidences))
+
+    def foreseen(self, source: str, keys: Sequence[Hashable], depth: int) -> Float64s:
+        """As `probabilities`, [len(keys), depth], of what a source has yet to draft."""
+        number = self._source(source)
+        shares = self._placed_accepted[number] / self._placed_seen[number]
+        columns = [_column(place) for place in range(depth)]
+        factors = np.array([self._factor(key, source) for key in keys])
+        chances = np.minimum(_MOST, shares[columns][None, :] * factors[:, None])
+        return np.multiply.accumulate(chances, axis=1)
+
+    def fade(self, source: str, share: float) -> None:
+        """Forget a share of how a source's tokens fared by place: who is never asked has to be tried again some day."""
+        number = self._source(source)
+        for counts, prior in ((self._placed_accepted, _UNTRIED * _UNTRIED_PRIOR), (self._placed_seen, _UNTRIED_PRIOR)):
+            counts[number] += share * (prior - counts[number])
+
+    def _factor(self, key: Hashable, source: str) -> float:
+        record = self._records.get(key, {}).get(source)
+        return 1.0 if record is None else record.factor
 
     def learn(self, key: Hashable, draft: DraftTokens, choices: Int32s) -> None:
         """Take what the target chose where the draft stood.
@@ -75,20 +100,21 @@ class AcceptanceModel:
             draft: as it was proposed, tokens that were not verified included.
             choices: the tokens that the sequence got, at least one.
         """
-        record = self._records.setdefault(key, _Record())
+        record = self._records.setdefault(key, {}).setdefault(draft.source, _Record())
         source = self._source(draft.source)
         accepted, expected = _learn(
             self._accepted[source], self._seen[source], draft.token_ids, draft.confidences, choices
         )
+        told = min(len(choices), len(draft.token_ids))
+        _count_places(self._placed_accepted[source], self._placed_seen[source], int(accepted), told)
         kept = np.exp(-1.0 / _SEQUENCE_MEMORY) ** min(len(choices), len(draft.token_ids))
         record.accepted = record.accepted * kept + accepted
         record.expected = record.expected * kept + expected
         record.reach += _REACH_RATE * (accepted - record.reach)
 
     def reach(self, key: Hashable) -> float:
-        """How many tokens of a sequence's proposals were right lately."""
-        record = self._records.get(key)
-        return _FIRST_REACH if record is None else record.reach
+        """How many tokens of a sequence's proposals were right lately, of the source that reaches farthest."""
+        return max((record.reach for record in self._records.get(key, {}).values()), default=_FIRST_REACH)
 
     def forget(self, key: Hashable) -> None:
         """A sequence has ended."""
@@ -102,6 +128,9 @@ class AcceptanceModel:
             prior = np.repeat(_PRIOR * _confidence_of(middles)[:, None], _PLACES, axis=1)
             self._accepted = np.concatenate([self._accepted, prior[None]])
             self._seen = np.concatenate([self._seen, np.full((1, _CONFIDENCES, _PLACES), _PRIOR)])
+            untried = np.full((1, _PLACES), _UNTRIED_PRIOR)
+            self._placed_accepted = np.concatenate([self._placed_accepted, _UNTRIED * untried])
+            self._placed_seen = np.concatenate([self._placed_seen, untried])
         return number
 
 
@@ -111,10 +140,24 @@ def _confidence_of(scale: Float64s) -> Float64s:
 
 
 @numba.njit(cache=True)
+def _column(place):  # type: ignore[no-untyped-def]
+    return 0 if place == 0 else (1 if place < 3 else (2 if place < 7 else 3))
+
+
+@numba.njit(cache=True)
 def _cell(confidence, place):  # type: ignore[no-untyped-def]
     scale = 1.0 - np.sqrt(max(0.0, 1.0 - confidence))
-    column = 0 if place == 0 else (1 if place < 3 else (2 if place < 7 else 3))
-    return min(_CONFIDENCES - 1, int(scale * _CONFIDENCES)), column
+    return min(_CONFIDENCES - 1, int(scale * _CONFIDENCES)), _column(place)
+
+
+@numba.njit(cache=True)
+def _count_places(accepted, seen, num_right, num_told):  # type: ignore[no-untyped-def]
+    """Count the right tokens of a draft, and the one that was wrong if there was one."""
+    fade = np.exp(-1.0 / _PLACE_MEMORY)
+    for place in range(min(num_right + 1, num_told)):
+        column = _column(place)
+        accepted[column] = accepted[column] * fade + (1.0 if place < num_right else 0.0)
+        seen[column] = seen[column] * fade + 1.0
 
 
 @numba.njit(cache=True)

@@ -3,6 +3,7 @@
 Knows how sequences lie in the flat batch, and nothing else of the engine's policy.
 """
 
+from collections.abc import Hashable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from helix_gateway.core.step import Int32s, SamplingRows, StepBatch
+from helix_gateway.core.step import Int32s, LogitEdits, SamplingRows, StepBatch, UInt32s
 from helix_gateway.engine.kv_cache import PagedKVCache
 from helix_gateway.engine.plan import ScheduledSequence
 from helix_gateway.engine.sequence import Sequence
@@ -93,7 +94,7 @@ def build_step_batch(windows: Ordered[Window], cache: PagedKVCache) -> StepBatch
         positions=_ramps(starts, lengths),
         cu_seqlens=np.concatenate([_ZERO, np.cumsum(lengths, dtype=np.int32)]),
         context_lens=starts + lengths,
-        block_tables=_block_tables(windows, cache),
+        block_tables=block_tables([window.sequence.key for window in windows], cache),
         logits_rows=logits_rows(windows),
     )
 
@@ -107,8 +108,8 @@ def _ramps(starts: Int32s, lengths: Int32s) -> Int32s:
     return np.arange(behind[-1] if behind.size else 0, dtype=np.int32) + np.repeat(starts + lengths - behind, lengths)
 
 
-def _block_tables(windows: Ordered[Window], cache: PagedKVCache) -> tuple[Int32s, ...]:
-    keys = [window.sequence.key for window in windows]
+def block_tables(keys: Ordered[Hashable], cache: PagedKVCache) -> tuple[Int32s, ...]:
+    """For each group of one model, [num_seqs, max_blocks]; the sequences by their keys in the cache."""
     widths = zip(*([table.num_entries for table in cache.tables(key)] for key in keys), strict=True)
     tables = tuple(np.zeros((len(keys), max(width)), np.int32) for width in widths)
     cache.fill_tables(keys, tables)
@@ -139,23 +140,49 @@ def build_sampling_rows(windows: Ordered[Window], rows: Int32s, vocab_size: int)
         ConstraintFailedError: a sequence's constraint raised.
     """
     windows = [window for window in windows if window.sampled_rows]
-    sequences = [window.sequence for window in windows]
-    params = [sequence.request.sampling for sequence in sequences]
     counts = np.array([len(window.sampled_rows) for window in windows], np.int32)
     firsts = np.array([window.position(window.sampled_rows.start) + 1 for window in windows], np.int32)
+    return sampling_rows(
+        [window.sequence for window in windows],
+        counts,
+        vocab_size,
+        logits_index=np.searchsorted(rows, _sampled_rows(windows)).astype(np.int32),
+        position=_ramps(firsts, counts),
+        edits=join_edits([row for w in windows for row in w.sequence.edits.along(w.draft_tokens)]),
+        allowed=join_masks([(w.sequence, w.draft_tokens) for w in windows], vocab_size),
+    )
+
+
+def sampling_rows(
+    sequences: Ordered[Sequence],
+    counts: Int32s,
+    vocab_size: int,
+    *,
+    logits_index: Int32s,
+    position: Int32s,
+    edits: LogitEdits,
+    allowed: UInt32s | None,
+) -> SamplingRows:
+    """Rows that are sampled by what their sequences' requests ask for.
+
+    Args:
+        counts: how many rows each sequence has.
+        logits_index, position, edits, allowed: of the rows, as `SamplingRows` has them.
+    """
+    params = [sequence.request.sampling for sequence in sequences]
 
     def spread(values: list[float], dtype: type[np.generic]) -> npt.NDArray[Any]:
         return np.repeat(np.array(values, dtype), counts)
 
     return SamplingRows(
-        logits_index=np.searchsorted(rows, _sampled_rows(windows)).astype(np.int32),
+        logits_index=logits_index,
         seed=spread([p.seed & 0xFFFF_FFFF_FFFF_FFFF for p in params], np.uint64),
         choice=spread([sequence.index for sequence in sequences], np.int32),
-        position=_ramps(firsts, counts),
+        position=position,
         temperature=spread([p.temperature for p in params], np.float32),
         top_k=spread([min(p.top_k or vocab_size, vocab_size) for p in params], np.int32),
         top_p=spread([p.top_p for p in params], np.float32),
         min_p=spread([p.min_p for p in params], np.float32),
-        edits=join_edits([row for w in windows for row in w.sequence.edits.along(w.draft_tokens)]),
-        allowed=join_masks([(w.sequence, w.draft_tokens) for w in windows], vocab_size),
+        edits=edits,
+        allowed=allowed,
     )

@@ -19,7 +19,7 @@ from helix_gateway.engine.batch import Window, build_sampling_rows, build_step_b
 from helix_gateway.engine.depth import DepthPolicy
 from helix_gateway.engine.draft_ledger import DraftLedger
 from helix_gateway.engine.drafters.base import NOTHING, Drafter, DraftTokens
-from helix_gateway.engine.drafters.guarded import GuardedDrafter
+from helix_gateway.engine.drafters.chain import CostlyDrafter, DraftChain
 from helix_gateway.engine.kv_cache import PagedKVCache
 from helix_gateway.engine.plan import (
     SequenceOutput,
@@ -49,13 +49,19 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
         drafter: who proposes; what it raises costs drafts, never a request.
         depth_policy: how much of the proposals is verified.
         cache: where the pages of each sequence are known.
+        costly_drafter: who proposes where that is expected to be worth its time.
     """
 
     def __init__(
-        self, runner: ModelRunner[Logits], drafter: Drafter, depth_policy: DepthPolicy, cache: PagedKVCache
+        self,
+        runner: ModelRunner[Logits],
+        drafter: Drafter,
+        depth_policy: DepthPolicy,
+        cache: PagedKVCache,
+        costly_drafter: CostlyDrafter | None = None,
     ) -> None:
         self._runner = runner
-        self._drafter = GuardedDrafter(drafter, runner.vocab_size)
+        self._drafter = DraftChain(drafter, costly_drafter, runner.vocab_size)
         self._depth_policy = depth_policy
         self._cache = cache
         self.ledger = DraftLedger()
@@ -68,16 +74,17 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
             ConstraintFailedError: a sequence's constraint raised; the others' step may be planned again.
         """
         began = perf_counter()
+        # Before a drafter takes blocks: the sources are nobody's any more.
+        self._runner.copy_pages(plan.copies)
         drafts = self._draft(plan)
         windows = lay_out(plan.scheduled, [verified.token_ids.tolist() for _, verified in drafts])
         drafted = perf_counter()
         batch = build_step_batch(windows, self._cache)
-        self._runner.copy_pages(plan.copies)
         logits = self._runner.forward(batch)
         computed = perf_counter()
         outputs = self._choose(windows, logits, batch.logits_rows)
         sampled = perf_counter()
-        self._learn(plan, drafts, outputs, sampled - began)
+        self._learn(plan, drafts, outputs, sampled - drafted)
         timing = StepSeconds(draft_s=drafted - began, verify_s=computed - drafted, sample_s=sampled - computed)
         return SpeculativeOutput(StepOutput(outputs), timing)
 
@@ -93,7 +100,7 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
         if not wanted:
             return drafts
         sequences = [plan.scheduled[index].sequence for index in wanted]
-        proposed = self._drafter.propose(sequences, [plan.scheduled[index].depth for index in wanted])
+        proposed = self._drafter.propose(sequences, [plan.scheduled[index].depth for index in wanted], plan.num_decodes)
         given = [place for place, draft in enumerate(proposed) if len(draft.token_ids)]
         depths = self._depth_policy.choose(
             [sequences[place] for place in given], [proposed[place] for place in given], plan.num_decodes
@@ -107,8 +114,9 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
         for (proposed, verified), output in zip(drafts, outputs, strict=True):
             if not output.token_ids:
                 continue
-            if len(proposed.token_ids):
-                self._depth_policy.learn(output.scheduled.sequence, proposed, np.array(output.token_ids, np.int32))
+            for draft in (proposed, proposed.beside):
+                if draft is not None and len(draft.token_ids):
+                    self._depth_policy.learn(output.scheduled.sequence, draft, np.array(output.token_ids, np.int32))
             if output.num_draft_tokens:
                 output.draft_source = verified.source
             self.ledger.count(output.draft_source, output.num_draft_tokens, output.num_accepted)

@@ -86,13 +86,16 @@ class AdaptiveDepth:
         costs: of a step, by rows.
         max_depth: most draft tokens a sequence gets at a step.
         min_depth: verified at least, where a draft has as many; for those who test.
+        acceptance: what is learned, where others go by it too; None: one of its own.
     """
 
-    def __init__(self, costs: StepCosts, *, max_depth: int, min_depth: int = 0) -> None:
+    def __init__(
+        self, costs: StepCosts, *, max_depth: int, min_depth: int = 0, acceptance: AcceptanceModel | None = None
+    ) -> None:
         self._costs = costs
         self._max_depth = max_depth
         self._min_depth = min_depth
-        self._acceptance = AcceptanceModel()
+        self._acceptance = acceptance or AcceptanceModel()
         self._paying: dict[tuple[int, int], bool] = {}
         """What `_could_pay` answered since costs changed last: it is asked for each sequence of a step."""
 

@@ -27,6 +27,7 @@ from helix_gateway.engine.admission import check_request
 from helix_gateway.engine.decoder import AdaptiveSpeculativeDecoder
 from helix_gateway.engine.depth import DepthPolicy, FixedDepth
 from helix_gateway.engine.drafters.base import Drafter
+from helix_gateway.engine.drafters.chain import CostlyDrafter
 from helix_gateway.engine.drafters.none import NoDrafter
 from helix_gateway.engine.ending import Ending, find_ending
 from helix_gateway.engine.events import end_event, explained, step_event
@@ -70,6 +71,7 @@ class Engine(Generic[Logits]):
         limits: bounds; a ``max_model_len`` beyond what the pool can hold is lowered to that.
         eos_token_ids: tokens that end any sequence which does not ignore them.
         drafter, depth_policy: who drafts, and how much; by default nobody, nothing.
+        costly_drafter: who drafts beside, where that pays.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Engine(Generic[Logits]):
         cache: PagedKVCache | None = None,
         drafter: Drafter | None = None,
         depth_policy: DepthPolicy | None = None,
+        costly_drafter: CostlyDrafter | None = None,
     ) -> None:
         self.cache = cache or PagedKVCache(
             runner.kv_groups, runner.num_pages, enable_prefix_caching=enable_prefix_caching
@@ -100,7 +103,7 @@ class Engine(Generic[Logits]):
             depth_policy=policy,
         )
         self._budget = StepBudget(limits.max_num_batched_tokens)
-        self._decoder = AdaptiveSpeculativeDecoder(runner, drafter or NoDrafter(), policy, self.cache)
+        self._decoder = AdaptiveSpeculativeDecoder(runner, drafter or NoDrafter(), policy, self.cache, costly_drafter)
         self._sequences: dict[str, list[Sequence]] = {}
         self._forks: dict[str, list[Sequence]] = {}
         self._arrivals = count()

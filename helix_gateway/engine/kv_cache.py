@@ -29,7 +29,7 @@ class _Guest:
 
     host: Hashable
     token_ids: Sequence[int]
-    """What its KV is of; grows, as the list that it was opened with does."""
+    """What its KV is of, as it was told last."""
 
 
 class PagedKVCache:
@@ -199,6 +199,8 @@ class PagedKVCache:
         Args:
             token_ids: the sequence's tokens, at least ``num_computed_tokens`` of them.
         """
+        if sequence in self._guests:
+            self._guests[sequence] = _Guest(self._guests[sequence].host, token_ids)
         for table in self._tables[sequence]:
             self._trim(table, num_computed_tokens)
             if self.finds_prefixes:
@@ -214,6 +216,8 @@ class PagedKVCache:
 
     def _publish(self, table: SequenceBlockTable, token_ids: Sequence[int], num_computed_tokens: int) -> None:
         size = table.group.tokens_per_block
+        # A draft model's tokens may be cut anew where text goes on, and are then others than were published.
+        del table.keys[num_computed_tokens // size :]
         for entry in range(len(table.keys), num_computed_tokens // size):
             table.keys.append(child_key(table.last_key, token_ids[entry * size : (entry + 1) * size]))
             self._index.publish(table.blocks[entry - table.num_released], table.keys[-1])

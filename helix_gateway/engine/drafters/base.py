@@ -24,6 +24,8 @@ class DraftTokens:
     confidences: Float32s
     """[num_draft_tokens], the drafter's own probability for each token if those before it are right; steers depth,
     never acceptance."""
+    beside: "DraftTokens | None" = None
+    """What another drafter proposed in the same place: never verified, but what it was worth is learned from."""
 
     def first(self, count: int) -> "DraftTokens":
         """The first ``count`` of them."""

@@ -1,0 +1,345 @@
+"""A second model drafts: the answers are the target's own, and its memory is nobody else's trouble."""
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compat_tests.effort import deeply
+from compat_tests.engine.speculation_cases import OPTIONS, as_told, wanted_of
+from compat_tests.engine.toy import ONE_GROUP, TWO_GROUPS, VOCAB, ToyRunner, alone, drain, make_engine, request
+from helix_gateway.core.errors import OutOfMemoryError
+from helix_gateway.core.kv import KVGroup
+from helix_gateway.engine.acceptance import AcceptanceModel
+from helix_gateway.engine.depth import AdaptiveDepth, FixedDepth
+from helix_gateway.engine.drafters.chain import CostlyDrafter
+from helix_gateway.engine.drafters.model import ModelDrafter
+from helix_gateway.engine.drafters.suffix import SuffixDrafter
+from helix_gateway.engine.drafting import AdaptiveDrafting, AlwaysDrafting
+from helix_gateway.engine.kv_cache import PagedKVCache
+from helix_gateway.engine.step_costs import StepCosts
+
+FREE = {1: 0.01, 64: 0.0101}
+CHEAP = {1: 0.001, 64: 0.0011}
+DRAFT_GROUPS = {
+    "alike": (KVGroup("draft/full", 4, None),),
+    "coarse": (KVGroup("draft/full", 7, None),),
+    "windowed": (KVGroup("draft/full", 6, None), KVGroup("draft/window", 3, 5)),
+}
+
+
+class Opposite(ToyRunner):
+    """The least likely token for the likeliest."""
+
+    def _logits(self, batch, s, row):
+        return -super()._logits(batch, s, row)
+
+
+class Blurred(ToyRunner):
+    """Right now and then."""
+
+    def _logits(self, batch, s, row):
+        exact = super()._logits(batch, s, row)
+        return exact + np.random.default_rng(int(abs(exact[0]) * 1e6)).normal(0, 1.5, len(exact))
+
+
+RUNNERS = {"right": ToyRunner, "opposite": Opposite, "by chance": Blurred}
+
+
+def engine_with_draft_model(
+    runner_kind=ToyRunner,
+    draft_groups=DRAFT_GROUPS["alike"],
+    groups=ONE_GROUP,
+    num_pages=200,
+    depth_policy=None,
+    drafting=None,
+    catch_up_tokens=16,
+    draft_vocab_size=VOCAB,
+    **options,
+):
+    target, draft = ToyRunner(groups, num_pages), runner_kind(draft_groups, num_pages, draft_vocab_size)
+    # One arena: what one model writes over the other's pages would show.
+    size = max(group.tokens_per_block for group in (*groups, *draft_groups))
+    target.pages = draft.pages = np.full((num_pages, size), -1, np.int64)
+    cache = PagedKVCache((*groups, *draft_groups), num_pages, enable_prefix_caching=options.pop("caching", True))
+    drafting = drafting or AlwaysDrafting()
+    drafter = ModelDrafter(draft, cache, drafting, target_vocab_size=target.vocab_size, catch_up_tokens=catch_up_tokens)
+    compute = drafter._compute
+
+    def check_and_compute(parts):
+        cache.check(writes=[(p.draft.reader.key, p.start, p.start + len(p.token_ids)) for p in parts])
+        compute(parts)
+
+    drafter._compute = check_and_compute
+    engine = make_engine(
+        runner=target,
+        cache=cache,
+        costly_drafter=CostlyDrafter(drafter, drafting),
+        depth_policy=depth_policy or FixedDepth(3),
+        **options,
+    )
+    return engine, draft, drafter
+
+
+def asked(option):
+    return request("r", [5, 6, 7, 8] * 3, seed=7, **{"temperature": 1.0, "max_tokens": 25, **OPTIONS[option]})
+
+
+def answers_of(engine, requests):
+    for each in requests:
+        engine.submit(each)
+    answers = drain(engine)
+    assert engine.cache.pool.num_referenced == 0
+    assert not engine.cache._guests
+    return answers
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("kind", RUNNERS)
+def test_every_option_gives_the_same_tokens_with_any_draft_model(kind, option):
+    each = asked(option)
+    engine, *_ = engine_with_draft_model(RUNNERS[kind], budget=64)
+    assert as_told(answers_of(engine, [each])) == wanted_of(each)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("groups", ["alike", "coarse"])
+def test_a_draft_model_that_is_the_target_is_right_with_every_option(groups, option):
+    """At any temperature and with any penalty: it draws with the request's own noise, at the very position."""
+    each = asked(option)
+    engine, *_ = engine_with_draft_model(draft_groups=DRAFT_GROUPS[groups], budget=64, depth_policy=FixedDepth(4))
+    for answer in answers_of(engine, [each]).values():
+        metrics = answer.last.metrics
+        # What was drafted behind a stop is not counted as accepted.
+        assert metrics.accepted_tokens >= metrics.draft_tokens - 4
+        assert metrics.accepted_tokens >= 0.6 * metrics.output_tokens or metrics.output_tokens < 5
+
+
+@settings(max_examples=deeply(30, 600), deadline=None)
+@given(st.data())
+def test_a_crowd_with_a_draft_model_and_little_memory_gets_what_each_gets_alone(data):
+    dice = random.Random(data.draw(st.integers(0, 10**6)))
+    common = [dice.randrange(6) for _ in range(20)]
+    requests = [
+        request(
+            f"r{i}",
+            common[: dice.choice([0, 9, 20])] + [dice.randrange(6) for _ in range(dice.randrange(1, 25))],
+            seed=i,
+            max_depth=dice.choice([None, None, 0, 2]),
+            priority=dice.randrange(2),
+            **{"temperature": 1.0, "max_tokens": dice.randrange(1, 24), **OPTIONS[dice.choice(list(OPTIONS))]},
+        )
+        for i in range(data.draw(st.integers(1, 7)))
+    ]
+    acceptance = AcceptanceModel()
+    policy, drafting = data.draw(
+        st.sampled_from(
+            [
+                (FixedDepth(1), AlwaysDrafting()),
+                (FixedDepth(5), AlwaysDrafting()),
+                (
+                    AdaptiveDepth(StepCosts(FREE), max_depth=8, acceptance=acceptance),
+                    AdaptiveDrafting(StepCosts(FREE), StepCosts(CHEAP), acceptance),
+                ),
+            ]
+        )
+    )
+    groups = data.draw(st.sampled_from([ONE_GROUP, TWO_GROUPS]))
+    engine, *_ = engine_with_draft_model(
+        RUNNERS[data.draw(st.sampled_from(list(RUNNERS)))],
+        DRAFT_GROUPS[data.draw(st.sampled_from(list(DRAFT_GROUPS)))],
+        groups,
+        num_pages=data.draw(st.integers(34, 80)),  # at least what the longest needs
+        depth_policy=policy,
+        drafting=drafting,
+        drafter=SuffixDrafter() if data.draw(st.booleans()) else None,
+        budget=data.draw(st.integers(4, 40)),
+        catch_up_tokens=data.draw(st.integers(1, 40)),
+        caching=data.draw(st.booleans()),
+    )
+    wanted = {}
+    for each in requests:
+        wanted |= wanted_of(each, groups)
+    assert as_told(answers_of(engine, requests)) == wanted
+
+
+def test_each_draft_position_is_one_forward_for_all_and_lacking_tokens_are_computed_in_the_first():
+    engine, draft, _ = engine_with_draft_model(budget=64, depth_policy=FixedDepth(3))
+    for i in range(4):
+        engine.submit(request(f"r{i}", [i + 1, 2, 3], max_tokens=20, ignore_eos=True))
+    engine.step()
+    assert [len(batch.logits_rows) for batch in draft.batches] == [4, 4, 4]
+    assert [len(batch.token_ids) for batch in draft.batches] == [4 * 3, 4, 4]
+    del draft.batches[:]
+    engine.step()
+    # All three drafts were right: the last of them, and the bonus, have no KV yet.
+    assert [len(batch.token_ids) for batch in draft.batches] == [2 * 4, 4, 4]
+
+
+def test_a_long_prompt_is_caught_up_with_over_several_steps_and_drafted_for_then():
+    engine, draft, _ = engine_with_draft_model(budget=200, catch_up_tokens=10, max_model_len=200)
+    engine.submit(request("long", range(1, 45), max_tokens=60, ignore_eos=True))
+    engine.submit(request("short", [1, 2, 3], max_tokens=60, ignore_eos=True))
+    engine.step()
+    proposed = []
+    for _ in range(8):
+        del draft.batches[:]
+        engine.step()
+        proposed.append([output.num_draft_tokens for output in engine.last_output.step.outputs])
+        assert all(len(batch.token_ids) <= 10 + 2 * 8 for batch in draft.batches)
+    of_long = [min(each) for each in proposed]
+    # Ten of its 44 tokens at the first step, and ten at each of these.
+    assert of_long[:3] == [0, 0, 0]
+    assert of_long[4:] == [3, 3, 3, 3]
+    assert min(max(each) for each in proposed) == 3
+
+
+def test_what_one_answer_was_drafted_from_is_found_for_the_next():
+    engine, draft, _ = engine_with_draft_model(budget=64)
+    answer = answers_of(engine, [request("a", range(1, 25), max_tokens=8, ignore_eos=True)])["a", 0]
+    del draft.batches[:]
+    answers_of(engine, [request("b", [*range(1, 25), *answer.token_ids[:2], 3], max_tokens=8, ignore_eos=True)])
+    assert len(draft.batches[0].token_ids) < 8
+
+
+def test_with_little_memory_the_drafts_go_and_nobody_is_preempted_for_them():
+    requests = [request(f"r{i}", [i, 2, 3, 4, 5], max_tokens=25, ignore_eos=True) for i in range(4)]
+    engine, draft, _ = engine_with_draft_model(num_pages=36, budget=64)
+    answers = answers_of(engine, requests)
+    assert engine.num_preemptions == 0
+    assert draft.batches
+    assert all(len(answer.token_ids) == 25 for answer in answers.values())
+
+
+def test_pages_pass_between_target_and_draft_model():
+    """What the draft model wrote in one step is the target's in a later one, and the other way round."""
+    held = {"target": [], "draft": []}
+    engine, *_ = engine_with_draft_model(num_pages=34, budget=64, draft_groups=DRAFT_GROUPS["windowed"])
+    for i in range(8):
+        engine.submit(request(f"r{i}", [i, 2, 3, 4, 5], max_tokens=30, ignore_eos=True))
+    while engine.has_work():
+        engine.step()
+        engine.check()
+        for kind, pages in held.items():
+            keys = [name for name in engine.cache._tables if (name in engine.cache._guests) == (kind == "draft")]
+            pages.append({block for key in keys for table in engine.cache.tables(key) for block in table.blocks})
+    steps = range(len(held["target"]))
+    assert not any(held["target"][step] & held["draft"][step] for step in steps)
+    for mine, others in (("target", "draft"), ("draft", "target")):
+        assert any(held[mine][step] & held[others][later] for step in steps for later in steps[step + 1 :])
+    assert engine.cache.pool.num_referenced == 0
+
+
+def test_a_cancelled_request_leaves_no_draft_behind():
+    engine, *_ = engine_with_draft_model(budget=64)
+    engine.submit(request("r", [1, 2, 3], max_tokens=30, ignore_eos=True, n=2))
+    for _ in range(4):
+        engine.step()
+    assert engine.cache._guests
+    engine.cancel("r")
+    assert engine.cache.pool.num_referenced == 0
+    drain(engine)
+
+
+def test_a_draft_model_that_raises_for_one_sequence_drafts_for_the_others_on(capsys):
+    class Fragile(ToyRunner):
+        def forward(self, batch):
+            if 49 in batch.token_ids:
+                raise RuntimeError("not this one")
+            return super().forward(batch)
+
+    good = request("good", [5, 6, 7], max_tokens=12, ignore_eos=True, logit_bias={49: -100.0})
+    bad = request("bad", [49, 6, 7], max_tokens=12, ignore_eos=True)
+    engine, *_ = engine_with_draft_model(Fragile, budget=64)
+    answers = answers_of(engine, [good, bad])
+    assert as_told(answers) == {**wanted_of(good), **wanted_of(bad)}
+    assert answers["good", 0].last.metrics.accepted_tokens > 0
+    assert answers["bad", 0].last.metrics.draft_tokens == 0
+    assert capsys.readouterr().out.count("drafter_switched_off") == 1
+
+
+@pytest.mark.parametrize("call", ["forward", "sample", "logprobs", "copy_pages"])
+def test_a_device_without_room_for_drafts_costs_drafts_only(call):
+    each = request("r", [1, 2, 3], max_tokens=40, ignore_eos=True, temperature=1.0, n=2)
+    engine, draft, _ = engine_with_draft_model(budget=64)
+    works, calls = getattr(draft, call), []
+
+    def full(*arguments):
+        calls.append(call)
+        if len(calls) == 3:
+            raise OutOfMemoryError("no room")
+        return works(*arguments)
+
+    setattr(draft, call, full)
+    answers = answers_of(engine, [each])
+    assert as_told(answers) == wanted_of(each)
+    assert engine._budget.tokens == 64
+    assert answers["r", 0].last.metrics.draft_tokens > 0
+
+
+def test_where_drafting_cannot_pay_nothing_of_the_draft_model_runs():
+    acceptance = AcceptanceModel()
+    costs = {1: 0.025, 8: 0.027, 64: 0.1}
+    engine, draft, drafter = engine_with_draft_model(
+        budget=64,
+        depth_policy=AdaptiveDepth(StepCosts(costs), max_depth=8, acceptance=acceptance),
+        drafting=AdaptiveDrafting(StepCosts(costs), StepCosts(costs), acceptance),
+    )
+    answers = answers_of(engine, [request(f"r{i}", [1, 2, 3, i], max_tokens=30, ignore_eos=True) for i in range(5)])
+    assert all(len(answer.token_ids) == 30 for answer in answers.values())
+    assert not draft.batches
+    assert not drafter._readers
+
+
+def test_a_draft_model_that_is_never_right_is_soon_left_alone():
+    acceptance = AcceptanceModel()
+    target_costs, draft_costs = {1: 0.025, 8: 0.0255, 64: 0.1}, {1: 0.005, 8: 0.0055, 64: 0.02}
+    engine, draft, drafter = engine_with_draft_model(
+        Opposite,
+        budget=64,
+        depth_policy=AdaptiveDepth(StepCosts(target_costs), max_depth=8, acceptance=acceptance),
+        drafting=AdaptiveDrafting(StepCosts(target_costs), StepCosts(draft_costs), acceptance),
+        max_model_len=400,
+        num_pages=400,
+    )
+    for policy in (engine._decoder._depth_policy, drafter._policy):
+        policy.observe = lambda *_: None  # the toy's own time says nothing
+    for number in range(4):
+        del draft.batches[:]
+        answers_of(engine, [request("r", [1, 2, 3], max_tokens=100, ignore_eos=True, seed=number)])
+    assert len(draft.batches) <= 6
+
+
+def test_suffix_and_model_share_the_work_and_what_was_not_taken_is_learned_from():
+    acceptance = AcceptanceModel()
+    costs, draft_costs = StepCosts({1: 0.025, 64: 0.026}), StepCosts({1: 0.002, 64: 0.0021})
+    engine, *_ = engine_with_draft_model(
+        budget=64,
+        drafter=SuffixDrafter(),
+        depth_policy=AdaptiveDepth(costs, max_depth=8, acceptance=acceptance),
+        drafting=AdaptiveDrafting(costs, draft_costs, acceptance),
+    )
+    each = request("r", [5, 6, 7, 8] * 4, max_tokens=60, ignore_eos=True)
+    wanted = alone(each)["r", 0].token_ids
+    again = request("again", [5, 6, 7, 8] * 4, max_tokens=60, ignore_eos=True)
+    answers = answers_of(engine, [each])
+    assert answers["r", 0].token_ids == wanted
+    assert answers_of(engine, [again])["again", 0].token_ids == wanted
+    counts = engine.stats().drafts
+    assert counts["model"].num_accepted_tokens > 20
+    # The second time the answer is known, and reading it off costs nothing.
+    assert counts["store"].num_accepted_tokens > 20
+    assert {"model", "store", "suffix"} >= counts.keys()
+
+
+@pytest.mark.parametrize("vocab_size", [40, 64])
+def test_a_draft_model_padded_to_another_size_proposes_nothing_that_the_target_has_not(vocab_size):
+    """And is let alone where it cannot read what it is told."""
+    each = request("r", [5, 6, 7], max_tokens=40, ignore_eos=True, temperature=1.0, logit_bias={45: 3.0})
+    engine, *_ = engine_with_draft_model(budget=64, draft_vocab_size=vocab_size)
+    answers = answers_of(engine, [each])
+    assert as_told(answers) == wanted_of(each)
+    assert 45 in answers["r", 0].token_ids
+    assert (answers["r", 0].last.metrics.accepted_tokens == 30) == (vocab_size == 64)

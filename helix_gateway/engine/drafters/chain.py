@@ -1,0 +1,71 @@
+"""All drafters of an engine as one: first what is free, then, for those whom the policy names, what costs.
+
+Each sequence goes on with the draft that is expected to bring it more.  Knows nothing about how either is made.
+"""
+
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass, replace
+
+from helix_gateway.engine.drafters.base import NOTHING, Drafter, DraftTokens
+from helix_gateway.engine.drafters.guarded import GuardedDrafter
+from helix_gateway.engine.drafting import DraftingPolicy
+from helix_gateway.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class CostlyDrafter:
+    """A drafter that computes something, and who says when it is asked."""
+
+    drafter: Drafter
+    policy: DraftingPolicy
+
+
+class DraftChain:
+    """What the decoder asks for drafts.
+
+    Args:
+        free: asked for everybody who may have drafts.
+        costly: asked where its policy says so; None: there is none.
+        vocab_size: the target's.
+    """
+
+    def __init__(self, free: Drafter, costly: CostlyDrafter | None, vocab_size: int) -> None:
+        self._free = GuardedDrafter(free, vocab_size)
+        self._costly = costly and CostlyDrafter(GuardedDrafter(costly.drafter, vocab_size), costly.policy)
+
+    def propose(self, sequences: Ordered[Sequence], depths: Ordered[int], num_decodes: int) -> list[DraftTokens]:
+        """As `Drafter` has it, in a step in which so many sequences get a token."""
+        drafts = self._free.propose(sequences, depths)
+        return (
+            drafts if self._costly is None else self._with_costly(self._costly, sequences, depths, drafts, num_decodes)
+        )
+
+    def _with_costly(
+        self,
+        costly: CostlyDrafter,
+        sequences: Ordered[Sequence],
+        depths: Ordered[int],
+        free: list[DraftTokens],
+        num_decodes: int,
+    ) -> list[DraftTokens]:
+        asked = costly.policy.ask(sequences, free, depths, num_decodes)
+        chosen = [index for index, depth in enumerate(asked) if depth]
+        if not chosen:
+            return free
+        others = [NOTHING] * len(free)
+        proposed = costly.drafter.propose([sequences[i] for i in chosen], [asked[i] for i in chosen])
+        for index, draft in zip(chosen, proposed, strict=True):
+            others[index] = draft
+        better = costly.policy.better(sequences, others, free)
+        pairs = ((a, b) if first else (b, a) for a, b, first in zip(others, free, better, strict=True))
+        return [_beside(draft, other) for draft, other in pairs]
+
+    def retire(self, sequence: Sequence) -> None:
+        """Let every drafter forget a sequence, which has ended."""
+        self._free.retire(sequence)
+        if self._costly is not None:
+            self._costly.drafter.retire(sequence)
+
+
+def _beside(draft: DraftTokens, other: DraftTokens) -> DraftTokens:
+    return replace(draft, beside=other) if len(draft.token_ids) and len(other.token_ids) else draft
