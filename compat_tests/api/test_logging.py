@@ -11,6 +11,10 @@ import pytest
 import structlog
 from conftest import chat_body, running
 
+from helix_gateway.core.event import SequenceMetrics
+from helix_gateway.core.stats import DraftCounts, StepSeconds
+from helix_gateway.gateway.reply import Tally
+from helix_gateway.service.api import TextDelta
 from helix_gateway.telemetry.log_stream import LogStream, to_stream
 from helix_gateway.telemetry.logging import configure_engine_logging, configure_logging, log_to
 from helix_gateway.telemetry.settings import LogSettings
@@ -87,14 +91,24 @@ def test_a_request_reads_at_a_glance():
     stream = io.StringIO()
     log = logged_to(stream, format="console")
     log.info("request", **REQUEST)
-    log.info(
-        "request", **{**REQUEST, "cached_tokens": 16, "draft_tokens": 80, "accepted_tokens": 48, "queue_ms": 210.0}
-    )
+    drafted = {
+        "draft_tokens": 80,
+        "accepted_tokens": 48,
+        "drafters": {"suffix": {"drafted": 80, "accepted": 48, "accepted_per_position": [30, 18]}},
+        "depths": [3, 0, 40],
+        "draft_ms": 1.5,
+        "verify_ms": 900.0,
+        "sample_ms": 12.0,
+    }
+    log.info("request", **{**REQUEST, "cached_tokens": 16, "queue_ms": 210.0, **drafted})
     plain, busy = (line.split("] ", 1)[1].strip() for line in stream.getvalue().splitlines())
     assert plain == (
         "POST /v1/chat/completions 200 took=1.53s model=smollm2 in=31 out=64 ttft=35ms rate=42/s end=stop id=req_1"
     )
-    assert "cached=16 out=64 queue=210ms ttft=35ms rate=42/s drafted=80 accepted=48 end=stop" in busy
+    assert (
+        "cached=16 out=64 queue=210ms ttft=35ms rate=42/s drafted=80 accepted=48 by=suffix:48/80 end=stop id=req_1"
+        in busy
+    )
 
 
 def test_a_log_that_cannot_be_written_is_one_clear_line_at_the_start(tmp_path):
@@ -178,3 +192,31 @@ async def test_what_was_asked_is_logged_only_where_wanted(log_prompts, form):
         assert (f"my secret is {number}" in stream.getvalue()) is log_prompts
     assert "my secret is 44" not in stream.getvalue()
     assert "my secret is 45" not in stream.getvalue()
+
+
+def test_the_line_for_machines_tells_what_came_of_drafts_and_what_steps_took():
+    tally = Tally(prompt_tokens=[5], num_choices=2)
+    for choice, depths in enumerate(([2, 0, 3], [1])):
+        counts = DraftCounts(
+            num_drafts=3, num_draft_tokens=6, num_accepted_tokens=4 - choice, accepted_per_position=[3, 1 - choice]
+        )
+        metrics = SequenceMetrics(
+            queue_time_s=0.0,
+            time_to_first_token_s=0.1,
+            token_times_s=[0.1, 0.2],
+            prompt_tokens=5,
+            output_tokens=2,
+            cached_tokens=0,
+            draft_tokens=6,
+            accepted_tokens=4 - choice,
+            drafts={"suffix": counts},
+            depths=depths,
+            step_time=StepSeconds(draft_s=0.001, verify_s=0.2 + choice, sample_s=0.01),
+        )
+        tally.add(choice, TextDelta(index=choice, text="", token_ids=[1, 2], finish_reason="stop", metrics=metrics))
+    line = tally.for_log()
+    assert line["drafters"] == {"suffix": {"drafted": 12, "accepted": 7, "accepted_per_position": [6, 1]}}
+    assert line["depths"] == [3, 0, 3]
+    assert (line["draft_ms"], line["verify_ms"], line["sample_ms"]) == (1.0, 1200.0, 10.0)
+    plain = Tally(prompt_tokens=[5], num_choices=1).for_log()
+    assert not {"drafters", "depths", "draft_ms"} & plain.keys()

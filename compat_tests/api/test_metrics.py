@@ -19,7 +19,10 @@ WIRE_NAMES = {
     "spec_decode_num_drafts_total", "spec_decode_num_draft_tokens_total", "spec_decode_num_accepted_tokens_total",
     "spec_decode_num_accepted_tokens_per_pos_total",
 }  # fmt: skip
-OUR_OWN = {"engine_state", "engine_restarts_total", "http_requests_total", "gateway_event_loop_lag_seconds"}
+OUR_OWN = {
+    "engine_state", "engine_restarts_total", "http_requests_total", "gateway_event_loop_lag_seconds",
+    "spec_decode_depth", "step_seconds_total",
+}  # fmt: skip
 
 
 async def scrape(gateway, path="/metrics", **options):

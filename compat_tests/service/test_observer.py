@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from compat_tests.engine.toy import VOCAB, Answers, ScriptedDrafter, alone, drain, make_engine, request
 from compat_tests.scraping import Scrape
 from helix_gateway.core.event import SequenceMetrics, TokenEvent
+from helix_gateway.core.stats import StepSeconds
 from helix_gateway.engine.depth import FixedDepth
 from helix_gateway.service.observer import EngineObserver
 from helix_gateway.telemetry.histogram import BulkHistogram
@@ -104,11 +105,15 @@ def test_drafts_are_counted_by_drafter_and_by_position(depth):
     drafter = ScriptedDrafter(draft, name="half-right")
     observed = Observed(drafter=drafter, depth_policy=FixedDepth(depth))
     observed.engine.submit(request("r", [1, 2], ignore_eos=True, max_tokens=30))
-    accepted_by_hand, drafted_by_hand, windows = [0] * depth, 0, 0
+    accepted_by_hand, drafted_by_hand, windows, depths_by_hand = [0] * depth, 0, 0, [0] * (depth + 1)
+    parts_by_hand = StepSeconds()
     answers = Answers()
     while observed.engine.has_work():
         observed.step(answers)
         (output,) = observed.engine.last_output.step.outputs
+        parts_by_hand += observed.engine.last_output.timing
+        assert observed.engine.last_output.accepted_tokens == [output.token_ids]
+        depths_by_hand[output.num_draft_tokens] += len(output.token_ids) > 0
         drafted_by_hand += output.num_draft_tokens
         windows += output.num_draft_tokens > 0
         for position in range(len(output.token_ids) - 1):
@@ -122,6 +127,21 @@ def test_drafts_are_counted_by_drafter_and_by_position(depth):
     for position, accepted in enumerate(accepted_by_hand):
         found = scrape.value("spec_decode_num_accepted_tokens_per_pos_total", position=str(position))
         assert found == accepted, position
+    assert scrape.value("spec_decode_depth_count") == sum(depths_by_hand)
+    assert scrape.value("spec_decode_depth_sum") == drafted_by_hand
+    assert scrape.value("spec_decode_depth_bucket", le="0.0") == depths_by_hand[0]
+    for part in ("draft", "verify", "sample"):
+        seconds = getattr(parts_by_hand, f"{part}_s")
+        assert scrape.value("step_seconds_total", part=part) == pytest.approx(seconds)
+        assert seconds > 0
+    # The request is told the same.
+    told = answers["r", 0].last.metrics
+    counts = told.drafts["half-right"]
+    assert (counts.num_drafts, counts.num_draft_tokens) == (windows, told.draft_tokens) == (windows, drafted_by_hand)
+    assert counts.accepted_per_position == accepted_by_hand[: len(counts.accepted_per_position)]
+    assert sum(counts.accepted_per_position) == sum(accepted_by_hand) == told.accepted_tokens
+    assert told.depths == depths_by_hand[: len(told.depths)]
+    assert told.step_time.verify_s == pytest.approx(parts_by_hand.verify_s)
     # Tokens accepted together came at one time: gaps are between steps.
     assert scrape.value("inter_token_latency_seconds_count") < 29
 

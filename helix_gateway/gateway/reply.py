@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from helix_gateway.core.event import SequenceMetrics
@@ -108,10 +109,47 @@ class Tally:
             "tokens_per_s": None if rate is None else round(rate, 1),
             "draft_tokens": self._sum_of("draft_tokens"),
             "accepted_tokens": self._sum_of("accepted_tokens"),
+            "drafters": self._drafters() or None,
+            "depths": self._depths() if self._sum_of("draft_tokens") else None,
+            **self._step_ms(),
             "finish_reasons": self.finish_reasons,
         }
         # What an answer that was cut off has not come to is left out, rather than said to be nothing.
         return {name: figure for name, figure in figures.items() if figure is not None}
+
+    def _drafters(self) -> dict[str, dict[str, Any]]:
+        """What came of drafts by drafter, over all choices."""
+        drafts = [counts for metrics in self.measured.values() for counts in metrics.drafts.items()]
+        return {
+            name: {
+                "drafted": sum(counts.num_draft_tokens for drafter, counts in drafts if drafter == name),
+                "accepted": sum(counts.num_accepted_tokens for drafter, counts in drafts if drafter == name),
+                "accepted_per_position": _added(
+                    counts.accepted_per_position for drafter, counts in drafts if drafter == name
+                ),
+            }
+            for name in sorted({drafter for drafter, _ in drafts})
+        }
+
+    def _depths(self) -> list[int]:
+        """How many steps of its choices verified so many draft tokens, from 0 on."""
+        return _added(metrics.depths for metrics in self.measured.values())
+
+    def _step_ms(self) -> dict[str, float]:
+        """What steps took, by part: of the choice that it is most for, since choices share steps."""
+        if not self.measured:
+            return {}
+        times = [metrics.step_time for metrics in self.measured.values()]
+        return {
+            "draft_ms": round(max(time.draft_s for time in times) * 1000, 1),
+            "verify_ms": round(max(time.verify_s for time in times) * 1000, 1),
+            "sample_ms": round(max(time.sample_s for time in times) * 1000, 1),
+        }
+
+
+def _added(columns: Iterable[Sequence[int]]) -> list[int]:
+    """Counts added place by place, as far as the longest goes."""
+    return [sum(places) for places in zip_longest(*columns, fillvalue=0)]
 
 
 def _least_ms(seconds: Iterable[float]) -> float | None:

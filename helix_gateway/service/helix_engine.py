@@ -70,7 +70,7 @@ class GenerationResult:
 
     @property
     def metrics(self) -> SequenceMetrics:
-        """The first answer's figures: queue time, time to first token, times of tokens, cached tokens."""
+        """The first answer's figures: queue time, times of tokens, cached tokens, what drafts and steps brought and took."""
         metrics = self.choices[0].metrics
         if metrics is None:
             raise HelixError("The answer has not ended, so it has no figures yet.")

@@ -10,7 +10,7 @@ import numpy as np
 from prometheus_client import Counter
 
 from helix_gateway.core.event import SequenceMetrics, SequenceStart, TokenEvent
-from helix_gateway.core.stats import DraftCounts, EngineStats
+from helix_gateway.core.stats import DraftCounts, EngineStats, StepSeconds
 from helix_gateway.telemetry import catalogue
 from helix_gateway.telemetry.metrics import Metrics
 
@@ -103,6 +103,8 @@ class EngineObserver:
         self._preemptions.inc(stats.num_preemptions - previous.num_preemptions)
         for drafter, counts in stats.drafts.items():
             self._add_drafts(drafter, previous.drafts.get(drafter, _NO_DRAFTS), counts)
+        self._add_depths(previous.depths, stats.depths)
+        self._add_step_time(stats.step_time - previous.step_time)
 
     def _show(self, stats: EngineStats) -> None:
         usage = stats.kv_blocks_referenced / max(1, stats.kv_blocks_total)
@@ -132,3 +134,14 @@ class EngineObserver:
             known = before.accepted_per_position[position] if position < len(before.accepted_per_position) else 0
             series = self._metrics.counter(catalogue.SPEC_ACCEPTED_PER_POS, self._model, drafter, str(position))
             series.inc(accepted - known)
+
+    def _add_depths(self, before: list[int], now: list[int]) -> None:
+        grown = np.array(now, np.int64)
+        grown[: len(before)] -= np.array(before, np.int64)
+        depths = np.repeat(np.arange(len(grown), dtype=np.float64), grown)
+        self._metrics.histogram(catalogue.SPEC_DEPTH).observe(self._labels, depths)
+
+    def _add_step_time(self, grown: StepSeconds) -> None:
+        parts = (("draft", grown.draft_s), ("verify", grown.verify_s), ("sample", grown.sample_s))
+        for part, seconds in parts:
+            self._metrics.counter(catalogue.STEP_SECONDS_BY_PART, self._model, part).inc(seconds)

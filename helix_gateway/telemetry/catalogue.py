@@ -26,6 +26,7 @@ REQUEST_SECONDS = (
     480.0, 960.0, 1920.0, 7680.0,
 )  # fmt: skip
 """Whole answers: a word on a GPU to a book on a laptop."""
+DEPTH_TOKENS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 LAG_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 
 _MODEL = ("model_name",)
@@ -197,6 +198,24 @@ SPEC_ACCEPTED_PER_POS = Definition(
     query="sum by (position) (rate(helix:spec_decode_num_accepted_tokens_per_pos_total[5m])) "
     "/ ignoring (position) group_left sum (rate(helix:spec_decode_num_drafts_total[5m]))",
 )
+SPEC_DEPTH = Definition(
+    name="spec_decode_depth",
+    kind="histogram",
+    unit="tokens",
+    buckets=DEPTH_TOKENS,
+    meaning="Draft tokens verified for a sequence at a step, each time that a step gave it a token; 0: nothing was "
+    "drafted that seemed worth it, and the step was a plain one for it.",
+    query="rate(helix:spec_decode_depth_sum[5m]) / rate(helix:spec_decode_depth_count[5m])",
+)
+STEP_SECONDS_BY_PART = Definition(
+    name="step_seconds",
+    kind="counter",
+    unit="seconds",
+    labels=(*_MODEL, "part"),
+    meaning="Time in the engine's steps, by part: `draft` (drafters, and choosing what is verified), `verify` (the "
+    "model's forward, plain steps and prompts included) and `sample` (a token for each row, and which drafts agree).",
+    query="sum by (part) (rate(helix:step_seconds_total[5m]))",
+)
 ENGINE_STATE = Definition(
     name="engine_state",
     kind="gauge",
@@ -253,6 +272,8 @@ ENGINE_METRICS = (
     SPEC_NUM_DRAFT_TOKENS,
     SPEC_NUM_ACCEPTED,
     SPEC_ACCEPTED_PER_POS,
+    SPEC_DEPTH,
+    STEP_SECONDS_BY_PART,
 )
 """What the engine does."""
 SERVER_METRICS = (ENGINE_STATE, ENGINE_RESTARTS, HTTP_REQUESTS, LOOP_LAG)

@@ -25,6 +25,11 @@ def _joined(reasons: list[str]) -> str:
     return ",".join(sorted(set(reasons)))
 
 
+def _drafters_shown(drafters: Mapping[str, Mapping[str, int]]) -> str:
+    """Accepted of drafted tokens, drafter by drafter."""
+    return ",".join(f"{name}:{counts['accepted']}/{counts['drafted']}" for name, counts in drafters.items())
+
+
 _FIELDS: Mapping[str, tuple[str, _Show]] = {
     "duration_ms": ("took", _duration),
     "model": ("model", _as_it_is),
@@ -37,11 +42,14 @@ _FIELDS: Mapping[str, tuple[str, _Show]] = {
     "tokens_per_s": ("rate", lambda rate: f"{rate:.0f}/s"),
     "draft_tokens": ("drafted", _as_it_is),
     "accepted_tokens": ("accepted", _as_it_is),
+    "drafters": ("by", _drafters_shown),
     "finish_reasons": ("end", _joined),
 }
 _NOT_WORTH_A_WORD: Mapping[str, object] = {
     "stream": False, "choices": 1, "cached_tokens": 0, "draft_tokens": 0, "accepted_tokens": 0, "finish_reasons": [],
 }  # fmt: skip
+_FOR_MACHINES = frozenset({"depths", "draft_ms", "verify_ms", "sample_ms"})
+"""Left to JSON lines."""
 _SHORTEST_QUEUE_MS = 1.0
 
 
@@ -59,6 +67,8 @@ def at_a_glance(_logger: object, _method: str, line: structlog.typing.EventDict)
 
 
 def _worth_a_word(key: str, value: Any) -> bool:
+    if key in _FOR_MACHINES:
+        return False
     if key == "queue_ms":
         return value is not None and value >= _SHORTEST_QUEUE_MS
     return value is not None and not (key in _NOT_WORTH_A_WORD and value == _NOT_WORTH_A_WORD[key])
