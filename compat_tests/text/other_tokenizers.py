@@ -9,9 +9,9 @@ import json
 import textwrap
 import typing
 
-from little_tokenizers import save_folder
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from compat_tests.text.little_tokenizers import save_folder
 from helix_gateway.text.token_bytes import byte_level_alphabet
 from helix_gateway.text.tokenizer import Tokenizer as LoadedTokenizer
 
