@@ -64,9 +64,14 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
 
 
 def save(
-    name: str, results: Mapping[str, Any], plot: Callable[[Any], None] | None = None, *, folder: Path = RESULTS
+    name: str,
+    results: Mapping[str, Any],
+    plot: Callable[[Any], None] | None = None,
+    *,
+    folder: Path = RESULTS,
+    size: tuple[float, float] = (7, 4.5),
 ) -> None:
-    """Write ``name.json``, and ``name.png`` as ``plot`` draws it on matplotlib's axes."""
+    """Write ``name.json``, and ``name.png``, ``size`` in inches, as ``plot`` draws it on matplotlib's axes."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "benchmark": name,
@@ -79,7 +84,7 @@ def save(
     if plot is not None:
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(7, 4.5))
+        figure = Figure(figsize=size)
         plot(figure.subplots())
         figure.tight_layout()
         figure.savefig(folder / f"{name}.png", dpi=110)

@@ -10,6 +10,7 @@ import pytest
 from compat_tests.engine.toy import ToyRunner
 from helix_gateway.core.errors import OutOfMemoryError
 from helix_gateway.core.kv import KVGroup
+from helix_gateway.engine import step_costs
 from helix_gateway.engine.acceptance import AcceptanceModel
 from helix_gateway.engine.depth import AdaptiveDepth, _best_depths
 from helix_gateway.engine.drafters.base import DraftTokens
@@ -99,6 +100,60 @@ def test_numbers_of_rows_that_the_device_has_no_room_for_are_not_measured():
 
 def most(costs, num_decodes, max_depth=32):
     return AdaptiveDepth(StepCosts(costs), max_depth=max_depth).most(SimpleNamespace(key="new"), num_decodes)
+
+
+@pytest.mark.parametrize("num_decodes", [1, 16, 64])
+def test_where_rows_cost_nothing_the_depth_does_not_fall_with_the_number_of_sequences(num_decodes):
+    assert most({1: 0.01, 4096: 0.0101}, num_decodes) == 32
+
+
+def test_a_sequence_that_drafts_are_in_vain_for_is_drafted_for_seldom_where_drafting_is_felt():
+    policy = AdaptiveDepth(StepCosts({1: 0.001, 64: 0.0011, 4096: 0.01}), max_depth=8)
+    sequence = SimpleNamespace(key="a")
+    asked = [policy.most(sequence, 16) > 0 for _ in range(100)]
+    assert asked[:4] == [True] * 4
+    assert sum(asked[4:]) == 6
+    policy._patience["a"].waited = 15
+    policy.most(sequence, 16)
+    assert policy.choose([sequence], [draft([0.99] * 4)], 16) == [4]
+    assert policy.most(sequence, 16) > 0
+
+
+def test_where_steps_are_long_every_step_may_draft():
+    policy = AdaptiveDepth(StepCosts({1: 0.03, 64: 0.031, 4096: 0.04}), max_depth=8)
+    assert all(policy.most(SimpleNamespace(key="a"), 4) for _ in range(100))
+
+
+def test_numbers_of_rows_behind_which_costs_are_in_proportion_are_not_measured(monkeypatch):
+    passed = [0.0]
+
+    class Proportional(ToyRunner):
+        def forward(self, batch):
+            passed[0] += 0.001 * len(batch.token_ids)
+            return super().forward(batch)
+
+    monkeypatch.setattr(step_costs, "perf_counter", lambda: passed[0])
+
+    runner = Proportional((KVGroup("full", 4, None),), 3)
+    costs = measure_costs(runner, (1, 16, 32, 64, 128, 256))
+    assert max(len(batch.token_ids) for batch in runner.batches) == 64
+    assert costs.seconds_for(4096) == pytest.approx(4.096)
+
+
+def test_a_step_to_another_tile_is_learned_where_it_is():
+    tiles = StepCosts({1: 0.010, 64: 0.012})
+    for _ in range(60):
+        tiles.observe(8, 0.010)
+        tiles.observe(9, 0.015)
+    assert tiles.seconds_for(9) > 1.3 * tiles.seconds_for(8)
+
+
+def test_it_is_soon_found_that_confidence_means_nothing():
+    model, dice = AcceptanceModel(), np.random.default_rng(0)
+    for number in range(60):
+        model.learn(f"s{number}", draft([dice.uniform(0.3, 1.0)]), np.array([0 if number % 2 else 7], np.int32))
+    sure, unsure = (chances(model, [draft([confidence])], "new")[0, 0] for confidence in (0.95, 0.4))
+    assert sure - unsure < 0.35
 
 
 @pytest.mark.parametrize("num_decodes", [1, 4, 16, 49, 50, 64, 96])

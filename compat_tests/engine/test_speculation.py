@@ -170,6 +170,37 @@ def test_drafts_take_no_token_from_others():
     assert all(sequence.num_output_tokens >= joined[sequence.key] + 5 for sequence in engine.running)
 
 
+def windows_of(engine):
+    """(Sequence, tokens computed, draft tokens) of a step."""
+    engine.step()
+    return [
+        (output.scheduled.sequence.request.request_id, output.scheduled.num_tokens, output.num_draft_tokens)
+        for output in engine.last_output.step.outputs
+    ]
+
+
+def test_what_a_step_has_room_for_is_shared_out_among_all_who_draft():
+    drafter = ScriptedDrafter(lambda sequence, tokens: 11)
+    engine = make_engine(400, drafter=drafter, depth_policy=FixedDepth(32), budget=40, max_num_seqs=8)
+    for i in range(8):
+        engine.submit(request(f"r{i}", [1, 2, 3], max_tokens=60, ignore_eos=True))
+    while engine.num_waiting or any(sequence.num_pending_tokens > 1 for sequence in engine.running):
+        engine.step()
+    assert [drafted for _, _, drafted in windows_of(engine)] == [4] * 8
+
+
+def test_drafts_leave_a_long_prompt_half_of_each_step():
+    drafter = ScriptedDrafter(lambda sequence, tokens: 11)
+    engine = make_engine(400, drafter=drafter, depth_policy=FixedDepth(32), budget=40, max_num_seqs=8)
+    engine.submit(request("short", [1, 2, 3], max_tokens=100, ignore_eos=True))
+    engine.step()
+    engine.submit(request("long", [1, 2, 3, 4] * 40, max_tokens=4))
+    engine.step()
+    (_, _, drafted), (_, computed, _) = windows_of(engine)
+    assert drafted > 0
+    assert computed >= 20
+
+
 @pytest.mark.parametrize(
     "proposal",
     [

@@ -1,8 +1,10 @@
 """How likely draft tokens are to be accepted, learned from what became of earlier ones.
 
-A drafter's confidence is only its own opinion.  For each source of drafts the share really accepted is counted by
-confidence and by place in the window (older counts fade), and for each sequence how the source did against what was
-expected of it.  By place alone it is counted too: all that can be said before anything is drafted.  Drafts that were not verified teach too: the token sampled where verification ended shows whether the next one
+A drafter's confidence is only its own opinion.  For each source of drafts a straight line is fitted through what it was
+confident of and what was right, which tells soon whether confidence means anything; then the share really accepted is
+counted by confidence and by place in the window (older counts fade), and for each sequence how the source did against
+what was expected of it.  By place alone it is counted too: all that can be said before anything is drafted.  Drafts that
+were not verified teach too: the token sampled where verification ended shows whether the next one
 would have been right, so nothing has to be tried only to learn.  Compiled, since it runs at every step.  Knows nothing
 about costs.
 """
@@ -23,13 +25,20 @@ _CONFIDENCES = 12
 """Cells for confidence, as many for the upper half as for the lower."""
 _PLACES = 4
 """Cells for the place in the window: the first, the next two, the next four, the rest."""
-_PRIOR = 4.0
-"""Observations that the drafter's own confidence counts for."""
+_PRIOR = 3.0
+"""Observations that what is believed of a confidence counts for."""
+_SOURCE_PRIOR = 2.0
+"""Observations that it counts for, on average over a source, that the drafter says how often it is right."""
+_SLOPE_PRIOR = 0.4
+"""Squared differences of confidence that it counts for that the drafter knows when it is right."""
 _MEMORY = 300.0
 """Observations after which an older one has faded to a third."""
 _SEQUENCE_PRIOR = 3.0
 _SEQUENCE_MEMORY = 24.0
 _MOST = 0.995
+_COUNT, _CONFIDENCE, _RIGHT, _CONFIDENCE_SQUARED, _BOTH, _LATER = range(6)
+_SUMS = 6
+"""Of a source, over its tokens, fading: ones, confidences, rights, their products; and ones behind a window's first."""
 _FIRST_REACH = 16.0
 """Of a sequence that is new: generous, since a long draft that is right is worth most."""
 _REACH_RATE = 0.2
@@ -60,6 +69,7 @@ class AcceptanceModel:
         self._sources: dict[str, int] = {}
         self._accepted = np.empty((0, _CONFIDENCES, _PLACES))
         self._seen = np.empty((0, _CONFIDENCES, _PLACES))
+        self._sums = np.empty((0, _SUMS))
         self._placed_accepted = np.empty((0, _PLACES))
         self._placed_seen = np.empty((0, _PLACES))
         self._records: dict[Hashable, dict[str, _Record]] = {}
@@ -72,7 +82,7 @@ class AcceptanceModel:
             row[: len(draft.confidences)] = draft.confidences
         sources = np.array([self._source(draft.source) for draft in drafts], np.int64)
         factors = np.array([self._factor(key, draft.source) for key, draft in zip(keys, drafts, strict=True)])
-        return np.asarray(_chained(self._accepted, self._seen, sources, factors, lengths, confidences))
+        return np.asarray(_chained(self._accepted, self._seen, self._sums, sources, factors, lengths, confidences))
 
     def foreseen(self, source: str, keys: Sequence[Hashable], depth: int) -> Float64s:
         """As `probabilities`, [len(keys), depth], of what a source has yet to draft."""
@@ -103,14 +113,21 @@ class AcceptanceModel:
         record = self._records.setdefault(key, {}).setdefault(draft.source, _Record())
         source = self._source(draft.source)
         accepted, expected = _learn(
-            self._accepted[source], self._seen[source], draft.token_ids, draft.confidences, choices
+            self._accepted[source],
+            self._seen[source],
+            self._sums[source],
+            draft.token_ids,
+            draft.confidences,
+            choices,
         )
         told = min(len(choices), len(draft.token_ids))
         _count_places(self._placed_accepted[source], self._placed_seen[source], int(accepted), told)
         kept = np.exp(-1.0 / _SEQUENCE_MEMORY) ** min(len(choices), len(draft.token_ids))
         record.accepted = record.accepted * kept + accepted
         record.expected = record.expected * kept + expected
-        record.reach += _REACH_RATE * (accepted - record.reach)
+        # How far one that was right to its end would have gone on, nobody knows.
+        reached = 2 * accepted if accepted == len(draft.token_ids) else accepted
+        record.reach += _REACH_RATE * (reached - record.reach)
 
     def reach(self, key: Hashable) -> float:
         """How many tokens of a sequence's proposals were right lately, of the source that reaches farthest."""
@@ -124,19 +141,14 @@ class AcceptanceModel:
         number = self._sources.get(name)
         if number is None:
             number = self._sources[name] = len(self._sources)
-            middles = (np.arange(_CONFIDENCES) + 0.5) / _CONFIDENCES
-            prior = np.repeat(_PRIOR * _confidence_of(middles)[:, None], _PLACES, axis=1)
-            self._accepted = np.concatenate([self._accepted, prior[None]])
-            self._seen = np.concatenate([self._seen, np.full((1, _CONFIDENCES, _PLACES), _PRIOR)])
+            cells = np.zeros((1, _CONFIDENCES, _PLACES))
+            self._accepted = np.concatenate([self._accepted, cells])
+            self._seen = np.concatenate([self._seen, cells])
+            self._sums = np.concatenate([self._sums, np.zeros((1, _SUMS))])
             untried = np.full((1, _PLACES), _UNTRIED_PRIOR)
             self._placed_accepted = np.concatenate([self._placed_accepted, _UNTRIED * untried])
             self._placed_seen = np.concatenate([self._placed_seen, untried])
         return number
-
-
-def _confidence_of(scale: Float64s) -> Float64s:
-    """The inverse of `_cell`'s scale: finer near certainty, where a little makes a long draft."""
-    return 1.0 - (1.0 - scale) ** 2
 
 
 @numba.njit(cache=True)
@@ -146,6 +158,7 @@ def _column(place):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True)
 def _cell(confidence, place):  # type: ignore[no-untyped-def]
+    """Finer near certainty, where a little makes a long draft."""
     scale = 1.0 - np.sqrt(max(0.0, 1.0 - confidence))
     return min(_CONFIDENCES - 1, int(scale * _CONFIDENCES)), _column(place)
 
@@ -161,30 +174,60 @@ def _count_places(accepted, seen, num_right, num_told):  # type: ignore[no-untyp
 
 
 @numba.njit(cache=True)
-def _chained(accepted, seen, sources, factors, lengths, confidences):  # type: ignore[no-untyped-def]
+def _line(sums):  # type: ignore[no-untyped-def]
+    """What is believed of a source's confidence: (at 0, more for each unit of it)."""
+    count = max(1e-9, sums[_COUNT])
+    mean = sums[_CONFIDENCE] / count
+    right = (sums[_RIGHT] + _SOURCE_PRIOR * mean) / (count + _SOURCE_PRIOR)
+    spread = max(0.0, sums[_CONFIDENCE_SQUARED] - count * mean * mean)
+    slope = (sums[_BOTH] - mean * sums[_RIGHT] + _SLOPE_PRIOR) / (spread + _SLOPE_PRIOR)
+    slope = min(1.0, max(0.0, slope))
+    # That first tokens are right more often than was said tells nothing of later ones; that they are wrong does.
+    modesty = max(0.0, right - mean) * sums[_LATER] / (sums[_LATER] + _SOURCE_PRIOR)
+    return min(right, mean) + modesty - slope * mean, slope
+
+
+@numba.njit(cache=True)
+def _chance(accepted, seen, line, confidence, place):  # type: ignore[no-untyped-def]
+    row, column = _cell(confidence, place)
+    believed = min(1.0, max(0.0, line[0] + line[1] * confidence))
+    return (accepted[row, column] + _PRIOR * believed) / (seen[row, column] + _PRIOR)
+
+
+@numba.njit(cache=True)
+def _chained(accepted, seen, sums, sources, factors, lengths, confidences):  # type: ignore[no-untyped-def]
     chained = np.zeros(confidences.shape)
     for draft in range(len(lengths)):
-        reached = 1.0
+        reached, source = 1.0, sources[draft]
+        line = _line(sums[source])
         for place in range(lengths[draft]):
-            row, column = _cell(confidences[draft, place], place)
-            share = accepted[sources[draft], row, column] / seen[sources[draft], row, column]
-            reached *= min(_MOST, share * factors[draft])
+            chance = _chance(accepted[source], seen[source], line, confidences[draft, place], place)
+            reached *= min(_MOST, chance * factors[draft])
             chained[draft, place] = reached
     return chained
 
 
 @numba.njit(cache=True)
-def _learn(accepted, seen, token_ids, confidences, choices):  # type: ignore[no-untyped-def]
+def _learn(accepted, seen, sums, token_ids, confidences, choices):  # type: ignore[no-untyped-def]
     """Count each draft token that the choices tell about; how many were right, and how many were expected to be."""
     right = 0.0
     expected = 0.0
     fade = np.exp(-1.0 / _MEMORY)
+    line = _line(sums)
     for place in range(min(len(choices), len(token_ids))):
-        row, column = _cell(confidences[place], place)
-        agrees = choices[place] == token_ids[place]
-        expected += min(_MOST, accepted[row, column] / seen[row, column])
+        confidence = confidences[place]
+        row, column = _cell(confidence, place)
+        agrees = 1.0 if choices[place] == token_ids[place] else 0.0
+        expected += min(_MOST, _chance(accepted, seen, line, confidence, place))
         accepted[row, column] = accepted[row, column] * fade + agrees
         seen[row, column] = seen[row, column] * fade + 1.0
+        sums *= fade
+        sums[_COUNT] += 1.0
+        sums[_CONFIDENCE] += confidence
+        sums[_RIGHT] += agrees
+        sums[_CONFIDENCE_SQUARED] += confidence * confidence
+        sums[_BOTH] += confidence * agrees
+        sums[_LATER] += place > 0
         right += agrees
         if not agrees:
             break

@@ -5,7 +5,8 @@ chooses how much of the drafts is verified.  It sees sequences and confidences, 
 """
 
 from collections.abc import Sequence as Ordered
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numba
 import numpy as np
@@ -13,14 +14,28 @@ import numpy as np
 from helix_gateway.core.step import Int32s
 from helix_gateway.engine.acceptance import AcceptanceModel
 from helix_gateway.engine.drafters.base import DraftTokens
-from helix_gateway.engine.sequence import Sequence
+from helix_gateway.engine.sequence import Sequence, SequenceKey
 from helix_gateway.engine.step_costs import StepCosts
 
 _WORTH_IT = 1.02
 """Speculation must promise this much more: costs are estimates, and the plain step is known."""
+_PROMISES_PRIOR = 8.0
+"""Tokens."""
+_PROMISES_KEPT = 0.97
+"""Of what is known of them, with each draft that is verified, and each step at which none is."""
+_LEAST_BELIEVED = 0.85
+"""Share of the chances: what is farther off is for the acceptance model to find out."""
+DRAFTING_S = 15e-6
+"""What proposing, judging and learning take for one sequence (measured: docs/log.md)."""
+_TRIES = 4
+"""Drafts in a row of which nothing is worth verifying, after which they are likely in vain."""
+_VAIN_SHARE = 0.005
+_LONGEST_PERIOD = 16
+_STEPS_ALIKE = 16
+"""Steps for which it is believed that costs have changed too little to ask again whether any draft could pay."""
 _REACH_MARGIN = 4
-_MOST_DRAFT_ROWS = 96
-"""Draft tokens that a whole step has room for: prompts need the rest of its budget."""
+_REACH_TIMES = 3
+"""Drafts are asked for so much longer than they lately proved right: lengths scatter, and a long one is worth most."""
 
 
 class DepthPolicy(Protocol):
@@ -96,45 +111,110 @@ class AdaptiveDepth:
         self._max_depth = max_depth
         self._min_depth = min_depth
         self._acceptance = acceptance or AcceptanceModel()
-        self._paying: dict[tuple[int, int], bool] = {}
-        """What `_could_pay` answered since costs changed last: it is asked for each sequence of a step."""
+        self._prospects: dict[int, _Prospect] = {}
+        """By number of decodes, as costs were lately: they are asked for each sequence of a step."""
+        self._observed = 0
+        self._patience: dict[SequenceKey, _Patience] = {}
+        self._promises: dict[SequenceKey, float] = {}
+        """Draft tokens that are being verified and were expected to be accepted."""
+        self._promised = self._brought = _PROMISES_PRIOR
+        """The same in the past, and how many were.  What looks best is, more often than not, what was overestimated."""
 
     def most(self, sequence: Sequence, num_decodes: int) -> int:
-        """A little more than lately proved right, or nothing where even a draft right throughout would not pay."""
+        """More than lately proved right, but no more than could pay if it were right throughout."""
         if self._min_depth:
             return self._max_depth
-        depth = min(self._max_depth, _REACH_MARGIN + int(2 * self._acceptance.reach(sequence.key)))
-        depth = min(depth, max(1, _MOST_DRAFT_ROWS // max(1, num_decodes)))
-        return depth if self._could_pay(max(1, num_decodes), depth) else 0
+        prospect = self._prospects.get(num_decodes)
+        if prospect is None:
+            prospect = self._prospects[num_decodes] = self._prospect(max(1, num_decodes))
+        if not prospect.deepest or not self._patience.setdefault(sequence.key, _Patience()).is_turn(prospect.period):
+            return 0
+        return min(prospect.deepest, _REACH_MARGIN + int(_REACH_TIMES * self._acceptance.reach(sequence.key)))
 
-    def _could_pay(self, num_decodes: int, depth: int) -> bool:
-        """Whether any number of draft tokens, all of them right and everybody's together, beats the plain step."""
-        known = self._paying.get((num_decodes, depth))
-        if known is None:
-            rows = np.arange(num_decodes, num_decodes * (1 + depth) + 1)
-            rates = rows / np.interp(rows, self._costs.rows, self._costs.seconds)
-            known = self._paying[num_decodes, depth] = bool(rates.max() > rates[0] * _WORTH_IT)
-        return known
+    def _prospect(self, num_decodes: int) -> "_Prospect":
+        rows = np.arange(num_decodes, num_decodes * (1 + self._max_depth) + 1)
+        seconds = np.interp(rows, self._costs.rows, self._costs.seconds)
+        rates = rows / seconds
+        pays = rates.max() > rates[0] * _WORTH_IT
+        return _Prospect(
+            deepest=-(-int(rates.argmax()) // num_decodes) if pays else 0,
+            period=min(_LONGEST_PERIOD, -(-int(1e9 * num_decodes * DRAFTING_S) // int(1e9 * _VAIN_SHARE * seconds[0]))),
+        )
 
     def choose(self, sequences: Ordered[Sequence], drafts: Ordered[DraftTokens], num_decodes: int) -> list[int]:
         """See `DepthPolicy`."""
         chances = self._acceptance.probabilities([sequence.key for sequence in sequences], drafts)
-        depths = _best_depths(chances, num_decodes, self._costs.rows, self._costs.seconds, _WORTH_IT)
+        believed = chances * min(1.0, max(_LEAST_BELIEVED, self._brought / self._promised))
+        depths = _best_depths(believed, num_decodes, self._costs.rows, self._costs.seconds, _WORTH_IT)
+        for sequence, depth, promise in zip(sequences, depths, _promises(chances, depths), strict=True):
+            if depth:
+                self._promises[sequence.key] = float(promise)
+                self._patience.setdefault(sequence.key, _Patience()).fruitless = 0
+        if not depths.any():  # what is not tried is not held against drafts for ever
+            self._promised += (1 - _PROMISES_KEPT) * (_PROMISES_PRIOR - self._promised)
+            self._brought += (1 - _PROMISES_KEPT) * (_PROMISES_PRIOR - self._brought)
         least = [min(self._min_depth, len(draft.token_ids)) for draft in drafts]
         return [max(int(depth), floor) for depth, floor in zip(depths, least, strict=True)]
 
     def learn(self, sequence: Sequence, draft: DraftTokens, choices: Int32s) -> None:
         """See `DepthPolicy`."""
         self._acceptance.learn(sequence.key, draft, choices)
+        promised = self._promises.pop(sequence.key, None)
+        if promised is not None:
+            self._promised = self._promised * _PROMISES_KEPT + promised
+            self._brought = self._brought * _PROMISES_KEPT + len(choices) - 1
 
     def observe(self, num_rows: int, seconds: float) -> None:
         """See `DepthPolicy`."""
         self._costs.observe(num_rows, seconds)
-        self._paying.clear()
+        self._observed += 1
+        if self._observed % _STEPS_ALIKE == 0:
+            self._prospects.clear()
 
     def retire(self, sequence: Sequence) -> None:
         """See `DepthPolicy`."""
         self._acceptance.forget(sequence.key)
+        self._patience.pop(sequence.key, None)
+        self._promises.pop(sequence.key, None)
+
+
+class _Prospect(NamedTuple):
+    """What drafting could bring in steps of some number of decodes."""
+
+    deepest: int
+    """No draft token behind is worth its row, though all be right, and all of the others' too; 0: none is."""
+    period: int
+    """Steps between two drafts of a sequence that are likely in vain, so that these take no more than `_VAIN_SHARE`."""
+
+
+@dataclass(slots=True)
+class _Patience:
+    """How long nothing of what was drafted for a sequence was worth verifying."""
+
+    fruitless: int = 0
+    """Drafts in a row."""
+    waited: int = 0
+    """Steps since the last of them."""
+
+    def is_turn(self, period: int) -> bool:
+        """Whether to draft at this step, of which this is the only question."""
+        if self.fruitless < _TRIES:
+            self.fruitless += 1
+            return True
+        self.waited += 1
+        if self.waited < period:
+            return False
+        self.waited = 0
+        return True
+
+
+@numba.njit(cache=True)
+def _promises(chances, depths):  # type: ignore[no-untyped-def]
+    """Draft tokens [num_drafts] that are expected to be accepted of as many as are verified."""
+    promises = np.zeros(len(depths))
+    for draft in range(len(depths)):
+        promises[draft] = chances[draft, : depths[draft]].sum()
+    return promises
 
 
 @numba.njit(cache=True)
@@ -149,20 +229,22 @@ def _best_depths(chances, num_decodes, knots, seconds, worth_it):  # type: ignor
     num_drafts, longest = chances.shape
     depths = np.zeros(num_drafts, np.int64)
     best_depths = np.zeros(num_drafts, np.int64)
+    following = chances[:, 0].copy()
+    left = chances.sum()
     tokens = float(num_decodes)
     best_rate = worth_it * tokens / np.interp(float(num_decodes), knots, seconds)
     for rows in range(num_decodes + 1, num_decodes + 1 + num_drafts * longest):
-        likeliest = -1
-        chance = 0.0
-        for draft in range(num_drafts):
-            if depths[draft] < longest and chances[draft, depths[draft]] > chance:
-                likeliest, chance = draft, chances[draft, depths[draft]]
-        if likeliest < 0:
+        likeliest = following.argmax()
+        chance = following[likeliest]
+        cost = np.interp(float(rows), knots, seconds)
+        # Not even all that is left would pay for this row, which no later one is cheaper than.
+        if chance <= 0.0 or tokens + left <= best_rate * cost:
             break
         depths[likeliest] += 1
+        following[likeliest] = chances[likeliest, depths[likeliest]] if depths[likeliest] < longest else 0.0
         tokens += chance
-        rate = tokens / np.interp(float(rows), knots, seconds)
-        if rate > best_rate:
-            best_rate = rate
+        left -= chance
+        if tokens > best_rate * cost:
+            best_rate = tokens / cost
             best_depths[:] = depths
     return best_depths

@@ -107,9 +107,10 @@ class Scheduler:
     def _fill(self, step: "_StepInMaking") -> None:
         # Those that lack least come first: a long prompt's chunk must not hold up everybody's next token.
         order = sorted(self.running, key=lambda s: s.num_pending_tokens)
-        for place, sequence in enumerate(order, start=1):
-            # Nor must one's drafts: whoever comes after keeps a token, and those who would join keep half.
-            step.kept_for_others = len(order) - place + (step.budget // 2 if self.waiting else 0)
+        has_prompts = bool(self.waiting) or (bool(order) and order[-1].num_pending_tokens > 1)
+        for place, sequence in enumerate(order):
+            step.num_sharers = len(order) - place
+            step.kept_for_prompts = step.budget // 2 if has_prompts else 0
             if sequence in self.running and step.budget:
                 step.at = sequence
                 self._continue(sequence, step)
@@ -133,7 +134,7 @@ class Scheduler:
         share = max(1, step.budget // 2) if self.waiting else step.budget
         num_tokens = min(sequence.num_pending_tokens, share)
         reaches_end = num_tokens == sequence.num_pending_tokens
-        depth = self._depth(sequence, step.budget - num_tokens - step.kept_for_others) if reaches_end else 0
+        depth = self._depth(sequence, step.share_for_drafts(num_tokens)) if reaches_end else 0
         while True:
             try:
                 copies = self._cache.reserve(sequence.key, start, start + num_tokens + depth)
@@ -229,9 +230,15 @@ class _StepInMaking:
         self.budget = budget
         self.at: Sequence | None = None
         """Whose part is being planned."""
-        self.kept_for_others = 0
+        self.num_sharers = 1
+        """Sequences that still have to get their part, this one included."""
+        self.kept_for_prompts = 0
         """Tokens of the budget that are not for drafts."""
         self._parts: dict[SequenceKey, tuple[ScheduledSequence, list[PageCopy]]] = {}
+
+    def share_for_drafts(self, num_tokens: int) -> int:
+        """What one may have for drafts beside ``num_tokens``: whoever comes after keeps a token and as large a share."""
+        return (self.budget - num_tokens - (self.num_sharers - 1) - self.kept_for_prompts) // self.num_sharers
 
     def add(self, scheduled: ScheduledSequence, copies: list[PageCopy]) -> None:
         """Take a sequence's part into the step."""

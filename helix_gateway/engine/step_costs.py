@@ -9,6 +9,7 @@ while, and leaves nothing behind.  Knows nothing about drafts.
 from collections.abc import Sequence
 from time import perf_counter
 
+import numba
 import numpy as np
 import numpy.typing as npt
 
@@ -18,17 +19,28 @@ from helix_gateway.core.step import StepBatch
 
 Float64s = npt.NDArray[np.float64]
 
-KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
-"""Numbers of rows."""
+KNOTS = (
+    *range(1, 33),
+    *range(36, 64, 4),
+    *(base * eighths // 8 for base in (64, 128, 256, 512, 1024, 2048) for eighths in (8, 10, 12, 14)),
+    4096,
+)
+"""Numbers of rows; every one where rows are few, since kernels take them in tiles, and a row more may cost a tile."""
 _RATE = 0.1
 """Share of what a step differed by that the scale takes over."""
-_LOCAL_RATE = 0.03
+_LOCAL_RATE = 0.2
 """The same for its own number of rows, beside the scale."""
 _FADING = 0.01
 """Share of what is known of single numbers of rows that is forgotten with each step."""
 _MOST_AT_ONCE = 0.3
 """Largest difference, as a logarithm, that one step is believed."""
-_WIDTH = 0.7
+_HELD_UP = 0.8
+"""A step that differs by more was more likely held up than that it tells of costs: it is believed the less for it."""
+_IN_PROPORTION = 0.9
+"""Of what twice the rows would cost at twice the price: from there on `StepCosts` needs no more figures."""
+_SURE_FROM = 64
+"""Rows below which that may be the step from one kernel to another."""
+_WIDTH = 0.1
 """How far, in doublings of rows, a step tells of its neighbours."""
 
 
@@ -49,7 +61,7 @@ class StepCosts:
         self._scale = 0.0
         """A logarithm, as are the local differences."""
         self._local: Float64s = np.zeros(len(self.rows))
-        self.seconds: Float64s = self._shape
+        self.seconds: Float64s = self._shape.copy()
 
     def seconds_for(self, num_rows: int) -> float:
         """What a step of so many rows is expected to take."""
@@ -57,19 +69,32 @@ class StepCosts:
 
     def observe(self, num_rows: int, seconds: float) -> None:
         """Take the time of a step that had decodes and verify windows only."""
-        difference = np.clip(np.log(max(seconds, 1e-9) / self.seconds_for(num_rows)), -_MOST_AT_ONCE, _MOST_AT_ONCE)
-        self._scale += _RATE * float(difference)
-        distance = np.abs(np.log2(self.rows / num_rows))
-        self._local = (1 - _FADING) * self._local + _LOCAL_RATE * np.exp(-distance / _WIDTH) * difference
+        self._scale += _observe(self.rows, self._shape, self._local, self.seconds, self._scale, num_rows, seconds)
+
+
+@numba.njit(cache=True)
+def _observe(rows, shape, local, costs, scale, num_rows, seconds):  # type: ignore[no-untyped-def]
+    """Bring ``local`` and ``costs`` up to date; what is to be added to ``scale``."""
+    difference = np.log(max(seconds, 1e-9) / np.interp(float(num_rows), rows, costs))
+    believed = _MOST_AT_ONCE * min(1.0, _HELD_UP / max(abs(difference), 1e-9))
+    difference = min(max(difference, -believed), believed)
+    scale += _RATE * difference
+    highest = 0.0
+    for knot in range(len(rows)):
+        nearness = np.exp(-abs(np.log2(rows[knot] / num_rows)) / _WIDTH)
+        local[knot] += _LOCAL_RATE * nearness * difference - _FADING * local[knot]
         # More rows never cost less: where noise says so, the lower cost is not believed.
-        self.seconds = np.maximum.accumulate(self._shape * np.exp(self._scale + self._local))
+        highest = max(highest, shape[knot] * np.exp(scale + local[knot]))
+        costs[knot] = highest
+    return _RATE * difference
 
 
 def measure_costs(runner: ModelRunner[Logits], row_counts: Sequence[int], repeats: int = 1) -> StepCosts:
     """The costs of a model that nobody uses yet: each row a sequence of one token, written to page 0.
 
     Args:
-        row_counts: ascending; those that the device has no room for are left out.
+        row_counts: ascending; those that the device has no room for are left out, and those behind which costs are in
+            proportion to rows.
 
     Raises:
         OutOfMemoryError: it has no room even for the first.
@@ -81,6 +106,9 @@ def measure_costs(runner: ModelRunner[Logits], row_counts: Sequence[int], repeat
         except OutOfMemoryError:
             if not measured:
                 raise
+            break
+        half = max((rows for rows in measured if 2 * rows <= count), default=None)
+        if half and count >= _SURE_FROM and measured[count] > _IN_PROPORTION * measured[half] * count / half:
             break
     return StepCosts(measured)
 

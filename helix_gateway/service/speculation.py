@@ -14,8 +14,9 @@ from helix_gateway.engine.drafters.suffix import SuffixDrafter
 from helix_gateway.engine.step_costs import measure_costs
 from helix_gateway.service.settings import EngineSettings
 
-_PROFILED_ROWS = (1, 4, 8, 16, 32, 64)
-"""Numbers of rows whose cost is measured at the start; the rest is read off between them."""
+PROFILED_ROWS = (1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048)
+"""Numbers of rows whose cost is measured at the start, up to where costs are in proportion; the rest is read off between
+them."""
 
 
 def make_speculation(settings: EngineSettings, runner: ModelRunner[Any], max_rows: int) -> tuple[Drafter, DepthPolicy]:
@@ -27,7 +28,7 @@ def make_speculation(settings: EngineSettings, runner: ModelRunner[Any], max_row
     if settings.speculation == "off" or not settings.max_depth:
         return NoDrafter(), FixedDepth(0)
     try:
-        costs = measure_costs(runner, [rows for rows in _PROFILED_ROWS if rows <= max_rows])
+        costs = measure_costs(runner, [rows for rows in PROFILED_ROWS if rows <= max_rows])
     except OutOfMemoryError:  # the first request will be told; there is no room for drafts in any case
         return NoDrafter(), FixedDepth(0)
     return SuffixDrafter(), AdaptiveDepth(costs, max_depth=settings.max_depth, min_depth=settings.min_depth)
