@@ -82,6 +82,11 @@ class _Reader:
         self._read_prediction(sequence)
         new_ids = np.array(new[-_INDEXED:], np.int32)
         self._seen = self.own.append(new_ids)
+        self.num_read += len(new)
+        if store or self.places:
+            self._read_store(sequence, store, new_ids)
+
+    def _read_store(self, sequence: Sequence, store: Ordered[SuffixAutomaton], new_ids: Int32s) -> None:
         known = {id(place.automaton): place for place in self.places}
         tail = np.array(sequence.token_ids[-_LOOKED_BACK:], np.int32)
         self.places = [
@@ -92,7 +97,6 @@ class _Reader:
             )
             for automaton in store
         ]
-        self.num_read += len(new)
 
     def _read_prediction(self, sequence: Sequence) -> None:
         if not len(self.prediction_token_ids):
@@ -113,7 +117,7 @@ class _Reader:
             token_ids, confidences = np.empty(depth, np.int32), np.empty(depth, np.float32)
             count = self.prediction.follow(token_ids, confidences)
             drafts.append(DraftTokens(PREDICTION, token_ids[:count], confidences[:count]))
-        return max(drafts, key=_expected_tokens)
+        return drafts[0] if len(drafts) == 1 else max(drafts, key=_expected_tokens)
 
 
 def _written(source: str, automaton: SuffixAutomaton, match: Match, depth: int) -> DraftTokens:
@@ -123,4 +127,9 @@ def _written(source: str, automaton: SuffixAutomaton, match: Match, depth: int) 
 
 
 def _expected_tokens(draft: DraftTokens) -> float:
-    return float(np.multiply.accumulate(draft.confidences).sum())
+    # Plain floats: a draft is short, and two calls of numpy take longer than thirty products.
+    expected, chance = 0.0, 1.0
+    for confidence in draft.confidences.tolist():
+        chance *= confidence
+        expected += chance
+    return expected
