@@ -7,7 +7,6 @@ import heapq
 import inspect
 import json
 import textwrap
-import typing
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -15,9 +14,7 @@ from compat_tests.text.little_tokenizers import save_folder
 from helix_gateway.text.token_bytes import byte_level_alphabet
 from helix_gateway.text.tokenizer import Tokenizer as LoadedTokenizer
 
-CORPUS = "\n".join(
-    inspect.getsource(module) for module in (argparse, email.message, functools, heapq, json, textwrap, typing)
-)
+CORPUS = "\n".join(inspect.getsource(module) for module in (argparse, email.message, functools, heapq, json, textwrap))
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 GROUPED_DIGITS = Regex(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

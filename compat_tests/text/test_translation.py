@@ -251,6 +251,15 @@ def test_a_long_run_of_one_letter_costs_a_bounded_window(pairs):
     assert _said(draft, sequence.draft_token_ids) == b"=" * 40_000 + b"\n"
 
 
+def test_a_prompt_that_is_no_text_is_read_in_a_second(pairs):
+    target, draft, translation = pairs["byte_level smollm2"]
+    (high,) = [token for token in range(256 + 2) if target.token_bytes(token) == b"\xe4"]
+    started = time.process_time()
+    sequence = _read(translation, [[high] * 50_000])
+    assert time.process_time() - started < 1
+    assert _said(draft, sequence.draft_token_ids) == b"\xe4" * 50_000
+
+
 def test_the_same_tokens_need_no_translation(smollm2):
     assert translate_vocabularies(smollm2, smollm2) is None
 

@@ -15,6 +15,8 @@ from helix_gateway.text.tokenizer import Tokenizer
 _NO_TEXT = re.compile("[\udc80-\udcff]+")
 """How bytes that are no UTF-8 come out of Python's ``surrogateescape``."""
 _LONGEST_CHARACTER_BYTES = 4
+_LONGEST_SPELT_BYTES = 16
+"""Longer tokens are not tried for what is no text: a prompt of 100,000 such bytes is to cost tenths of a second."""
 
 
 class Vocabulary:
@@ -37,20 +39,20 @@ class Vocabulary:
         self.strips_leading_space = table.strips_leading_space
         self.by_bytes = _by_bytes(self.bytes_of, table.special_ids, table.fallback_ids)
         """Tokens that are text, by their bytes."""
-        self._longest_bytes = max(map(len, self.by_bytes), default=0)
+        self._longest_spelt_bytes = min(_LONGEST_SPELT_BYTES, max(map(len, self.by_bytes), default=0))
 
     def __len__(self) -> int:
         return len(self.bytes_of)
 
     def spell(self, data: bytes, start: int, stop: int) -> tuple[list[int], list[int]]:
-        """Tokens of ``data[start:stop]``, the longest that fits each time, and where in ``data`` each ends.
+        """Tokens of ``data[start:stop]``, the longest in reason that fits each time, and where in ``data`` each ends.
 
         A byte that no token has is left out: then the next token ends farther behind the one before than it is long.
         """
         ids: list[int] = []
         ends: list[int] = []
         while start < stop:
-            for size in range(min(self._longest_bytes, stop - start), 0, -1):
+            for size in range(min(self._longest_spelt_bytes, stop - start), 0, -1):
                 token = self.by_bytes.get(data[start : start + size])
                 if token is not None:
                     ids.append(token)
