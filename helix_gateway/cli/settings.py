@@ -14,7 +14,14 @@ from pydantic_core import PydanticCustomError
 
 from helix_gateway.cli.sizes import parse_size
 from helix_gateway.gateway.settings import GatewaySettings
-from helix_gateway.service.settings import MAX_DEPTH, DeviceName, DTypeName, EngineSettings, SpeculationName
+from helix_gateway.service.settings import (
+    MAX_DEPTH,
+    DeviceName,
+    DTypeName,
+    EngineSettings,
+    QuantizationName,
+    SpeculationName,
+)
 from helix_gateway.telemetry.settings import LogFormat, LogLevel, LogSettings
 
 _ENGINE = EngineSettings(model_path="")
@@ -101,6 +108,9 @@ class ServeSettings(BaseModel):
         unset="the model's own name",
     )
     dtype: DTypeName = _setting(_ENGINE.dtype, "What weights are computed in.")
+    quantization: QuantizationName = _setting(
+        _ENGINE.quantization, "What weights become on a CPU; auto keeps a file's own blocks, else takes int8."
+    )
     device: DeviceName = _setting(_ENGINE.device, "Where to compute; auto takes the best there is.")
     max_model_len: int | None = _setting(
         None, "Tokens of prompt and answer together.", unset="what the model and memory hold", ge=2

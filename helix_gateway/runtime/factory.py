@@ -5,7 +5,7 @@ The one place that ties loading, products, attention and sampling together.  Kno
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict
 
 import torch
 from typing_extensions import Required, Unpack
@@ -15,10 +15,13 @@ from helix_gateway.runtime.device import free_memory_bytes, get_device
 from helix_gateway.runtime.heap import return_freed_blocks, returning_freed_memory
 from helix_gateway.runtime.loading import load_model, resolve_dtype
 from helix_gateway.runtime.pool import make_runners
+from helix_gateway.runtime.promises import Promises
 from helix_gateway.runtime.runner import TransformersRunner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+QuantizationName: TypeAlias = Literal["auto", "int8", "int4", "none"]
 
 _KV_SHARE = 0.5
 """Of the memory that is free once the weights are there; the rest is for activations and for everybody else."""
@@ -43,6 +46,8 @@ class LoadOptions(TypedDict, total=False):
     """As `get_device` takes it; by default the best there is."""
     dtype: str
     """As `resolve_dtype` takes it; by default "auto", for each model by itself."""
+    quantization: QuantizationName
+    """"none" by default: weights are computed with in their dtype; else as `resolve_quantisation` takes it."""
     block_size: int
     """Tokens of the target's largest KV group in a page; 16 by default."""
     kv_cache_memory_bytes: int | None
@@ -68,12 +73,18 @@ def load_runners(paths: Sequence[str], **options: Unpack[LoadOptions]) -> list[L
         ModelLoadError: what is wrong with a model, the device or the memory, in one line.
     """
     where = get_device(options.get("device", "auto"))
-    dtypes = [resolve_dtype(path, options.get("dtype", "auto")) for path in paths]
+    dtype = options.get("dtype", "auto")
+    quantisation = resolve_quantisation(where, dtype, options.get("quantization", "none"))
+    # What is rounded to int8 is float32 before and after.
+    dtypes = [torch.float32 if quantisation else resolve_dtype(path, dtype) for path in paths]
     if where.type == "cpu":
         # torch's own team of threads, spinning beside ours, makes a product of 50 µs take 8 ms; it is not even started.
         torch.set_num_threads(1)
     with returning_freed_memory():
-        models = [_load_packed(path, where, dtype) for path, dtype in zip(paths, dtypes, strict=True)]
+        if quantisation is None:
+            models = [_load_packed(path, where, own) for path, own in zip(paths, dtypes, strict=True)]
+        else:
+            models = [_load_quantised(path, where, quantisation) for path in paths]
         asked = options.get("kv_cache_memory_bytes")
         memory = asked or int(free_memory_bytes(where) * _KV_SHARE)
         try:
@@ -89,6 +100,39 @@ def load_runners(paths: Sequence[str], **options: Unpack[LoadOptions]) -> list[L
             raise ModelLoadError(_does_not_fit(memory, where, error)) from error
     step_tokens = _STEP_TOKENS_CPU if where.type == "cpu" else _STEP_TOKENS
     return [LoadedRunner(runner, runner.context_length, step_tokens) for runner in runners]
+
+
+def resolve_quantisation(
+    device: torch.device, dtype: str, requested: QuantizationName
+) -> Literal["file", "int8", "int4"] | None:
+    """How weights are quantised, None where they are not.
+
+    ``auto`` quantises on a CPU, where no dtype is asked for: a GGUF's own blocks where there are kernels for them,
+    else int8.
+
+    Raises:
+        ModelLoadError: it is asked for where it cannot be had.
+    """
+    if requested == "none":
+        return None
+    if requested == "auto":
+        return "file" if device.type == "cpu" and dtype == "auto" else None
+    if device.type != "cpu":
+        raise ModelLoadError(f"--quantization {requested} is for CPUs, and this is {device.type}: leave it out.")
+    if dtype == "bfloat16":
+        raise ModelLoadError(f"--quantization {requested} computes in float32: leave --dtype bfloat16 out.")
+    return requested
+
+
+def _load_quantised(
+    path: str, device: torch.device, quantisation: Literal["file", "int8", "int4"]
+) -> "PreTrainedModel":
+    from helix_gateway.runtime.cpu.quantising import quantise_model
+
+    promises = Promises()
+    model = load_model(path, device=device, dtype=torch.float32, promises=promises)
+    quantise_model(model, quantisation, promises)
+    return model
 
 
 def _load_packed(path: str, device: torch.device, dtype: torch.dtype) -> "PreTrainedModel":

@@ -18,6 +18,7 @@ import torch
 from helix_gateway.core.errors import ModelLoadError
 from helix_gateway.runtime.checkpoints.protocol import Checkpoint, StoredTensor
 from helix_gateway.runtime.progress import Progress, Report, terminal_bar
+from helix_gateway.runtime.promises import Promises
 
 if TYPE_CHECKING:
     from types import EllipsisType
@@ -40,6 +41,7 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
+    promises: Promises | None = None,
     progress: Progress = terminal_bar,
 ) -> "PreTrainedModel":
     """Return a transformers causal language model in eval mode.
@@ -49,6 +51,7 @@ def load_model(
         device: where the parameters shall lie.
         dtype: of the parameters; None: as `resolve_dtype` chooses.
         attn_implementation: the name under which attention is registered with transformers; None: its default.
+        promises: takes note of the matrices, which are then not read; on a CPU only.
         progress: shown while the weights are read.
 
     Raises:
@@ -64,8 +67,10 @@ def load_model(
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation
         with progress(f"Loading {Path(path).name}", sum(tensor.nbytes for tensor in stored.values())) as report:
-            reading = _Reading(stored, _dtype_of_all(model_class, wanted), report)
+            reading = _Reading(stored, _dtype_of_all(model_class, wanted), report, promises)
             model = _build(path, model_class, config, reading, options)
+            if promises is not None:
+                promises.check(model)
         on_device: PreTrainedModel = model.requires_grad_(False).to(device)
         return on_device
 
@@ -135,8 +140,15 @@ def _model_class(path: str, config: "PreTrainedConfig") -> Any:
 class _Reading:
     """The reading of one checkpoint: how far it is, and the first error, which transformers might only log."""
 
-    def __init__(self, stored: Mapping[str, StoredTensor], dtype: torch.dtype | None, report: Report) -> None:
+    def __init__(
+        self,
+        stored: Mapping[str, StoredTensor],
+        dtype: torch.dtype | None,
+        report: Report,
+        promises: Promises | None,
+    ) -> None:
         self._dtype = dtype
+        self._promises = promises
         self.tensors = {name: _Watched(tensor, self) for name, tensor in stored.items()}
         self.error: Exception | None = None
         self._report = report
@@ -145,6 +157,8 @@ class _Reading:
 
     def read(self, tensor: StoredTensor) -> torch.Tensor:
         try:
+            if self._promises is not None and len(tensor.shape) == 2:
+                return self._promises.promise(tensor)
             values = tensor.read(self._dtype)
         except Exception as error:
             self.error = self.error or error

@@ -6,6 +6,7 @@ are numbers of no meaning, the same for both.  Knows nothing about how either co
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -43,6 +44,13 @@ def trial_steps(vocab_size: int, group: KVGroup, num_pages: int, context_length:
         [(second, _FEW, near), (far + 1, 1, distant), (0, _FEW, fresh)],
     ]
     return [_step(vocab_size, spans) for spans in steps]
+
+
+def first_block_step(vocab_size: int, groups: Sequence[KVGroup]) -> StepBatch:
+    """The start of one sequence, for models of several KV groups: each has a page of its own."""
+    count = min(_CHUNK, *(group.tokens_per_block for group in groups))
+    step = _step(vocab_size, [(0, count, np.zeros(1, np.int32))])
+    return replace(step, block_tables=tuple(np.full((1, 1), page, np.int32) for page in range(len(groups))))
 
 
 def fill_pages(arena: Arena) -> None:

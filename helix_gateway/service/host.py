@@ -40,6 +40,7 @@ class EngineHost:
             settings.model_path,
             device=settings.device,
             dtype=settings.dtype,
+            quantization=settings.quantization,
             block_size=settings.block_size,
             kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
             max_tokens_in_use=settings.max_num_seqs * (settings.max_model_len or 2**20),

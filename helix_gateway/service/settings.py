@@ -10,6 +10,7 @@ import msgspec
 from helix_gateway.telemetry.settings import LogSettings
 
 DTypeName = Literal["auto", "float32", "bfloat16"]
+QuantizationName = Literal["auto", "int8", "int4", "none"]
 DeviceName = Literal["auto", "cpu", "cuda", "directml", "mps", "xpu"]
 
 
@@ -24,6 +25,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     model_path: str
     """A GGUF file, or a folder in Hugging Face layout: always local, whatever the user named."""
     dtype: DTypeName = "auto"
+    quantization: QuantizationName = "none"
+    """What a CPU holds weights in; "auto": a file's own blocks, else int8, where no dtype is asked for."""
     device: DeviceName = "auto"
     max_model_len: int | None = None
     """None: the model's own context length, or what the pool holds if that is less."""

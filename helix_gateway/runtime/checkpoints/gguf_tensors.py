@@ -9,7 +9,7 @@ Knows nothing about configurations.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import gguf
 import numpy as np
@@ -17,9 +17,16 @@ import torch
 
 from helix_gateway.core.errors import ModelLoadError
 from helix_gateway.runtime.checkpoints.gguf_file import GGUFFile, TensorInfo
+from helix_gateway.runtime.checkpoints.protocol import Blocks
 
 Restore: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
-"""Undoes, in float32, what the converter did to a tensor."""
+"""Undoes, in float32, what the converter did to a tensor; where it moves the rows of a matrix, in any dtype."""
+
+_BLOCK_KINDS: dict[gguf.GGMLQuantizationType, Literal["Q4_0", "Q4_1", "Q8_0"]] = {
+    gguf.GGMLQuantizationType.Q4_0: "Q4_0",
+    gguf.GGMLQuantizationType.Q4_1: "Q4_1",
+    gguf.GGMLQuantizationType.Q8_0: "Q8_0",
+}
 
 # Dequantising makes several temporaries of its input's size: small pieces stay in the cache and bound the peak.
 _PIECE_BYTES = 1 << 20
@@ -38,6 +45,21 @@ class GGUFTensor:
     def nbytes(self) -> int:
         """Bytes in the file."""
         return self.info.nbytes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In row-major order."""
+        return self.info.shape
+
+    def blocks(self) -> Blocks | None:
+        """See `StoredTensor`; what is restored of a matrix is the order of its rows."""
+        kind = _BLOCK_KINDS.get(self.info.type)
+        if kind is None or len(self.info.shape) != 2:
+            return None
+        rows = torch.from_numpy(np.array(self.file.rows(self.info)))
+        rows = rows if self.restore is None else self.restore(rows)
+        size = gguf.GGML_QUANT_SIZES[self.info.type][1]
+        return Blocks(kind, rows.contiguous().view(len(rows), -1, size).numpy())
 
     def read(self, dtype: torch.dtype | None) -> torch.Tensor:
         """Dequantise it into memory of its own.

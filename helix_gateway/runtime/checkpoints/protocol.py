@@ -1,12 +1,22 @@
 """What loading asks of a model's files, whatever their format."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class Blocks(NamedTuple):
+    """A matrix in blocks of 32 inputs, as GGUF stores it."""
+
+    kind: Literal["Q4_0", "Q4_1", "Q8_0"]
+    numbers: npt.NDArray[np.uint8]
+    """[rows, blocks of a row, bytes of a block]"""
 
 
 class StoredTensor(Protocol):
@@ -15,6 +25,13 @@ class StoredTensor(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In row-major order."""
+
+    def blocks(self) -> Blocks | None:
+        """A copy of its blocks, of a kind that is computed with as it is; None where it is stored in another way."""
 
     def read(self, dtype: torch.dtype | None) -> torch.Tensor:
         """Read it into memory of its own, on the CPU.

@@ -57,6 +57,10 @@ class SafetensorsTensor:
                 self._convert_into(file, values)
         return values.view(self.shape)
 
+    def blocks(self) -> None:
+        """None: there are none in this format."""
+        return
+
     def _convert_into(self, file: RawIOBase, values: torch.Tensor) -> None:
         piece = torch.empty(min(len(values), _PIECE_ELEMENTS), dtype=self.dtype)
         for start in range(0, len(values), _PIECE_ELEMENTS):

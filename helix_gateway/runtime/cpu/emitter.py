@@ -1,6 +1,6 @@
 """The vocabulary of our LLVM: loads, loops and vectors of 16 lanes that micro-kernels are put together from.
 
-Used by `microkernels.py` and `attention_kernels.py`, and by nobody else.  Fused multiply-adds are always written out as
+Used by the modules that emit kernels, and by nobody else.  Fused multiply-adds are always written out as
 ``llvm.fma``, so that rounding never depends on what a compiler chose to contract.  Knows nothing about what is computed.
 """
 
@@ -9,14 +9,19 @@ from collections.abc import Callable, Sequence
 from llvmlite import ir
 from numba.core import cgutils
 
+from helix_gateway.runtime.cpu.instruction_sets import target_features
+
 LANES = 16
 """float32 values of one vector: one AVX-512 register, or two of AVX2."""
 F32_BYTES = 4
 VECTOR_BYTES = F32_BYTES * LANES
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-F32 = ir.FloatType()
-F32S, I32S, I16S = (ir.VectorType(element, LANES) for element in (F32, I32, I16))
+F32, F16 = ir.FloatType(), ir.HalfType()
+F32S, I32S, I16S, F16S, I8S = (ir.VectorType(element, LANES) for element in (F32, I32, I16, F16, I8))
+
+_HALF_FEATURES = frozenset({"f16c", "fullfp16", "neon"})
+"""Any of these converts float16."""
 
 Body = Callable[[ir.Value, list[ir.Value]], list[ir.Value]]
 
@@ -69,6 +74,15 @@ class Emitter:
         """``a * b + c`` of vectors, rounded once."""
         return call(self.builder, f"llvm.fma.v{LANES}f32", F32S, a, b, c)
 
+    def folded(self, vector: ir.Value, join: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
+        """The lanes of a float32 vector joined pairwise, the upper half onto the lower, down to one."""
+        half = LANES // 2
+        while half:
+            picks = ir.Constant(I32S, [(lane + half) % LANES for lane in range(LANES)])
+            vector = join(vector, self.builder.shuffle_vector(vector, ir.Constant(F32S, ir.Undefined), picks))
+            half //= 2
+        return self.builder.extract_element(vector, ir.Constant(I32, 0))
+
     def prefetch(self, address: ir.Value) -> None:
         """Ask for a cache line that will be read soon, in the second-level cache; any address may be asked for."""
         read, second, data = ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)
@@ -79,6 +93,18 @@ class Emitter:
         """bfloat16 bits as float32, scalar or vector."""
         wide, result = (I32S, F32S) if isinstance(bits.type, ir.VectorType) else (I32, F32)
         return self.builder.bitcast(self.builder.shl(self.builder.zext(bits, wide), constant(wide, 16)), result)
+
+    def from_half(self, bits: ir.Value) -> ir.Value:
+        """Bits of finite float16 (int16, scalar or vector) as float32; exact."""
+        wide, half, single = (I32S, F16S, F32S) if isinstance(bits.type, ir.VectorType) else (I32, F16, F32)
+        if target_features() & _HALF_FEATURES:
+            return self.builder.fpext(self.builder.bitcast(bits, half), single)
+        # Without such an instruction LLVM calls a library that may not be there.  Exponents differ by 112.
+        bits = self.builder.zext(bits, wide)
+        sign = self.builder.shl(self.builder.and_(bits, constant(wide, 0x8000)), constant(wide, 16))
+        size = self.builder.shl(self.builder.and_(bits, constant(wide, 0x7FFF)), constant(wide, 13))
+        scaled = self.builder.fmul(self.builder.bitcast(size, single), constant(single, 2.0**112))
+        return self.builder.bitcast(self.builder.or_(self.builder.bitcast(scaled, wide), sign), single)
 
     def rounded(self, value: ir.Value) -> ir.Value:
         """Bits of the nearest bfloat16, ties to even, scalar or vector; NaN stays NaN.  The same as `math.store_bf16`."""

@@ -56,7 +56,7 @@ def _add_row(kind, hidden, address):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _gate_row(kind, address, count, out):  # type: ignore[no-untyped-def]
+def gate_row(kind, address, count, out):  # type: ignore[no-untyped-def]
     """``silu(gate) * up`` of a row that holds ``count`` gates, then as many ups (Shazeer 2020)."""
     for i in range(count):
         gate = load_element(kind, address + i * kind.itemsize)
@@ -78,7 +78,7 @@ def _prepare(kind, stage, number, first, last, layer, eps, hidden, wide, product
         if stage == OUT:
             _widen_row(kind, attended + row * inputs * kind.itemsize, inputs, wide[row])
         elif stage == DOWN:
-            _gate_row(kind, product + 2 * row * inputs * kind.itemsize, inputs, wide[row])
+            gate_row(kind, product + 2 * row * inputs * kind.itemsize, inputs, wide[row])
         else:
             if stage == GATE_UP or number > 0:
                 _add_row(kind, hidden[row], product + row * width * kind.itemsize)
@@ -103,16 +103,23 @@ def _rotate_rows(kind, first, last, product, channels, heads, dim, positions, co
 
 
 @njit(cache=True)
-def _write_share(kind, thread, threads, plan, pages, number, product, channels, cosines, sines):  # type: ignore[no-untyped-def]
-    """A thread's share of the rows: queries and keys rotated in place, keys and values written into their pages."""
-    shape, rows = pages.shape, len(plan.positions)
+def place_rows(kind, first, last, plan, pages, number, product, channels, cosines, sines):  # type: ignore[no-untyped-def]
+    """Of the rows first:last, queries and keys rotated in place, keys and values written into a layer's pages."""
+    shape = pages.shape
     kv_heads, dim, size = shape[KV_HEADS], shape[KEY_DIM], kind.itemsize
     heads = kv_heads * shape[GROUP]
-    first, last = rows * thread // threads, rows * (thread + 1) // threads
     _rotate_rows(kind, first, last, product, channels, heads + kv_heads, dim, plan.positions, cosines, sines)
     key = (product + heads * dim * size, channels, dim)
     value = (product + (heads + kv_heads) * dim * size, channels, dim)
     write_rows(kind, shape, pages.offsets[number], plan, first, last, key, value)
+
+
+@njit(cache=True)
+def _write_share(kind, thread, threads, plan, pages, number, product, channels, cosines, sines):  # type: ignore[no-untyped-def]
+    """A thread's share of the rows."""
+    rows = len(plan.positions)
+    first, last = rows * thread // threads, rows * (thread + 1) // threads
+    place_rows(kind, first, last, plan, pages, number, product, channels, cosines, sines)
 
 
 @njit(cache=True)

@@ -5,8 +5,9 @@ row's bits depend on that row alone: not on the other rows, the threads or the p
 gradients.  Knows nothing about models beyond their modules, nor about batches or sequences.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any, ClassVar, TypeAlias, TypeGuard
 
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from helix_gateway.runtime.cpu.emitter import LANES
 from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS
+from helix_gateway.runtime.cpu.packed import PackedWeight
 from helix_gateway.runtime.cpu.products import gather_rows, host_shape, products, wide_elements
 from helix_gateway.runtime.cpu.threads import configure_threads
 
@@ -28,14 +30,9 @@ _SERIAL_PRODUCT = 1 << 15
 _PIECE_ELEMENTS = 1 << 18
 
 
-class PackedWeight(ABC):
-    """A matrix [channels, inputs] as tiles [ceil(channels / 32), inputs, 32], zeros behind the last channel.
+class FloatWeight(PackedWeight):
+    """A matrix [channels, inputs] as tiles [ceil(channels / 32), inputs, 32], zeros behind the last channel."""
 
-    Not a module, so that ``model.to(dtype)`` cannot convert what is no longer a plain matrix.  A linear layer and an
-    embedding that are tied share one.
-    """
-
-    dtype: ClassVar[torch.dtype]
     bits: ClassVar[int]
 
     def __init__(self, weight: torch.Tensor, *, in_place: bool = False) -> None:
@@ -86,13 +83,6 @@ class PackedWeight(ABC):
     def _scratch(self, rows: int) -> torch.Tensor:
         """Memory in which the product widens its activations."""
 
-    def padded_bias(self, bias: torch.Tensor | None) -> torch.Tensor:
-        """float32, as long as the tiles are wide; zeros where there is no bias."""
-        padded = torch.zeros(len(self.tiles) * TILE_CHANNELS)
-        if bias is not None:
-            padded[: self.channels] = bias.detach()
-        return padded
-
     def gather(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of the matrix: ids of any shape to [..., inputs].
 
@@ -111,7 +101,7 @@ class PackedWeight(ABC):
         return self._vectors(columns).reshape(-1).numpy()
 
 
-class Float32Weight(PackedWeight):
+class Float32Weight(FloatWeight):
     """Channels in their order."""
 
     dtype, bits = torch.float32, 32
@@ -124,7 +114,7 @@ class Float32Weight(PackedWeight):
         return torch.empty(0)
 
 
-class BFloat16Weight(PackedWeight):
+class BFloat16Weight(FloatWeight):
     """Channels j and j + 16 side by side in one 32-bit word, which widens both in one operation each."""
 
     dtype, bits = torch.bfloat16, 16
@@ -137,10 +127,10 @@ class BFloat16Weight(PackedWeight):
         return torch.empty(wide_elements(rows, self.inputs))
 
 
-_FORMATS: dict[torch.dtype, type[PackedWeight]] = {kind.dtype: kind for kind in (Float32Weight, BFloat16Weight)}
+_FORMATS: dict[torch.dtype, type[FloatWeight]] = {kind.dtype: kind for kind in (Float32Weight, BFloat16Weight)}
 
 
-def pack_weight(weight: torch.Tensor, *, in_place: bool = False) -> PackedWeight:
+def pack_weight(weight: torch.Tensor, *, in_place: bool = False) -> FloatWeight:
     """Pack a matrix [channels, inputs] of a dtype that has a format.
 
     Args:
@@ -229,26 +219,29 @@ def pack_linears(model: nn.Module) -> None:
     """
     replacements: dict[nn.Module, nn.Module] = {}
     uses = _uses_of_memory(model)
-    for holders in _matrices(model):
-        replacements.update(_pack_matrix(holders, uses))
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if child in replacements:
-                setattr(parent, name, replacements[child])
+    for holders in matrices(model):
+        replacements.update(stand_ins(holders, _packed_matrix(holders, uses)))
+    replace_modules(model, replacements)
 
 
-_Holder: TypeAlias = nn.Linear | Conv1D | nn.Embedding
+Holder: TypeAlias = nn.Linear | Conv1D | nn.Embedding
+"""A module that holds a matrix which can be packed."""
 
 
-def _is_holder(module: nn.Module) -> TypeGuard[_Holder]:
+def is_holder(module: object) -> TypeGuard[Holder]:
+    """Whether it is one; subclasses are not, since their forward may be another."""
     return type(module) in (nn.Linear, Conv1D) or (type(module) is nn.Embedding and module.max_norm is None)
 
 
-def _matrices(model: nn.Module) -> list[list[_Holder]]:
-    """The modules that hold each matrix of a linear layer, tied ones together."""
-    holders: dict[tuple[int, bool], list[_Holder]] = {}
+def matrices(model: nn.Module) -> list[list[Holder]]:
+    """The modules that hold each matrix of a linear layer, tied ones together.
+
+    Raises:
+        TypeError: a matrix is neither float32 nor bfloat16; the message names its module.
+    """
+    holders: dict[tuple[int, bool], list[Holder]] = {}
     for name, module in model.named_modules():
-        if _is_holder(module):
+        if is_holder(module):
             if module.weight.dtype not in _FORMATS and type(module) is not nn.Embedding:
                 raise TypeError(
                     f"{name}: compiled products take float32 or bfloat16 weights, not {module.weight.dtype}"
@@ -257,17 +250,28 @@ def _matrices(model: nn.Module) -> list[list[_Holder]]:
     return [group for group in holders.values() if any(type(module) is not nn.Embedding for module in group)]
 
 
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put other modules in the place of some, wherever they are in a model."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child in replacements:
+                setattr(parent, name, replacements[child])
+
+
 def _uses_of_memory(model: nn.Module) -> Counter[int]:
     """How many parameters and buffers of a model's modules lie in each piece of memory, by its address."""
     tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     return Counter(tensor.untyped_storage().data_ptr() for _, tensor in tensors)
 
 
-def _pack_matrix(holders: list[_Holder], uses: Counter[int]) -> dict[nn.Module, nn.Module]:
-    """Pack the one matrix of some modules, take it from them, and return what stands in place of each."""
+def _packed_matrix(holders: list[Holder], uses: Counter[int]) -> PackedWeight:
     parameter = holders[0].weight.detach()
     matrix = parameter.T if type(holders[0]) is Conv1D else parameter
-    weight = pack_weight(matrix, in_place=_is_theirs_alone(matrix, len(holders), uses))
+    return pack_weight(matrix, in_place=_is_theirs_alone(matrix, len(holders), uses))
+
+
+def stand_ins(holders: list[Holder], weight: PackedWeight) -> dict[nn.Module, nn.Module]:
+    """Take the one matrix of some modules from them, and return what stands in place of each, once it is packed."""
     packed: dict[nn.Module, nn.Module] = {}
     for module in holders:
         if isinstance(module, nn.Embedding):

@@ -8,7 +8,7 @@ tokens.  What does not fit, or does not agree, is served through transformers' m
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from helix_gateway.core.step import StepBatch
 from helix_gateway.runtime.cpu.attention import CpuPagedAttention
 from helix_gateway.runtime.cpu.layers import FIELDS, Angles, Scratch, Weights, compiled_layers, norm_row
-from helix_gateway.runtime.cpu.linear import PackedLinear, PackedWeight
+from helix_gateway.runtime.cpu.linear import FloatWeight, PackedLinear
 from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS
+from helix_gateway.runtime.cpu.packed import PackedWeight
 from helix_gateway.runtime.cpu.products import host_shape
 from helix_gateway.runtime.cpu.threads import configure_threads
 from helix_gateway.runtime.heap import return_freed_blocks
@@ -60,28 +61,16 @@ class LlamaStep:
         layers = np.array([self._describe(layer) for layer in base.layers], np.int64)
         return_freed_blocks()
         first = base.layers[0]
-        products = (
-            (first.self_attn.q_proj, first.self_attn.k_proj, first.self_attn.v_proj),
-            (first.self_attn.o_proj,),
-            (first.mlp.gate_proj, first.mlp.up_proj),
-            (first.mlp.down_proj,),
-        )
         sizes = np.array(
-            [[parts[0].in_features, sum(part.out_features for part in parts)] for parts in products], np.int64
+            [[parts[0].in_features, sum(part.out_features for part in parts)] for parts in products_of(first)], np.int64
         )
         self._weights = Weights(layers, sizes, float(first.self_attn.scaling), self._eps)
         self._run = compiled_layers(self._head.weight_tiles.bits, host_shape())
 
     def _describe(self, layer: Any) -> list[int]:
-        attention, mlp = layer.self_attn, layer.mlp
         fields = []
-        for parts in (
-            (attention.q_proj, attention.k_proj, attention.v_proj),
-            (attention.o_proj,),
-            (mlp.gate_proj, mlp.up_proj),
-            (mlp.down_proj,),
-        ):
-            fields += [_join(parts).data_ptr(), self._keep(torch.cat([part.bias_values for part in parts]))]
+        for parts in products_of(layer):
+            fields += [join_tiles(parts).data_ptr(), self._keep(torch.cat([part.bias_values for part in parts]))]
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
             fields.append(self._keep(norm.weight.detach().float().contiguous()))
         assert len(fields) == FIELDS
@@ -112,18 +101,40 @@ class LlamaStep:
         self._run(configure_threads(), plan, pages, self._weights, hidden, scratch, angles)
 
     def _angles(self, longest: int) -> Angles:
-        self._rotary.reserve(longest)
-        cosines, sines = self._rotary.tables(torch.empty(0))
-        return Angles(cosines.numpy(), sines.numpy())
+        return angles_of(self._rotary, longest)
 
 
-def find_llama_step(model: Any, attention: object, rotary: Sequence[RotaryTable]) -> LlamaStep | None:
+def angles_of(rotary: RotaryTable, longest: int) -> Angles:
+    """The tables of a rotary embedding for contexts of up to ``longest`` tokens."""
+    rotary.reserve(longest)
+    cosines, sines = rotary.tables(torch.empty(0))
+    return Angles(cosines.numpy(), sines.numpy())
+
+
+def find_llama_step(
+    model: Any, attention: object, rotary: Sequence[RotaryTable]
+) -> Callable[[StepBatch], torch.Tensor] | None:
     """The compiled step of a model whose structure it fits, else None."""
     if not isinstance(attention, CpuPagedAttention) or not attention.is_uniform or len(rotary) != 1:
         return None
     if not is_llama_like(model) or model.get_output_embeddings().weight_tiles.dtype != attention.dtype:
         return None
-    return LlamaStep(model, attention, rotary[0])
+    if isinstance(model.get_output_embeddings().weight_tiles, FloatWeight):
+        return LlamaStep(model, attention, rotary[0])
+    from helix_gateway.runtime.cpu.quantised_llama import QuantisedLlamaStep, is_quantised_alike
+
+    return QuantisedLlamaStep(model, attention, rotary[0]) if is_quantised_alike(model) else None
+
+
+def products_of(layer: Any) -> tuple[tuple[PackedLinear, ...], ...]:
+    """The linear layers of a Llama's layer, those that share an input together, in the order in which they compute."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return (
+        (attention.q_proj, attention.k_proj, attention.v_proj),
+        (attention.o_proj,),
+        (mlp.gate_proj, mlp.up_proj),
+        (mlp.down_proj,),
+    )
 
 
 def is_llama_like(model: Any) -> bool:
@@ -206,7 +217,7 @@ def _is_silu(activation: Any) -> bool:
     return torch.equal(activation(x), nn.functional.silu(x))
 
 
-def _join(parts: Sequence[PackedLinear]) -> torch.Tensor:
+def join_tiles(parts: Sequence[PackedLinear]) -> torch.Tensor:
     """Tiles of several products one after another; each part goes on as a view of them, so nothing is held twice."""
     weights: list[PackedWeight] = [part.weight_tiles for part in parts]
     if len(weights) == 1:

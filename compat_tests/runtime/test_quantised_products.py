@@ -1,0 +1,216 @@
+"""Quantised products: the very numbers of a file, exact integer sums in every instruction set, rows that are their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from numba import njit
+
+from helix_gateway.runtime.cpu.dot_products import usable_dot_products
+from helix_gateway.runtime.cpu.quantised_kernels import (
+    INT4,
+    INT8,
+    group_bytes,
+    multiply_quantised_tile,
+)
+from helix_gateway.runtime.cpu.quantised_products import quantise_rows
+from helix_gateway.runtime.cpu.quantised_rows import num_groups, record_bytes
+from helix_gateway.runtime.cpu.quantised_weights import Int4Weight, Int8Weight
+
+FORMATS = [Int8Weight, Int4Weight]
+SHAPES = [(1, 1), (31, 7), (32, 32), (33, 64), (65, 129), (192, 576), (96, 1536)]
+"""(channels, inputs): tiles and groups whole and broken."""
+BLOCK_BYTES = {
+    gguf.GGMLQuantizationType.Q4_0: 18,
+    gguf.GGMLQuantizationType.Q4_1: 20,
+    gguf.GGMLQuantizationType.Q8_0: 34,
+}
+
+
+def random_matrix(rows, inputs, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal((rows, inputs), dtype=np.float32))
+
+
+def rounded(x):
+    """Rows as int8 in groups of 32 with a scale each, in torch, by the definition; float64, as far as it is exact."""
+    inputs = x.shape[1]
+    groups = torch.nn.functional.pad(x, (0, -inputs % 32)).view(len(x), -1, 32)
+    top = groups.abs().amax(2, keepdim=True)
+    top = torch.where(top > 1e-30, top, 127.0)
+    steps = torch.round(groups * (torch.tensor(127.0) / top))
+    return (steps.double() * (top / 127).double()).view(len(x), -1)[:, :inputs]
+
+
+def size_of(weight):
+    """Magnitudes that the products go through: a minimum and what is added to it may be larger than a weight."""
+    matrix = weight.unpacked().double().abs()
+    return matrix if weight.format == INT8 else matrix + 2 * matrix.amax()
+
+
+def assert_is_the_product(got, weight, x, bias):
+    """Within what float32 sums over groups may lose."""
+    activations, matrix = rounded(x), weight.unpacked().double()
+    exact = activations @ matrix.T + bias.double()
+    size = activations.abs() @ size_of(weight).T + bias.double().abs()
+    bound = size * torch.finfo(torch.float32).eps * (2 * weight.groups + 4)
+    assert ((got.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_product_is_that_of_the_rounded_row_and_the_unpacked_matrix(kind, shape):
+    weight = kind.from_float(random_matrix(*shape))
+    bias = torch.linspace(-1, 1, shape[0])
+    for rows in (1, 2, 5, 12, 13, 40):
+        x = random_matrix(rows, shape[1], seed=rows)
+        assert_is_the_product(weight.multiply(x, weight.padded_bias(bias)), weight, x, bias)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_row_has_the_same_bits_in_every_batch(kind):
+    weight = kind.from_float(random_matrix(96, 640))
+    bias, x = weight.padded_bias(None), random_matrix(64, 640, seed=1)
+    alone = torch.cat([weight.multiply(row[None], bias) for row in x])
+    dice = np.random.default_rng(2)
+    for rows in range(1, 65):
+        chosen = torch.from_numpy(dice.permutation(64)[:rows])
+        assert torch.equal(weight.multiply(x[chosen], bias), alone[chosen])
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_zero_tiny_and_no_rows(kind):
+    weight = kind.from_float(random_matrix(40, 70))
+    bias = weight.padded_bias(torch.arange(40.0))
+    assert weight.multiply(torch.zeros(0, 70), bias).shape == (0, 40)
+    for x in (torch.zeros(2, 70), torch.full((2, 70), 1e-38)):
+        assert torch.equal(weight.multiply(x, bias), torch.arange(40.0).expand(2, 40))
+
+
+@pytest.mark.parametrize(
+    "kind, type_",
+    [
+        (Int4Weight, gguf.GGMLQuantizationType.Q4_0),
+        (Int4Weight, gguf.GGMLQuantizationType.Q4_1),
+        (Int8Weight, gguf.GGMLQuantizationType.Q8_0),
+    ],
+)
+@pytest.mark.parametrize("channels", [5, 64, 100])
+def test_a_files_blocks_keep_their_very_numbers(kind, type_, channels):
+    blocks = gguf.quants.quantize(random_matrix(channels, 96).numpy(), type_)
+    weight = kind.from_blocks(blocks.reshape(channels, 3, BLOCK_BYTES[type_]))
+    assert np.array_equal(weight.unpacked().numpy(), gguf.quants.dequantize(blocks, type_))
+
+
+def test_blocks_of_any_bits_come_through():
+    """Whatever a file may hold: all nibbles, -128, subnormal and negative scales."""
+    dice = np.random.default_rng(3)
+    for kind, size in ((Int4Weight, 20), (Int8Weight, 34)):
+        blocks = dice.integers(0, 256, (40, 2, size), dtype=np.uint8)
+        blocks[..., 1] &= 0xBB  # no infinite scales
+        if size == 20:
+            blocks[..., 3] &= 0xBB
+        type_ = gguf.GGMLQuantizationType.Q4_1 if size == 20 else gguf.GGMLQuantizationType.Q8_0
+        weight = kind.from_blocks(blocks)
+        assert np.array_equal(weight.unpacked().numpy(), gguf.quants.dequantize(blocks.reshape(40, -1), type_))
+        bias, x = torch.zeros(40), random_matrix(3, 64)
+        assert_is_the_product(weight.multiply(x, weight.padded_bias(bias)), weight, x, bias)
+
+
+def test_scales_of_q4_0_beyond_float16_are_refused():
+    blocks = np.zeros((1, 1, 18), np.uint8)
+    blocks[..., :2] = np.array([9000], np.float16).view(np.uint8)
+    with pytest.raises(ValueError, match="8,188"):
+        Int4Weight.from_blocks(blocks)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_embedding_rows_are_the_matrix_rows_and_bad_ids_are_told(kind):
+    weight = kind.from_float(random_matrix(70, 50))
+    ids = torch.tensor([[3, 69], [0, 3]])
+    assert torch.equal(weight.gather(ids), weight.unpacked()[ids])
+    for bad in (-1, 70):
+        with pytest.raises(IndexError):
+            weight.gather(torch.tensor([bad]))
+
+
+def product_with(dot, format_, most):
+    """One tile times some rows in the instructions of one kind, compiled for the test."""
+
+    @njit
+    def multiply(rows, x, stride, tile, groups, bias, out, channels):
+        multiply_quantised_tile(
+            format_, dot, most, rows, x, stride, tile, tile, 0, groups, bias, out, channels, channels
+        )
+
+    return multiply
+
+
+@pytest.mark.parametrize("kind, format_", [(Int8Weight, INT8), (Int4Weight, INT4)])
+def test_every_instruction_set_gives_the_same_bits(kind, format_):
+    """Extreme numbers among them, where sums of 16 bits would saturate."""
+    inputs, rows = 96, 3
+    matrix = random_matrix(32, inputs)
+    matrix[:8] = matrix[:8].sign() * 3
+    weight = kind.from_float(matrix)
+    x = random_matrix(rows, inputs, seed=5)
+    x[1:] = matrix[:2]
+    groups = num_groups(inputs)
+    records = torch.zeros(rows, record_bytes(groups), dtype=torch.uint8)
+    quantise_rows(1, rows, x.data_ptr(), groups, records.data_ptr(), records.shape[1])
+    bias, results = torch.zeros(32), []
+    for dot in usable_dot_products():
+        out = torch.full((rows, 32), float("nan"))
+        multiply = product_with(dot, format_, rows)
+        for count in (1, 2, 3):
+            multiply(
+                count,
+                records.data_ptr(),
+                records.shape[1],
+                weight.tiles.data_ptr(),
+                groups,
+                bias.data_ptr(),
+                out.data_ptr(),
+                32,
+            )
+        results.append(out)
+    assert len(results) >= 2
+    for out in results[1:]:
+        assert torch.equal(out, results[0])
+    assert torch.equal(results[0], weight.multiply(x, bias))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_tile_is_its_groups_and_nothing_else(kind):
+    assert kind(33, 160).tiles.shape == (2, 5 * group_bytes(kind.format))
+
+
+LESSER = {
+    "avx2": ("znver3", "+avx,+avx2,+fma,+f16c,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+bmi,+bmi2,+popcnt"),
+    "nothing": ("generic", ""),
+}
+
+
+@pytest.mark.skipif(len(usable_dot_products()) < 3, reason="the processor is no better than those that are tried")
+@pytest.mark.parametrize("name", sorted(LESSER))
+def test_a_lesser_processor_passes_the_same_tests(name, tmp_path):
+    """numba is told to leave instructions out, so the very kernels that such a machine would run are run."""
+    cpu, features = LESSER[name]
+    environment = {
+        **os.environ,
+        "NUMBA_CPU_NAME": cpu,
+        "NUMBA_CPU_FEATURES": features,
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    chosen = "product_is_that or same_bits_in_every_batch or keep_their_very"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:]
+    probe = "from helix_gateway.runtime.cpu.dot_products import *; print(type(DOT_PRODUCTS[HOST_DOT]).__name__)"
+    told = subprocess.run([sys.executable, "-c", probe], env=environment, cwd=root, capture_output=True, text=True)
+    assert told.stdout.strip() == {"avx2": "Avx2", "nothing": "Portable"}[name]

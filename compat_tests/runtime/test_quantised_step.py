@@ -1,0 +1,235 @@
+"""Quantised models: what they answer beside the float32 model of the same weights, and that a row is its own."""
+
+import copy
+import json
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from compat_tests.runtime.paged import Feeder, random_sequences
+from compat_tests.tiny_models import TINY_MODELS
+from helix_gateway.core.errors import ModelLoadError
+from helix_gateway.runtime.cpu import quantised_llama
+from helix_gateway.runtime.cpu.layers import Angles
+from helix_gateway.runtime.cpu.linear import PackedEmbedding, PackedLinear
+from helix_gateway.runtime.cpu.quantised_llama import QuantisedLlamaStep
+from helix_gateway.runtime.cpu.quantised_weights import Int4Weight, Int8Weight, QuantisedWeight
+from helix_gateway.runtime.cpu.quantising import computing_exactly, quantise_model
+from helix_gateway.runtime.factory import load_runner, resolve_quantisation
+from helix_gateway.runtime.pool import make_runners
+from helix_gateway.runtime.promises import Promises
+from helix_gateway.text.tokenizer import Tokenizer
+
+LLAMA_LIKE = ["llama", "mistral", "qwen2"]
+OTHERS = ["qwen3", "gemma2", "gpt2", "phi3"]
+TOLERANCE = 0.05
+"""What rounding activations to int8 may change, as a share of the logits' spread, in a tiny model."""
+SMOLLM2_TOLERANCE = 0.1
+"""The same for thirty layers, on a text."""
+
+
+def make_runner(name, quantisation="int8", seed=3):
+    _, model = TINY_MODELS[name](seed)
+    model = copy.deepcopy(model)
+    quantise_model(model, quantisation, Promises())
+    (runner,) = make_runners([model], device=torch.device("cpu"), dtype=torch.float32, num_pages=24)
+    return runner
+
+
+def answers(runner, sequences, chunk=64, at_once=8):
+    return Feeder(runner, sequences).run(chunk, at_once)
+
+
+def exact_answers(runner, sequences):
+    """Of transformers' modules, in float32, with the same weights."""
+    compute, runner._compute = runner._compute, runner._through_transformers
+    try:
+        with computing_exactly(runner._model):
+            return answers(runner, sequences)
+    finally:
+        runner._compute = compute
+
+
+def difference(got, wanted):
+    """The size of all differences beside that of what tells one token's logit from another's."""
+    got, wanted = torch.cat(got), torch.cat(wanted)
+    return float((got - wanted).norm() / (wanted - wanted.mean(1, keepdim=True)).norm())
+
+
+@pytest.mark.parametrize("quantisation", ["int8", "int4"])
+@pytest.mark.parametrize("name", LLAMA_LIKE)
+def test_a_llama_like_model_runs_as_one_call_and_answers_what_its_weights_answer(name, quantisation):
+    runner, sequences = make_runner(name, quantisation), random_sequences([45, 17, 1])
+    assert isinstance(runner._compute, QuantisedLlamaStep)
+    assert 0 < difference(answers(runner, sequences), exact_answers(runner, sequences)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_any_other_model_goes_through_its_modules(name):
+    runner, sequences = make_runner(name), random_sequences([45, 17, 1])
+    assert not isinstance(runner._compute, QuantisedLlamaStep)
+    assert any(isinstance(m, PackedLinear) and isinstance(m.weight_tiles, Int8Weight) for m in runner._model.modules())
+    assert 0 < difference(answers(runner, sequences), exact_answers(runner, sequences)) < TOLERANCE
+
+
+@pytest.mark.parametrize("quantisation", ["int8", "int4"])
+@pytest.mark.parametrize("name", LLAMA_LIKE)
+def test_batch_chunk_and_order_change_no_bit(name, quantisation):
+    runner = make_runner(name, quantisation)
+    sequences = random_sequences([37, 5, 64, 1, 20])
+    alone = answers(runner, sequences, chunk=1, at_once=1)
+    for chunk, at_once in ((64, 5), (7, 3), (13, 1), (1, 5)):
+        for got, wanted in zip(answers(runner, sequences, chunk, at_once), alone):
+            assert torch.equal(got, wanted)
+    back = answers(runner, sequences[::-1], 11, 5)[::-1]
+    assert all(torch.equal(got, wanted) for got, wanted in zip(back, alone))
+
+
+def test_any_number_of_rows_up_to_64_changes_no_bit():
+    runner, sequences = make_runner("llama"), random_sequences([2] * 22)
+    alone = answers(runner, sequences, 1, 1)
+    for at_once in range(1, 23):
+        assert all(torch.equal(a, b) for a, b in zip(answers(runner, sequences, 2, at_once), alone))
+    long = random_sequences([64])
+    alone = answers(runner, long, 1, 1)
+    for rows in range(2, 65):
+        assert torch.equal(answers(runner, long, rows, 1)[0], alone[0])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_number_of_threads_changes_no_bit(threads, monkeypatch):
+    """Three where there are two: one thread then takes two turns of the region, one after the other."""
+    runner, sequences = make_runner("llama", "int4"), random_sequences([37, 5, 20])
+    wanted = answers(runner, sequences)
+    plan_threads = runner._pages.attention._works.shape[0]
+    monkeypatch.setattr(quantised_llama, "configure_threads", lambda: threads)
+    works = np.empty((3, runner._pages.attention._works.shape[1]), np.float32)
+    step = runner._pages.attention.step
+
+    def with_works():
+        plan, pages = step()
+        return plan, pages._replace(works=works)
+
+    monkeypatch.setattr(runner._pages.attention, "step", with_works)
+    assert plan_threads >= 1
+    assert all(torch.equal(got, same) for got, same in zip(answers(runner, sequences), wanted))
+
+
+def test_rows_may_be_wanted_twice_or_not_at_all():
+    runner, sequences = make_runner("llama"), random_sequences([9])
+    feeder = Feeder(runner, sequences)
+    batch = feeder.batch([(0, 0, 9)])
+    whole = runner.forward(batch)
+    some = type(batch)(
+        batch.token_ids,
+        batch.positions,
+        batch.cu_seqlens,
+        batch.context_lens,
+        batch.block_tables,
+        np.array([8, 2, 8], np.int32),
+    )
+    assert torch.equal(runner.forward(some), whole[[8, 2, 8]])
+    none = type(batch)(
+        batch.token_ids,
+        batch.positions,
+        batch.cu_seqlens,
+        batch.context_lens,
+        batch.block_tables,
+        np.zeros(0, np.int32),
+    )
+    assert runner.forward(none).shape == (0, 256)
+
+
+def test_a_step_that_is_wrong_gives_way_to_the_modules(monkeypatch):
+    right = QuantisedLlamaStep.__call__
+    monkeypatch.setattr(QuantisedLlamaStep, "__call__", lambda self, batch: right(self, batch).flip(0))
+    runner, sequences = make_runner("llama"), random_sequences([45])
+    assert not isinstance(runner._compute, QuantisedLlamaStep)
+    assert difference(answers(runner, sequences), exact_answers(runner, sequences)) < TOLERANCE
+
+
+@pytest.mark.parametrize("first_wrong", [17, 400])
+def test_a_step_that_is_wrong_at_far_positions_only_gives_way_too(monkeypatch, first_wrong):
+    right = QuantisedLlamaStep._angles
+
+    def wrong(self, longest):
+        cosines, sines = right(self, longest)
+        cosines = cosines.copy()
+        cosines[first_wrong:] = 1
+        return Angles(cosines, sines)
+
+    monkeypatch.setattr(QuantisedLlamaStep, "_angles", wrong)
+    assert not isinstance(make_runner("llama")._compute, QuantisedLlamaStep)
+
+
+def test_products_that_are_wrong_give_way_to_float32(monkeypatch):
+    right = QuantisedWeight.multiply
+    monkeypatch.setattr(QuantisedLlamaStep, "__call__", lambda self, batch: 1 / 0)
+    monkeypatch.setattr(QuantisedWeight, "multiply", lambda self, x, bias: right(self, x, bias).flip(0))
+    runner = make_runner("llama")
+    assert not any(
+        isinstance(m.weight_tiles, QuantisedWeight)
+        for m in runner._model.modules()
+        if isinstance(m, PackedLinear | PackedEmbedding)
+    )
+    monkeypatch.undo()
+    sequences = random_sequences([45])
+    wanted = exact_answers(make_runner("llama"), sequences)
+    assert difference(answers(runner, sequences), wanted) < 1e-4
+
+
+def test_joined_products_hold_no_weight_twice():
+    attention = make_runner("llama")._model.base_model.layers[0].self_attn
+    tiles = [part.weight_tiles.tiles for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tiles}) == 1
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_path):
+    return load_runner(smollm2_path, device="cpu", quantization="auto", max_tokens_in_use=4096).runner
+
+
+def test_the_shipped_model_keeps_its_files_numbers_and_no_others(smollm2, smollm2_path):
+    reader = gguf.GGUFReader(smollm2_path)
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    layer = smollm2._model.base_model.layers[7]
+    for name, part, kind in (
+        ("blk.7.ffn_down.weight", layer.mlp.down_proj, Int4Weight),
+        ("blk.7.attn_v.weight", layer.self_attn.v_proj, Int4Weight),
+        ("token_embd.weight", smollm2._model.lm_head, Int8Weight),
+    ):
+        tensor = stored[name]
+        exact = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        assert type(part.weight_tiles) is kind
+        assert np.array_equal(part.weight_tiles.unpacked().numpy(), exact)
+    assert smollm2._model.base_model.embed_tokens.weight_tiles is smollm2._model.lm_head.weight_tiles
+
+
+def test_the_shipped_model_answers_what_its_weights_answer(smollm2, smollm2_path):
+    assert isinstance(smollm2._compute, QuantisedLlamaStep)
+    sequences = [np.array(Tokenizer.load(smollm2_path).encode(json.JSONDecoder.__doc__), np.int32)[:120]]
+    got, wanted = answers(smollm2, sequences), exact_answers(smollm2, sequences)
+    assert difference(got, wanted) < SMOLLM2_TOLERANCE
+    same = (got[0].argmax(1) == wanted[0].argmax(1)).float().mean()
+    assert same > 0.9
+
+
+def test_batch_and_chunk_change_no_bit_of_the_shipped_model(smollm2):
+    sequences = random_sequences([40, 9, 1, 23], vocab_size=49_000)
+    alone = answers(smollm2, sequences, 1, 1)
+    for chunk, at_once in ((64, 4), (7, 3)):
+        assert all(torch.equal(a, b) for a, b in zip(answers(smollm2, sequences, chunk, at_once), alone))
+
+
+def test_what_is_asked_for_where_it_cannot_be_had_is_refused():
+    cpu, other = torch.device("cpu"), torch.device("mps")
+    assert resolve_quantisation(cpu, "auto", "auto") == "file"
+    assert resolve_quantisation(cpu, "float32", "auto") is None
+    assert resolve_quantisation(other, "auto", "auto") is None
+    assert resolve_quantisation(cpu, "float32", "int4") == "int4"
+    with pytest.raises(ModelLoadError, match="is for CPUs"):
+        resolve_quantisation(other, "auto", "int8")
+    with pytest.raises(ModelLoadError, match="bfloat16"):
+        resolve_quantisation(cpu, "bfloat16", "int8")

@@ -1,0 +1,215 @@
+"""Sums of four products of bytes in every lane, exact, in the instructions that a processor has.
+
+A lane of weights holds four unsigned bytes, a lane of activations the same four signed bytes everywhere, and what comes
+out is one int32 a lane.  Weights of eight bits are stored as ``w + 128`` and must come out as if they were signed; small
+ones (0 to 15) are what they are.  Activations lie in -127 .. 127.  All sums are exact, so which instructions made them
+cannot be seen in the result.  Knows nothing about tiles, scales or groups.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from llvmlite import ir
+
+from helix_gateway.runtime.cpu.emitter import I8, I16, I32, I32S, LANES, Emitter, call, constant
+from helix_gateway.runtime.cpu.instruction_sets import target_features
+
+_HALF = LANES // 2
+_I32_HALF = ir.VectorType(I32, _HALF)
+_I16_HALF = ir.VectorType(I16, 2 * _HALF)
+_I8_HALF = ir.VectorType(I8, 4 * _HALF)
+_OFFSET = 128
+
+
+class DotProducts(ABC):
+    """How one instruction set does it; values of Python are written into the code, values of LLVM are computed by it."""
+
+    registers: ClassVar[int]
+    """Vectors of 16 lanes that fit the registers."""
+
+    @abstractmethod
+    def signed_start(self, emitter: Emitter, total: ir.Value) -> ir.Value:
+        """What a sum over eight-bit weights begins with; total: int32, the sum of all its activations."""
+
+    @abstractmethod
+    def signed_weights(self, emitter: Emitter, stored: ir.Value) -> Any:
+        """Sixteen lanes of eight-bit weights, made ready for `add_signed`."""
+
+    @abstractmethod
+    def add_signed(self, emitter: Emitter, sums: ir.Value, weights: Any, x: ir.Value) -> ir.Value:
+        """``sums`` and the products of four inputs; x: an int32 of four signed bytes."""
+
+    @abstractmethod
+    def small_start(self) -> ir.Value:
+        """What a sum over small weights begins with."""
+
+    @abstractmethod
+    def add_small(self, emitter: Emitter, sums: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
+        """Like `add_signed` for unsigned weights up to 15, at most eight times after one start."""
+
+    @abstractmethod
+    def small_sums(self, emitter: Emitter, sums: ir.Value) -> ir.Value:
+        """What `add_small` has summed up, as int32."""
+
+
+class _Offset(DotProducts):
+    """Takes unsigned weights as they are stored, so that 128 times the activations' sum is too much."""
+
+    def signed_start(self, emitter: Emitter, total: ir.Value) -> ir.Value:
+        """See `DotProducts`."""
+        return emitter.splat(emitter.builder.mul(total, ir.Constant(I32, -_OFFSET)))
+
+    def signed_weights(self, emitter: Emitter, stored: ir.Value) -> ir.Value:
+        """See `DotProducts`."""
+        return stored
+
+    def small_start(self) -> ir.Value:
+        """See `DotProducts`."""
+        return constant(I32S, 0)
+
+    def add_small(self, emitter: Emitter, sums: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
+        """See `DotProducts`."""
+        return self.add_signed(emitter, sums, weights, x)
+
+    def small_sums(self, emitter: Emitter, sums: ir.Value) -> ir.Value:
+        """See `DotProducts`."""
+        return sums
+
+
+class Avx512Vnni(_Offset):
+    """``vpdpbusd`` on 512 bits; its activations come from memory, spread by the same instruction."""
+
+    registers = 32
+
+    def add_signed(self, emitter: Emitter, sums: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
+        """See `DotProducts`."""
+        return call(emitter.builder, "llvm.x86.avx512.vpdpbusd.512", I32S, sums, weights, emitter.splat(x))
+
+
+class AvxVnni(_Offset):
+    """``vpdpbusd`` on 256 bits."""
+
+    registers = 8
+
+    def add_signed(self, emitter: Emitter, sums: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
+        """See `DotProducts`."""
+        spread = emitter.splat(x)
+        halves = [
+            call(emitter.builder, "llvm.x86.avx512.vpdpbusd.256", _I32_HALF, *(_half(emitter, v, n) for v in operands))
+            for n, operands in enumerate([(sums, weights, spread)] * 2)
+        ]
+        return _joined(emitter, halves)
+
+
+class Avx2(DotProducts):
+    """``pmaddubsw`` and ``pmaddwd``, whose sums of two products must fit 16 bits.
+
+    Two products of an unsigned and a signed byte may not (255 × 127 × 2 is too much), so eight-bit weights give their
+    signs to the activations: 128 × 127 × 2 fits.  Sixteen products of small weights fit too (15 × 127 × 16), so a whole
+    group of 32 inputs is summed in 16 bits.
+    """
+
+    registers = 8
+
+    def signed_start(self, emitter: Emitter, total: ir.Value) -> ir.Value:
+        """See `DotProducts`."""
+        return constant(I32S, 0)
+
+    def signed_weights(self, emitter: Emitter, stored: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
+        """See `DotProducts`."""
+        builder, halves = emitter.builder, []
+        signed = builder.xor(stored, constant(I32S, 0x80808080))
+        for number in range(2):
+            weights = builder.bitcast(_half(emitter, signed, number), _I8_HALF)
+            keep_least = ir.Constant(ir.IntType(1), 0)  # |-128| is 128, unsigned
+            halves.append((call(builder, "llvm.abs.v32i8", _I8_HALF, weights, keep_least), weights))
+        return halves
+
+    def add_signed(self, emitter: Emitter, sums: ir.Value, weights: Any, x: ir.Value) -> ir.Value:
+        """See `DotProducts`."""
+        builder = emitter.builder
+        spread = builder.bitcast(_half(emitter, emitter.splat(x), 0), _I8_HALF)
+        halves = []
+        for number, (size, sign) in enumerate(weights):
+            signed = call(builder, "llvm.x86.avx2.psign.b", _I8_HALF, spread, sign)
+            pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", _I16_HALF, size, signed)
+            halves.append(builder.add(_half(emitter, sums, number), _pair_sums(emitter, pairs)))
+        return _joined(emitter, halves)
+
+    def small_start(self) -> ir.Value:
+        """See `DotProducts`."""
+        return ir.Constant(ir.VectorType(I16, 2 * LANES), [0] * (2 * LANES))
+
+    def add_small(self, emitter: Emitter, sums: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
+        """See `DotProducts`."""
+        builder = emitter.builder
+        spread = builder.bitcast(_half(emitter, emitter.splat(x), 0), _I8_HALF)
+        halves = [
+            call(
+                builder,
+                "llvm.x86.avx2.pmadd.ub.sw",
+                _I16_HALF,
+                builder.bitcast(_half(emitter, weights, number), _I8_HALF),
+                spread,
+            )
+            for number in range(2)
+        ]
+        return builder.add(sums, _joined(emitter, halves))
+
+    def small_sums(self, emitter: Emitter, sums: ir.Value) -> ir.Value:
+        """See `DotProducts`."""
+        return _joined(emitter, [_pair_sums(emitter, _half(emitter, sums, number)) for number in range(2)])
+
+
+class Portable(_Offset):
+    """Shifts, products and sums of 32 bits, which every processor has in some width."""
+
+    registers = 8
+
+    def add_signed(self, emitter: Emitter, sums: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
+        """See `DotProducts`."""
+        builder = emitter.builder
+        for byte in range(4):
+            shift = constant(I32S, 8 * byte)
+            weight = builder.and_(builder.lshr(weights, shift), constant(I32S, 0xFF))
+            signed = builder.ashr(builder.shl(x, ir.Constant(I32, 24 - 8 * byte)), ir.Constant(I32, 24))
+            sums = builder.add(sums, builder.mul(weight, emitter.splat(signed)))
+        return sums
+
+
+def _half(emitter: Emitter, vector: ir.Value, number: int) -> ir.Value:
+    """The lower or upper half of a vector's elements."""
+    size = vector.type.count // 2
+    picks = ir.Constant(ir.VectorType(I32, size), list(range(number * size, (number + 1) * size)))
+    return emitter.builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), picks)
+
+
+def _joined(emitter: Emitter, halves: list[ir.Value]) -> ir.Value:
+    size = 2 * halves[0].type.count
+    return emitter.builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(I32, size), list(range(size))))
+
+
+def _pair_sums(emitter: Emitter, pairs: ir.Value) -> ir.Value:
+    """Sums of neighbours of 16 int16, as 8 int32."""
+    ones = ir.Constant(_I16_HALF, [1] * (2 * _HALF))
+    return call(emitter.builder, "llvm.x86.avx2.pmadd.wd", _I32_HALF, pairs, ones)
+
+
+DOT_PRODUCTS: tuple[DotProducts, ...] = (Avx512Vnni(), AvxVnni(), Avx2(), Portable())
+"""Best first."""
+_NEEDED = (
+    ({"avx512f", "avx512vnni"},),
+    ({"avx2", "avxvnni"}, {"avx512vl", "avx512vnni"}),
+    ({"avx2"},),
+    (set[str](),),
+)
+
+
+def usable_dot_products() -> list[int]:
+    """Places in `DOT_PRODUCTS` of those that the processor can run, best first."""
+    features = target_features()
+    return [place for place, choices in enumerate(_NEEDED) if any(needed <= features for needed in choices)]
+
+
+HOST_DOT = usable_dot_products()[0]
+"""The place of the best one; an integer, since numba knows cached code by such."""

@@ -1,0 +1,146 @@
+"""A Llama-like model's quantised weights and a step's memory, handed to `quantised_step.py` as it wants them.
+
+Which models are Llama-like, `llama.py` says.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from helix_gateway.core.step import StepBatch
+from helix_gateway.runtime.cpu.attention import CpuPagedAttention
+from helix_gateway.runtime.cpu.layers import Angles
+from helix_gateway.runtime.cpu.linear import PackedEmbedding, PackedLinear
+from helix_gateway.runtime.cpu.llama import angles_of, join_tiles, products_of
+from helix_gateway.runtime.cpu.quantised_products import tile_kernel
+from helix_gateway.runtime.cpu.quantised_rows import num_groups, record_bytes
+from helix_gateway.runtime.cpu.quantised_step import (
+    FIELDS,
+    LAYER_STAGES,
+    MATRIX_FIELDS,
+    Model,
+    Rows,
+    Scratch,
+    run_step,
+)
+from helix_gateway.runtime.cpu.quantised_weights import QuantisedWeight
+from helix_gateway.runtime.cpu.threads import configure_threads
+from helix_gateway.runtime.cpu.work_sharing import new_counts
+from helix_gateway.runtime.heap import return_freed_blocks
+from helix_gateway.runtime.pages import Int64s
+from helix_gateway.runtime.rotary import RotaryTable
+
+
+def is_quantised_alike(model: Any) -> bool:
+    """Whether a Llama-like model's matrices are all quantised, and those that are joined in one format."""
+    parts = [part for layer in model.base_model.layers for part in products_of(layer)]
+    joined = [[part.weight_tiles for part in together] for together in (*parts, (model.get_output_embeddings(),))]
+    alike = all(isinstance(weight, QuantisedWeight) for weights in joined for weight in weights)
+    return (
+        alike
+        and all(len({type(weight) for weight in weights}) == 1 for weights in joined)
+        and isinstance(model.base_model.embed_tokens, PackedEmbedding)
+    )
+
+
+class QuantisedLlamaStep:
+    """The forward of a quantised Llama-like model over the pages of its attention.
+
+    Args:
+        model: a transformers ``ForCausalLM`` that is Llama-like and quantised; its layers' weights are joined in place.
+        attention: the runner's, over pages of float32.
+        rotary: the table that the model's rotary embedding has become.
+    """
+
+    def __init__(self, model: Any, attention: CpuPagedAttention, rotary: RotaryTable) -> None:
+        base, head = model.base_model, model.get_output_embeddings()
+        self._attention = attention
+        self._rotary = rotary
+        self._kept: list[torch.Tensor] = []
+        """Memory that the compiled step knows by address only."""
+        layers = np.array([self._describe(layer) for layer in base.layers], np.int64)
+        return_freed_blocks()
+        last = np.zeros(FIELDS, np.int64)
+        last[:MATRIX_FIELDS] = self._matrix((head,))
+        last[4 * MATRIX_FIELDS] = self._keep(base.norm.weight.detach().float().contiguous())
+        embedding = np.array([*base.embed_tokens.weight_tiles.operand, 0], np.int64)
+        scaling, eps = float(base.layers[0].self_attn.scaling), np.float32(base.norm.variance_epsilon)
+        self._model = Model(layers, embedding, last, tile_kernel(), scaling, eps)
+        self._memory = _Memory(base.layers[0], head)
+
+    def _describe(self, layer: Any) -> list[int]:
+        fields = [number for parts in products_of(layer) for number in self._matrix(parts)]
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            fields.append(self._keep(norm.weight.detach().float().contiguous()))
+        assert len(fields) == FIELDS
+        return fields
+
+    def _matrix(self, parts: tuple[PackedLinear, ...]) -> list[int]:
+        """The fields of a matrix, that of some linear layers joined."""
+        tiles = self._kept_tensor(join_tiles(parts))
+        kind, _, tile_bytes, groups, _ = parts[0].weight_tiles.operand  # type: ignore[attr-defined]
+        bias = self._keep(torch.cat([part.bias_values for part in parts]))
+        return [kind, tiles.data_ptr(), tile_bytes, groups, sum(part.out_features for part in parts), bias]
+
+    def _keep(self, tensor: torch.Tensor) -> int:
+        return self._kept_tensor(tensor).data_ptr()
+
+    def _kept_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._kept.append(tensor)
+        return tensor
+
+    def __call__(self, batch: StepBatch) -> torch.Tensor:
+        """Logits [num_rows, vocab_size] of ``batch.logits_rows``, float32."""
+        plan, pages = self._attention.step()
+        threads = configure_threads()
+        rows = Rows(np.ascontiguousarray(batch.token_ids), np.ascontiguousarray(batch.logits_rows))
+        logits = torch.empty(len(rows.wanted), self._memory.vocab_size)
+        scratch = self._memory.scratch(len(rows.tokens), len(self._model.layers), threads, logits)
+        angles = self._angles(int(batch.context_lens.max()))
+        run_step(threads, self._model, plan, pages, rows, scratch, angles)
+        return logits
+
+    def _angles(self, longest: int) -> Angles:
+        return angles_of(self._rotary, longest)
+
+
+class _Memory:
+    """The scratch of a model's steps, kept from step to step and made anew only for more rows than ever before."""
+
+    def __init__(self, layer: Any, head: PackedLinear) -> None:
+        qkv, out, gate_up, down = products_of(layer)
+        self._width = out[0].out_features
+        self._attended = out[0].in_features
+        self._most = max(sum(part.out_features for part in parts) for parts in (qkv, out, gate_up))
+        self._record_bytes = record_bytes(num_groups(max(self._width, self._attended, down[0].in_features)))
+        self.vocab_size = head.out_features
+        self._rows = 0
+        self._counts: Int64s = np.zeros((0, 0, 0), np.int64)
+
+    def scratch(self, rows: int, num_layers: int, threads: int, logits: torch.Tensor) -> Scratch:
+        """Memory for so many rows, its counts zero."""
+        if rows > self._rows:
+            self._rows = rows
+            self._hidden, self._change = (_aligned(rows, self._width) for _ in range(2))
+            self._product = _aligned(rows, self._most)
+            self._attended_rows = _aligned(rows, self._attended)
+            self._records = torch.empty(rows, self._record_bytes, dtype=torch.uint8)
+        if self._counts.shape[1] != threads + 1:
+            self._counts = new_counts(num_layers * LAYER_STAGES + 2, threads)
+        self._counts[:] = 0
+        return Scratch(
+            self._hidden,
+            self._change,
+            self._product,
+            self._attended_rows,
+            self._records.data_ptr(),
+            self._record_bytes,
+            logits.numpy(),
+            self._counts,
+        )
+
+
+def _aligned(rows: int, width: int) -> "np.ndarray[tuple[int, int], np.dtype[np.float32]]":
+    """float32 [rows, width] at the start of a cache line, as torch gives it."""
+    return torch.empty(rows, width).numpy()

@@ -1,0 +1,239 @@
+"""A whole step of a Llama-like model over quantised weights, from token ids to logits, in one parallel region.
+
+The residual stream, attention and all sums are float32; what goes into a product is rounded to int8, row by row, so a
+row's bits depend on its own sequence alone.  A step is a row of stages (`NORM_QKV` to `DOWN` for each layer, then
+`NORM_HEAD` and `HEAD`), a stage some items (rows, tiles of a product, items of attention), and `_do_items` says what each
+is; how threads share them out is `work_sharing.py`'s affair.  Nothing is allocated on the way.  Which models this fits is
+`llama.py`'s affair.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import carray, njit, prange
+
+from helix_gateway.core.step import Float32s, Int32s
+from helix_gateway.runtime.cpu.attention import NO_SOFTCAP
+from helix_gateway.runtime.cpu.attention_items import KEY_DIM, attend_item
+from helix_gateway.runtime.cpu.emitter import F32_BYTES
+from helix_gateway.runtime.cpu.layers import gate_row, place_rows
+from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS, float32s_at
+from helix_gateway.runtime.cpu.quantised_kernels import GROUP_INPUTS
+from helix_gateway.runtime.cpu.quantised_products import multiply_tiles, read_row
+from helix_gateway.runtime.cpu.quantised_rows import quantise_normed_row, quantise_row, sum_rows
+from helix_gateway.runtime.cpu.work_sharing import finish_stage, take_share
+from helix_gateway.runtime.pages import Int64s
+
+NORM_QKV, QKV, PLACE, ATTEND, QUANTISE, OUT, NORM_GATE, GATE_UP, GATE, DOWN = range(10)
+"""The stages of a layer, in their order."""
+NORM_HEAD, HEAD = range(10, 12)
+"""The stages after the last layer."""
+LAYER_STAGES = 10
+
+MATRIX_FIELDS = 6
+"""What describes a matrix: format, address of its tiles, bytes of a tile, groups, channels, address of its bias."""
+FIELDS = 4 * MATRIX_FIELDS + 2
+"""What describes a layer: its four matrices in their order, then the addresses of the weights of its two norms."""
+_NORMS = 4 * MATRIX_FIELDS
+_GROUPS, _CHANNELS, _BIAS = 3, 4, 5
+
+# Shares of a stage for each thread: enough to even out what a thread loses to others, few enough to cost nothing.
+_SHARES_A_THREAD = 4
+
+
+class Model(NamedTuple):
+    """What stays the same from step to step."""
+
+    layers: Int64s
+    """[num_layers, FIELDS]"""
+    embedding: Int64s
+    """[MATRIX_FIELDS], its bias of no meaning."""
+    head: Int64s
+    """[FIELDS], of which the first matrix and the first norm are its own."""
+    kernel: int
+    """`quantised_products.tile_kernel`."""
+    scaling: float
+    """Factor of attention's scores."""
+    eps: np.float32
+    """Of the norms."""
+
+
+class Rows(NamedTuple):
+    """What a step computes."""
+
+    tokens: Int32s
+    """[rows], ids."""
+    wanted: Int32s
+    """Rows whose logits are wanted."""
+
+
+class Scratch(NamedTuple):
+    """Memory of a step, [at least its rows, ...]; rows are consecutive."""
+
+    hidden: Float32s
+    """[rows, width], the residual stream."""
+    change: Float32s
+    """[rows, width], what the last product adds to it."""
+    product: Float32s
+    """[rows, the most channels of QKV, gate and up, at least the width]; products leave rows of their own width."""
+    attended: Float32s
+    """[rows, query heads * head dimension]"""
+    records: int
+    """Address of the quantised rows."""
+    record_bytes: int
+    """Bytes from one of them to the next."""
+    logits: Float32s
+    """[wanted rows, channels of the head]"""
+    counts: Int64s
+    """Of `work_sharing.new_counts`."""
+
+
+@njit(cache=True)
+def _count_items(stage, fields, rows, wanted, items):  # type: ignore[no-untyped-def]
+    """How many items a stage has; fields: of its layer."""
+    if stage == ATTEND:
+        return items
+    if stage == NORM_HEAD:
+        return wanted
+    matrix = _matrix_of(stage)
+    if matrix < 0:
+        return rows
+    return (fields[matrix * MATRIX_FIELDS + _CHANNELS] + TILE_CHANNELS - 1) // TILE_CHANNELS
+
+
+@njit(cache=True)
+def _matrix_of(stage):  # type: ignore[no-untyped-def]
+    """Which of the layer's matrices a stage multiplies by; less than 0 where it is another kind of stage."""
+    if stage in (QKV, HEAD):
+        return 0
+    if stage == OUT:
+        return 1
+    if stage == GATE_UP:
+        return 2
+    return 3 if stage == DOWN else -1
+
+
+@njit(cache=True)
+def _norm_row(number, stage, row, model, fields, rows, scratch, record):  # type: ignore[no-untyped-def]
+    """The residual stream of one row brought up to date, and the record of its norm."""
+    hidden, width = scratch.hidden[row], scratch.hidden.shape[1]
+    groups = width // GROUP_INPUTS
+    if stage == NORM_QKV and number == 0:
+        matrix = model.embedding
+        weight = (matrix[0], matrix[1], matrix[2], matrix[_GROUPS], matrix[_CHANNELS])
+        read_row(weight, rows.tokens[row], width, hidden)
+    else:
+        sum_rows(hidden.ctypes.data, scratch.change[row].ctypes.data, hidden.ctypes.data, groups)
+    weights = fields[_NORMS + (1 if stage == NORM_GATE else 0)]
+    quantise_normed_row(hidden.ctypes.data, width, model.eps, weights, record, groups)
+
+
+@njit(cache=True)
+def _norm_wanted_row(place, model, fields, rows, scratch, record):  # type: ignore[no-untyped-def]
+    """The record of the last norm of a row whose logits are wanted."""
+    row, width, out = rows.wanted[place], scratch.hidden.shape[1], scratch.product[place].ctypes.data
+    groups = width // GROUP_INPUTS
+    sum_rows(scratch.hidden[row].ctypes.data, scratch.change[row].ctypes.data, out, groups)
+    quantise_normed_row(out, width, model.eps, fields[_NORMS], record, groups)
+
+
+@njit(cache=True)
+def _gate(kind, row, fields, scratch, record):  # type: ignore[no-untyped-def]
+    """The record of ``silu(gate) * up`` of a row, which is left over the gate."""
+    channels = fields[2 * MATRIX_FIELDS + _CHANNELS]
+    address, count = scratch.product.ctypes.data + row * channels * F32_BYTES, channels // 2
+    gate_row(kind, address, count, carray(float32s_at(address), (count,)))
+    quantise_row(address, record, count // GROUP_INPUTS)
+
+
+@njit(cache=True)
+def _multiply(kernel, stage, first, last, fields, num_rows, scratch):  # type: ignore[no-untyped-def]
+    """Some tiles of a product."""
+    place = _matrix_of(stage) * MATRIX_FIELDS
+    weight = (fields[place], fields[place + 1], fields[place + 2], fields[place + _GROUPS], fields[place + _CHANNELS])
+    if stage == HEAD:
+        out = scratch.logits.ctypes.data
+    elif stage in (OUT, DOWN):
+        out = scratch.change.ctypes.data
+    else:
+        out = scratch.product.ctypes.data
+    multiply_tiles(
+        kernel, first, last, num_rows, scratch.records, scratch.record_bytes, weight, fields[place + _BIAS], out
+    )
+
+
+# What is inlined below would otherwise be compiled several times over, attention with it: numba compiles whatever a
+# function calls into that function once more.
+
+
+@njit(inline="always")
+def _attend(thread, first, last, number, model, plan, pages, fields, scratch):  # type: ignore[no-untyped-def]
+    """Some items of attention."""
+    query = (scratch.product.ctypes.data, fields[_CHANNELS], pages.shape[KEY_DIM])
+    offsets, cap = pages.offsets[number], np.float32(NO_SOFTCAP)
+    for item in range(first, last):
+        attend_item(
+            pages.kind,
+            pages.shape,
+            offsets,
+            plan,
+            item,
+            query,
+            model.scaling,
+            cap,
+            scratch.attended.ctypes.data,
+            pages.works[thread],
+        )
+
+
+@njit(inline="always")
+def _do_items(thread, stage, number, first, last, model, plan, pages, rows, scratch, angles):  # type: ignore[no-untyped-def]
+    """The items first:last of one stage of a layer; the head is the layer after the last."""
+    fields = model.head if number == len(model.layers) else model.layers[number]
+    if stage == ATTEND:
+        _attend(thread, first, last, number, model, plan, pages, fields, scratch)
+    elif stage == PLACE:
+        product, channels = scratch.product.ctypes.data, fields[_CHANNELS]
+        place_rows(pages.kind, first, last, plan, pages, number, product, channels, angles.cosines, angles.sines)
+    elif _matrix_of(stage) >= 0:
+        num_rows = len(rows.wanted) if stage == HEAD else len(rows.tokens)
+        _multiply(model.kernel, stage, first, last, fields, num_rows, scratch)
+    else:
+        for row in range(first, last):
+            record = scratch.records + row * scratch.record_bytes
+            if stage == QUANTISE:
+                attended = scratch.attended
+                quantise_row(attended[row].ctypes.data, record, attended.shape[1] // GROUP_INPUTS)
+            elif stage == GATE:
+                _gate(pages.kind, row, fields, scratch, record)
+            elif stage == NORM_HEAD:
+                _norm_wanted_row(row, model, fields, rows, scratch, record)
+            else:
+                _norm_row(number, stage, row, model, fields, rows, scratch, record)
+
+
+@njit(inline="always")
+def _work(thread, threads, model, plan, pages, rows, scratch, angles):  # type: ignore[no-untyped-def]
+    """One thread's way through all stages."""
+    num_layers = len(model.layers)
+    for turn in range(num_layers * LAYER_STAGES + 2):
+        number = min(turn // LAYER_STAGES, num_layers)
+        stage = turn - number * LAYER_STAGES if number < num_layers else turn - num_layers * LAYER_STAGES + NORM_HEAD
+        fields = model.head if number == num_layers else model.layers[number]
+        items = _count_items(stage, fields, len(rows.tokens), len(rows.wanted), plan.bounds[-1])
+        shares = min(items, threads * _SHARES_A_THREAD) if stage != ATTEND else items
+        done = 0
+        share = take_share(scratch.counts, turn, thread, shares)
+        while share < shares:
+            first, last = items * share // shares, items * (share + 1) // shares
+            _do_items(thread, stage, number, first, last, model, plan, pages, rows, scratch, angles)
+            done += 1
+            share = take_share(scratch.counts, turn, thread, shares)
+        finish_stage(scratch.counts, turn, done, shares)
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def run_step(threads, model, plan, pages, rows, scratch, angles):  # type: ignore[no-untyped-def]
+    """All of a step; the logits are then in the scratch."""
+    for thread in prange(threads):
+        _work(thread, threads, model, plan, pages, rows, scratch, angles)

@@ -1,0 +1,134 @@
+"""Puts quantised matrices in the place of a model's linear layers, their embeddings and its input embedding.
+
+Each matrix is read from the file when its turn comes, so that no more than the quantised weights and one matrix are ever
+in memory.  A GGUF's blocks are taken as they are where that is asked for.  What an output embedding or a table of
+tokens is made of gets eight bits also where layers get four: it is read a row at a time, or decides between tokens.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from helix_gateway.runtime.checkpoints.protocol import Blocks
+from helix_gateway.runtime.cpu.linear import (
+    Holder,
+    PackedEmbedding,
+    PackedLinear,
+    is_holder,
+    matrices,
+    pack_weight,
+    replace_modules,
+    stand_ins,
+)
+from helix_gateway.runtime.cpu.packed import PackedWeight
+from helix_gateway.runtime.cpu.quantised_weights import (
+    Int4Weight,
+    Int8Weight,
+    QuantisedWeight,
+)
+from helix_gateway.runtime.promises import Promises
+
+Quantisation = Literal["file", "int8", "int4"]
+"""``file``: a GGUF's own blocks where there are kernels for them, else ``int8``."""
+
+
+def quantise_model(model: Any, quantisation: Quantisation, promises: Promises) -> None:
+    """Quantise a model's matrices in place; its other parameters stay, and must be float32.
+
+    Args:
+        model: a transformers ``ForCausalLM`` in float32.
+        quantisation: how.
+        promises: the matrices that have not been read yet.
+
+    Raises:
+        ModelLoadError: a matrix cannot be read.
+    """
+    replacements: dict[nn.Module, nn.Module] = {}
+    tokens = model.get_input_embeddings()
+    groups = matrices(model)
+    if is_holder(tokens) and not any(tokens in holders for holders in groups):
+        groups.append([tokens])
+    for holders in groups:
+        weight = _quantised(holders, _kind_for(holders, model, quantisation), promises)
+        replacements.update(stand_ins(holders, weight))
+    replace_modules(model, replacements)
+    promises.fulfil(model)
+
+
+def _kind_for(holders: list[Holder], model: Any, quantisation: Quantisation) -> Quantisation:
+    head = model.get_output_embeddings()
+    is_table = any(module is head or isinstance(module, nn.Embedding) for module in holders)
+    return "int8" if is_table and quantisation == "int4" else quantisation
+
+
+def _quantised(holders: list[Holder], quantisation: Quantisation, promises: Promises) -> QuantisedWeight:
+    parameter = holders[0].weight.detach()
+    stored = promises.stored(parameter)
+    if stored is not None:
+        blocks = stored.blocks() if quantisation == "file" and type(holders[0]) is not Conv1D else None
+        if blocks is not None:
+            return _from_blocks(blocks)
+        parameter = stored.read(None)
+    matrix: torch.Tensor = parameter.T if type(holders[0]) is Conv1D else parameter
+    return (Int4Weight if quantisation == "int4" else Int8Weight).from_float(matrix)
+
+
+def _from_blocks(blocks: Blocks) -> QuantisedWeight:
+    return (Int8Weight if blocks.kind == "Q8_0" else Int4Weight).from_blocks(blocks.numbers)
+
+
+class _Exact(PackedWeight):
+    """The same matrix, its products in float32: unpacked at each use, so slow, and no more than one at a time."""
+
+    dtype = torch.float32
+
+    def __init__(self, weight: PackedWeight) -> None:
+        self._weight = weight
+        self.channels, self.inputs, self.tiles = weight.channels, weight.inputs, weight.tiles
+
+    def unpacked(self) -> torch.Tensor:
+        return self._weight.unpacked()
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.unpacked(), bias[: self.channels])
+
+    def gather(self, ids: torch.Tensor) -> torch.Tensor:
+        return self._weight.gather(ids)
+
+
+def _packed_modules(model: nn.Module) -> list[PackedLinear | PackedEmbedding]:
+    return [module for module in model.modules() if isinstance(module, PackedLinear | PackedEmbedding)]
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether any of a model's matrices is."""
+    return any(isinstance(module.weight_tiles, QuantisedWeight) for module in _packed_modules(model))
+
+
+@contextmanager
+def computing_exactly(model: nn.Module) -> Iterator[None]:
+    """Within it a quantised model's modules round no activations: what is left is the float32 model of its weights."""
+    modules = _packed_modules(model)
+    weights = [module.weight_tiles for module in modules]
+    try:
+        for module, weight in zip(modules, weights, strict=True):
+            module.weight_tiles = _Exact(weight)
+        yield
+    finally:
+        for module, weight in zip(modules, weights, strict=True):
+            module.weight_tiles = weight
+
+
+def dequantise(model: nn.Module) -> None:
+    """Give a quantised model float32 matrices of the same numbers, for good: four times the memory."""
+    packed: dict[PackedWeight, PackedWeight] = {}
+    for module in _packed_modules(model):
+        weight = module.weight_tiles
+        if isinstance(weight, QuantisedWeight):
+            if weight not in packed:
+                packed[weight] = pack_weight(weight.unpacked())
+            module.weight_tiles = packed[weight]
