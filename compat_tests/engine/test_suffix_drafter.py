@@ -89,6 +89,32 @@ def test_asking_about_salts_that_have_no_answers_costs_those_that_have_nothing()
     assert draft(drafter, sequence("second", [9, 21, 22], salt="mine"), 1) == ("store", [23])
 
 
+def test_a_long_prompt_is_indexed_piece_by_piece_and_drafted_from_when_all_of_it_is():
+    drafter, one = SuffixDrafter(), sequence("a", [*range(3000), 17, 18])
+    drafted = [draft(drafter, one, 2)[1] for _ in range(3)]
+    assert drafted == [[], [], [19, 20]]
+    assert max(reader.num_indexed for reader in drafter._readers.values()) == 3002
+
+
+def test_a_long_answer_is_remembered_piece_by_piece():
+    drafter = SuffixDrafter()
+    drafter.retire(sequence("first", [1], range(100, 3100), finish_reason="stop"))
+    asked = [sequence(f"s{i}", [9, 3000, 3001]) for i in range(3)]
+    assert [draft(drafter, one, 1)[1] for one in asked] == [[], [3002], [3002]]
+    across = sequence("t", [9, 100 + 1022, 100 + 1023])
+    assert draft(drafter, across, 2) == ("store", [100 + 1024, 100 + 1025])
+
+
+def test_what_is_indexed_at_a_step_is_bounded_for_all_sequences_together():
+    drafter = SuffixDrafter()
+    crowd = [sequence(f"s{i}", [*range(i, i + 600), i, i + 1]) for i in range(5)]
+    for step in range(1, 6):
+        drafts = drafter.propose(crowd, [1] * 5)
+        indexed = sum(reader.num_indexed for reader in drafter._readers.values())
+        assert indexed <= (1024 + 5 * 32) * step
+    assert [d.token_ids.tolist() for d in drafts] == [[i + 2] for i in range(5)]
+
+
 # ---- predictions
 
 

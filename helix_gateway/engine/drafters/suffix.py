@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from helix_gateway.core.event import FinishReason
-from helix_gateway.engine.drafters.base import DraftTokens
+from helix_gateway.engine.drafters.base import NOTHING, DraftTokens
 from helix_gateway.engine.drafters.output_store import STORE_TOKENS, OutputStores
 from helix_gateway.engine.drafters.prediction import Prediction
 from helix_gateway.engine.drafters.suffix_automaton import Int32s, Match, SuffixAutomaton
@@ -22,6 +22,10 @@ _LOOKED_BACK = 64
 """Tokens from which a reader finds its place in a text that it has not read before."""
 _INDEXED = 16_384
 """Tokens of a prompt that are drafted from, its last: a token takes some 240 bytes."""
+_INDEXED_AT_ONCE = 1024
+"""Tokens that are added to sequences' own indexes at a step, all together: half a millisecond (docs/log.md)."""
+_INDEXED_ALWAYS = 32
+"""The same for each of them, however many there are: who lacks no more than its newest tokens waits for nobody's prompt."""
 _LEARNED_FROM: tuple[FinishReason, ...] = ("stop", "length")
 
 
@@ -38,15 +42,21 @@ class SuffixDrafter:
 
     def propose(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> list[DraftTokens]:
         """See `Drafter`."""
-        return [self._draft(sequence, depth) for sequence, depth in zip(sequences, depths, strict=True)]
+        if self._stores:
+            self._stores.read_some()
+        drafts, room = [], _INDEXED_AT_ONCE
+        for sequence, depth in zip(sequences, depths, strict=True):
+            reader = self._reader(sequence)
+            store = self._stores.generations(sequence.request.cache_salt) if self._stores else ()
+            room -= reader.catch_up(sequence, store, room)
+            drafts.append(reader.best_draft(depth))
+        return drafts
 
-    def _draft(self, sequence: Sequence, depth: int) -> DraftTokens:
+    def _reader(self, sequence: Sequence) -> "_Reader":
         reader = self._readers.get(sequence.key)
         if reader is None:
             reader = self._readers[sequence.key] = _Reader(np.array(sequence.request.prediction_token_ids, np.int32))
-        store = self._stores.generations(sequence.request.cache_salt) if self._stores else ()
-        reader.catch_up(sequence, store)
-        return reader.best_draft(depth)
+        return reader
 
     def retire(self, sequence: Sequence) -> None:
         """See `Drafter`; an answer that came to its end may help later ones."""
@@ -73,18 +83,21 @@ class _Reader:
     prediction: Prediction | None = None
     places: list[_Place] = field(default_factory=list)
     num_read: int = 0
+    num_indexed: int = 0
+    """Tokens that ``own`` has taken, or will never take; fewer than were read while a long prompt is being indexed."""
     _seen: Match = field(default_factory=Match)
     """The longest end of the sequence that stands in it twice."""
 
-    def catch_up(self, sequence: Sequence, store: Ordered[SuffixAutomaton]) -> None:
-        """Read the tokens that have come since the last time."""
+    def catch_up(self, sequence: Sequence, store: Ordered[SuffixAutomaton], room: int) -> int:
+        """Read the tokens that have come since the last time; how many were indexed, about ``room`` at most."""
         new = sequence.token_ids[self.num_read :]
         self._read_prediction(sequence)
         new_ids = np.array(new[-_INDEXED:], np.int32)
-        self._seen = self.own.append(new_ids)
+        num_new = self._index(sequence.token_ids, room)
         self.num_read += len(new)
         if store or self.places:
             self._read_store(sequence, store, new_ids)
+        return num_new
 
     def _read_store(self, sequence: Sequence, store: Ordered[SuffixAutomaton], new_ids: Int32s) -> None:
         known = {id(place.automaton): place for place in self.places}
@@ -97,6 +110,14 @@ class _Reader:
             )
             for automaton in store
         ]
+
+    def _index(self, token_ids: list[int], room: int) -> int:
+        if not self.num_indexed:
+            self.num_indexed = max(0, len(token_ids) - _INDEXED)
+        piece = token_ids[self.num_indexed : self.num_indexed + max(_INDEXED_ALWAYS, room)]
+        self._seen = self.own.append(np.array(piece, np.int32))
+        self.num_indexed += len(piece)
+        return len(piece)
 
     def _read_prediction(self, sequence: Sequence) -> None:
         if not len(self.prediction_token_ids):
@@ -111,7 +132,9 @@ class _Reader:
 
     def best_draft(self, depth: int) -> DraftTokens:
         """Of all sources' drafts the one of which most tokens are expected to be accepted."""
-        drafts = [_written("suffix", self.own, self._seen, depth)]
+        # Where the index ends before the sequence does, what follows there does not follow here.
+        indexed = self.num_indexed == self.num_read
+        drafts = [_written("suffix", self.own, self._seen, depth) if indexed else NOTHING]
         drafts += [_written("store", place.automaton, place.match, depth) for place in self.places]
         if self.prediction is not None:
             token_ids, confidences = np.empty(depth, np.int32), np.empty(depth, np.float32)

@@ -24,7 +24,8 @@ _NOTHING = -1
 
 # Columns of a state.
 _LENGTH, _LINK, _COUNT, _LIKELIEST, _FIRST_TRANSITION = range(5)
-# Columns of a transition; those of a state are chained, and all are found by a hash of state and token.
+# Columns of a transition; those of a state are chained, and all are found by a hash of state and token: its
+# table has their numbers from 1 up, 0 where there is none.
 _FROM, _TOKEN, _TO, _CHAINED = range(4)
 # Sizes.
 _STATES, _TRANSITIONS, _LAST = range(3)
@@ -104,7 +105,8 @@ def _room(num_tokens: int) -> tuple[Int32s, Int32s, Int32s]:
     return (
         np.empty((2 * num_tokens + 2, 5), np.int32),
         np.empty((transitions, 4), np.int32),
-        np.full(table_size, _NOTHING, np.int32),
+        # Zeroed memory comes from the system page by page as it is used: a large store costs nothing when it is made.
+        np.zeros(table_size, np.int32),
     )
 
 
@@ -120,7 +122,7 @@ def _find(transitions, table, state, token):  # type: ignore[no-untyped-def]
     mask = len(table) - 1
     slot = _slot(state, token, mask)
     while True:
-        place = table[slot]
+        place = table[slot] - 1
         if place == _NOTHING or (transitions[place, _FROM] == state and transitions[place, _TOKEN] == token):
             return place
         slot = (slot + 1) & mask
@@ -130,9 +132,9 @@ def _find(transitions, table, state, token):  # type: ignore[no-untyped-def]
 def _enter(transitions, table, place):  # type: ignore[no-untyped-def]
     mask = len(table) - 1
     slot = _slot(transitions[place, _FROM], transitions[place, _TOKEN], mask)
-    while table[slot] != _NOTHING:
+    while table[slot]:
         slot = (slot + 1) & mask
-    table[slot] = place
+    table[slot] = place + 1
 
 
 @numba.njit(cache=True)
