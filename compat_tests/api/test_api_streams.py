@@ -45,6 +45,17 @@ async def test_headers_keep_proxies_from_buffering(gateway, path):
         assert (await response.read()).endswith(b"data: [DONE]\n\n")
 
 
+async def test_the_head_comes_in_one_packet_with_the_first_event(gateway):
+    body = json.dumps(chat_body(stream=True)).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    writer.write(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    packet = await reader.read(65536)
+    writer.close()
+    await writer.wait_closed()
+    assert packet.startswith(b"HTTP/1.1 200")
+    assert b"data: {" in packet
+
+
 async def test_silence_is_broken_by_comments():
     async def script(call):
         await asyncio.sleep(0.25)

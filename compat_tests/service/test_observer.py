@@ -245,6 +245,9 @@ def test_values_taken_at_once_are_counted_as_the_library_counts_them_one_by_one(
     at_once.observe(("me",), ())
     for batch in batches:
         at_once.observe(("me",), batch)
+        for value in batch[:2]:
+            at_once.observe_one(("me",), value)
+            one_by_one.labels("me").observe(value)
         for value in batch:
             one_by_one.labels("me").observe(value)
     (expected,), (found,) = registry.collect(), at_once.collect()

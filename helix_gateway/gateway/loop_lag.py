@@ -27,4 +27,4 @@ async def _watch(app: web.Application) -> None:
     while True:
         due = clock() + _INTERVAL_S
         await asyncio.sleep(_INTERVAL_S)
-        histogram.observe((), (max(0.0, clock() - due),))
+        histogram.observe_one((), max(0.0, clock() - due))

@@ -42,13 +42,19 @@ def one_line(json: bytes) -> bytes:
     return json
 
 
+class _Response(web.StreamResponse):
+    """aiohttp sends a stream's head at once; here an event always follows, and one packet wakes a client once."""
+
+    _send_headers_immediately = False
+
+
 class EventStream:
     """One response that events are written to, kept alive by pings."""
 
     def __init__(self, request: web.Request, time_limit: TimeLimit, ping_interval_s: float) -> None:
         self._request = request
         self._time_limit = time_limit
-        self._response = web.StreamResponse(headers=HEADERS)
+        self._response = _Response(headers=HEADERS)
         self._interval_s = ping_interval_s
         self._clock = asyncio.get_running_loop().time
         self._last_write_s = self._clock()

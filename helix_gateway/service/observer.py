@@ -77,7 +77,7 @@ class EngineObserver:
         self._metrics.histogram(catalogue.INTER_TOKEN_LATENCY).observe(self._labels, np.diff(steps))
 
     def _observe(self, definition: catalogue.Definition, value: float) -> None:
-        self._metrics.histogram(definition).observe(self._labels, (value,))
+        self._metrics.histogram(definition).observe_one(self._labels, value)
 
     def lose(self, num_sequences: int) -> None:
         """Count sequences whose engine died under them."""

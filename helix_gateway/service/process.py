@@ -168,10 +168,9 @@ class _EngineLink:
         waited_s = 0.0
         try:
             # However long it takes: how long a load may take, nobody knows.  But whoever looks at the log shall see.
-            while not await self._arrival(LOADING_TOLD_EVERY_S):
+            while (reply := await self._next(LOADING_TOLD_EVERY_S)) is None:
                 waited_s += LOADING_TOLD_EVERY_S
                 log.info("engine_loading", waited_s=waited_s, **_condition(self.process.pid))
-            reply = await self._next()
         except EngineGone as gone:
             raise ModelLoadError(f"The engine ended while loading the model: {gone}.") from None
         if isinstance(reply, LoadFailed):
@@ -181,23 +180,22 @@ class _EngineLink:
 
     async def reply(self, timeout_s: float) -> Reply:
         """The next reply.  Raises EngineGone."""
-        if not await self._arrival(timeout_s):
+        reply = await self._next(timeout_s)
+        if reply is None:
             raise EngineGone(f"it has said nothing for {timeout_s:.0f} s")
-        return await self._next()
+        return reply
 
-    async def _next(self) -> Reply:
-        return reply_decoder.decode(await self._replies.recv())
-
-    async def _arrival(self, timeout_s: float) -> bool:
-        """Whether there is a reply, or comes one in time.  Raises EngineGone where none will ever come."""
-        if await self._replies.poll(0):
-            return True
-        arrival = asyncio.ensure_future(self._replies.poll())
+    async def _next(self, timeout_s: float) -> Reply | None:
+        """The next reply; None where none comes in time.  Raises EngineGone where none will ever come."""
+        arrival = asyncio.ensure_future(self._replies.recv())
         try:
-            await asyncio.wait({arrival, self._ended}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-            if not arrival.done() and self._ended.done():
+            if not arrival.done():
+                await asyncio.wait({arrival, self._ended}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if arrival.done():
+                return reply_decoder.decode(arrival.result())
+            if self._ended.done():
                 raise EngineGone(_how_it_ended(self._ended.result()))
-            return arrival.done()
+            return None
         finally:
             arrival.cancel()
 

@@ -5,6 +5,7 @@ event loop for tens of milliseconds.
 """
 
 import threading
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -28,6 +29,7 @@ class BulkHistogram(Collector):
     def __init__(self, name: str, documentation: str, labels: Sequence[str], bounds: Sequence[float]) -> None:
         self._name, self._documentation, self._labels = name, documentation, tuple(labels)
         self._bounds = np.array(bounds)
+        self._ascending = list(bounds)
         self._le = [*map(floatToGoString, bounds), "+Inf"]
         self._counts: dict[tuple[str, ...], Counts] = {}
         self._sums: dict[tuple[str, ...], float] = {}
@@ -41,6 +43,15 @@ class BulkHistogram(Collector):
             known = self._counts.get(labels)
             self._counts[labels] = counts if known is None else known + counts
             self._sums[labels] = self._sums.get(labels, 0.0) + float(np.sum(values))
+
+    def observe_one(self, labels: tuple[str, ...], value: float) -> None:
+        """Add one value; a tenth of what many cost."""
+        with self._lock:
+            counts = self._counts.get(labels)
+            if counts is None:
+                counts = self._counts[labels] = np.zeros(len(self._le), dtype=np.int64)
+            counts[bisect_left(self._ascending, value)] += 1
+            self._sums[labels] = self._sums.get(labels, 0.0) + value
 
     def describe(self) -> Iterable[HistogramMetricFamily]:
         """The family without its values, for the registry to see that no name stands twice."""
