@@ -10,8 +10,9 @@ from conftest import Gateway, chat_body, events_of, until
 from fake_service import FakeService
 
 from helix_gateway.gateway.app import create_app
-from helix_gateway.gateway.server import bind, serve
+from helix_gateway.gateway.server import _drain, bind, serve
 from helix_gateway.gateway.settings import GatewaySettings
+from helix_gateway.gateway.state import DRAIN
 
 CHAT = "/v1/chat/completions"
 
@@ -39,6 +40,12 @@ async def serving(service, **settings):
 async def read_stream(gateway):
     async with gateway.post(CHAT, chat_body(stream=True)) as response:
         return events_of(await response.read())
+
+
+async def test_who_asks_on_a_connection_kept_alive_is_sent_elsewhere_though_nothing_is_in_flight():
+    app = create_app(GatewaySettings(port=0), {"tiny": FakeService()})
+    await _drain(app, 1.0)
+    assert app[DRAIN].draining
 
 
 async def test_streams_in_flight_finish_while_new_requests_are_sent_elsewhere(capsys):

@@ -108,6 +108,19 @@ async def test_a_key_with_too_many_requests_at_once_is_refused_until_one_ends():
                 assert response.status == 200
 
 
+async def test_who_asks_too_much_at_once_is_told_what_is_left_of_the_rate():
+    async with running(concurrency_limit=1, rate_limit=9) as gateway:
+        gateway.service.script = forever
+        asking = asyncio.create_task(gateway.answer(CHAT, chat_body()))
+        await until(lambda: gateway.service.open)
+        async with gateway.post(CHAT, chat_body()) as response:
+            assert response.status == 429
+            assert response.headers["x-ratelimit-remaining-requests"] == "8"
+            assert response.headers["Retry-After"]
+        asking.cancel()
+        await until(lambda: not gateway.service.open)
+
+
 async def test_a_full_queue_is_429_with_the_same_headers(gateway):
     async def script(call):
         raise QueueFullError("The queue is full.", retry_after_s=1.5)
@@ -262,6 +275,14 @@ def test_a_file_of_keys_that_is_wrong_is_told_by_line_and_never_by_key(tmp_path,
         KeyRing((), str(path))
     assert str(path) in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+def test_two_keys_never_have_one_name_wherever_they_come_from(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("key-2: secret\n")
+    assert len(KeyRing(["given"], str(path))) == 2
+    with pytest.raises(KeyFileError, match="two keys called key-2"):
+        KeyRing(["given", "too"], str(path))
 
 
 @pytest.mark.parametrize("place", ["missing", "."])

@@ -17,6 +17,7 @@ from server_thread import ServerThread
 
 from helix_gateway.cli.chat.conversation import Conversation, Leave, obey
 from helix_gateway.cli.chat.editor import cleaned
+from helix_gateway.cli.chat.own_server import OwnServer
 from helix_gateway.cli.chat.rendering import MarkdownRenderer, harmless
 from helix_gateway.core.errors import HelixError
 from helix_gateway.service.tiny_model import write_tiny_model
@@ -283,3 +284,9 @@ def test_a_question_without_an_answer_is_forgotten():
     conversation.ask("lost")
     conversation.close_turn("")
     assert conversation.messages == []
+
+
+@pytest.mark.parametrize("asked, passed", [("bfloat16", ["--dtype", "bfloat16"]), (None, [])])
+def test_the_server_of_ones_own_computes_in_the_dtype_that_was_asked_for(asked, passed):
+    arguments = OwnServer("/models/m", "m", asked)._arguments
+    assert [word for word in arguments if word in ("--dtype", "bfloat16")] == passed

@@ -15,8 +15,8 @@ from helix_gateway.cli.main import app
 from helix_gateway.runtime.hardware import Gpu, Hardware, inspect_hardware
 from helix_gateway.service.findings import Finding
 from helix_gateway.service.self_test import SMOLLM2_ANSWER, SMOLLM2_PROMPT, TINY_ANSWER, TINY_PROMPT
+from helix_gateway.service.self_test_process import run_self_test
 from helix_gateway.service.tiny_model import write_tiny_model
-from helix_gateway.service.trial import run_self_test
 
 GB = 10**9
 

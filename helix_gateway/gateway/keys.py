@@ -52,7 +52,11 @@ class KeyRing:
         self._keys = self._all()
 
     def _all(self) -> list[ApiKey]:
-        return self._given + ([] if self._path is None else read_key_file(self._path))
+        if self._path is None:
+            return self._given
+        keys = self._given + read_key_file(self._path)
+        _refuse_twins(self._path, keys)  # one given without a name may be called as one in the file is
+        return keys
 
     def name_of(self, sent: str) -> str | None:
         """Whose key was sent; None: nobody's.  Takes the same time wherever the key differs, and from which."""
@@ -101,5 +105,7 @@ def _refuse_twins(path: str, keys: Iterable[ApiKey]) -> None:
     names: set[str] = set()
     for key in keys:
         if key.name in names:
-            raise KeyFileError(f"The file of keys {path} has two keys called {key.name}.")
+            raise KeyFileError(
+                f"The file of keys {path} has two keys called {key.name}, or one that is called as one given beside it."
+            )
         names.add(key.name)

@@ -197,12 +197,12 @@ class _Stop:
 
 async def _drain(app: web.Application, timeout_s: float) -> None:
     in_flight = app[DRAIN].in_flight
-    if not in_flight:
-        return
-    sys.stderr.write(
-        f"helix: stopping; what is in flight ({in_flight}) has {timeout_s:g} s to finish, a second signal ends it now\n"
-    )
-    sys.stderr.flush()
+    if in_flight:
+        sys.stderr.write(
+            f"helix: stopping; what is in flight ({in_flight}) has {timeout_s:g} s to finish, a second signal ends it now\n"
+        )
+        sys.stderr.flush()
+    # Also with nothing in flight: who asks on a connection kept alive, before it is closed, is sent elsewhere.
     if left := await drain(app, timeout_s):
         sys.stderr.write(f"helix: {left} of {in_flight} did not finish in time and are cut off\n")
 

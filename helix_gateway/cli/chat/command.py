@@ -13,6 +13,7 @@ import typer
 
 from helix_gateway.cli.numbers import finite
 from helix_gateway.core.errors import HelixError
+from helix_gateway.service.settings import DTypeName
 
 if TYPE_CHECKING:
     from helix_gateway.cli.chat.conversation import Conversation
@@ -35,6 +36,10 @@ _BaseUrl = Annotated[
     str | None, typer.Option(help="Talk with the server there, with or without /v1.  [default: start one]")
 ]
 _ApiKey = Annotated[str | None, typer.Option(envvar="HELIX_API_KEY", help="Key that the server there asks for.")]
+_DType = Annotated[
+    DTypeName | None,
+    typer.Option(help="What the weights of the server started here are computed in.  [default: the server's own]"),
+]
 _System = Annotated[str | None, typer.Option(help="The system prompt.")]
 _Temperature = Annotated[
     float | None,
@@ -48,6 +53,7 @@ def chat(
     model: _Model = None,
     base_url: _BaseUrl = None,
     api_key: _ApiKey = None,
+    dtype: _DType = None,
     system: _System = None,
     temperature: _Temperature = None,
     max_tokens: _MaxTokens = None,
@@ -62,7 +68,7 @@ def chat(
         conversation.ask(_piped_prompt())
         answer = _answering_once(conversation)
     try:
-        asyncio.run(_with_server(base_url, api_key, model, answer))
+        asyncio.run(_with_server(base_url, api_key, model, dtype, answer))
     except KeyboardInterrupt:
         raise typer.Exit(_INTERRUPTED) from None
 
@@ -74,19 +80,21 @@ def _piped_prompt() -> str:
     return prompt
 
 
-async def _with_server(base_url: str | None, api_key: str | None, model: str | None, act: "Act") -> None:
+async def _with_server(
+    base_url: str | None, api_key: str | None, model: str | None, dtype: DTypeName | None, act: "Act"
+) -> None:
     from helix_gateway.cli.openai_client import OpenAIClient
 
     async with contextlib.AsyncExitStack() as stack:
         if base_url is None:
-            server = await stack.enter_async_context(_own_server(model))
+            server = await stack.enter_async_context(_own_server(model, dtype))
             base_url, api_key, model = server.url, server.api_key, None
         client = await stack.enter_async_context(OpenAIClient(base_url, api_key))
         await act(client, await client.only_model(model))
 
 
 @contextlib.asynccontextmanager
-async def _own_server(model: str | None) -> "AsyncIterator[OwnServer]":
+async def _own_server(model: str | None, dtype: DTypeName | None) -> "AsyncIterator[OwnServer]":
     """A server for this conversation; its model is fetched first, by this process, which can show how far it is."""
     from rich.console import Console
 
@@ -96,7 +104,7 @@ async def _own_server(model: str | None) -> "AsyncIterator[OwnServer]":
     path, name = resolve(model), served_name(model)
     async with contextlib.AsyncExitStack() as stack:
         with Console(stderr=True).status(f"Loading {name} (the first time kernels are compiled, about a minute)"):
-            server = await stack.enter_async_context(OwnServer(path, name))
+            server = await stack.enter_async_context(OwnServer(path, name, dtype))
         yield server
 
 

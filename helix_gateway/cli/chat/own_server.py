@@ -15,6 +15,7 @@ from asyncio.subprocess import PIPE, Process
 from typing import IO, Any
 
 from helix_gateway.core.errors import HelixError
+from helix_gateway.service.settings import DTypeName
 
 _URL = re.compile(rb"https?://\S+")
 _END_TIMEOUT_S = 15.0
@@ -27,16 +28,19 @@ class OwnServer:
     Args:
         model_path: a local file or folder.
         name: what the model is called.
+        dtype: what its weights are computed in; None: as settings say.
 
     Raises:
         HelixError: on entry, where the server does not come up; with what it said last.
     """
 
-    def __init__(self, model_path: str, name: str) -> None:
+    def __init__(self, model_path: str, name: str, dtype: DTypeName | None = None) -> None:
         self.url = ""
         self.api_key = secrets.token_urlsafe(16)
         """Nobody else's, so that no other program on the machine uses this server."""
         self._arguments = [model_path, "--served-model-name", name, "--host", "127.0.0.1", "--port", "0"]
+        if dtype is not None:
+            self._arguments += ["--dtype", dtype]
         self._log: IO[bytes] | None = None
         self._process: Process | None = None
 

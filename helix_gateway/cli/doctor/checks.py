@@ -110,7 +110,7 @@ def check_default_model(path: Path, there: bool) -> Finding:
     """Whether the first start would have to download."""
     if there:
         return Finding("default model", "ok", str(path))
-    advice = "helix models pull fetches it (93 MB); the first start does so too."
+    advice = "helix models pull fetches it (98 MB); the first start does so too."
     return Finding("default model", "warning", "not downloaded yet", advice)
 
 

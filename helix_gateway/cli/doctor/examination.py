@@ -41,7 +41,7 @@ def examine_places(port: int) -> Iterator[Finding]:
 
 def examine_engine() -> Iterator[Finding]:
     """How an engine fares: the self-test."""
-    from helix_gateway.service.trial import run_self_test
+    from helix_gateway.service.self_test_process import run_self_test
 
     yield from run_self_test(SELF_TEST_TIMEOUT_S)
 

@@ -58,7 +58,7 @@ class Caller:
 
     def _refusal(self, what: str, wait_s: float) -> ApiError:
         message = f"Too many requests: {what}. Try again in {duration(wait_s)}."
-        return ApiError.too_many(message, {**self.headers(), **no_room(wait_s)})
+        return ApiError.too_many(message, {**no_room(wait_s), **self.headers()})
 
 
 def _rate_headers(unit: str, bucket: Bucket) -> dict[str, str]:
