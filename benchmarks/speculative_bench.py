@@ -25,7 +25,7 @@ from helix_gateway.runtime.cpu.threads import engine_environment
 from helix_gateway.runtime.model_source import resolve
 
 DATA = Path(__file__).resolve().parent / "data" / "spec_bench_dev.jsonl"
-CONCURRENCY = (1, 4, 16)
+CONCURRENCY = (1, 4, 16, 64)
 EDITS, PREDICTED = "edits", "edits with prediction"
 
 
@@ -111,7 +111,7 @@ class Bench:
         A step in which a prompt is computed is not decoding, and is left out with its tokens: prompts take the same
         time with and without speculation, and would only hide what differs.
         """
-        waiting, answers, tokens, seconds, steps = list(requests), {}, 0, 0.0, 0
+        waiting, answers, tokens, seconds, steps, rows = list(requests), {}, 0, 0.0, 0, 0
         drafted = accepted = running = 0
         while waiting or engine.has_work():
             while waiting and running < streams:
@@ -125,6 +125,7 @@ class Bench:
                 seconds += elapsed_s
                 tokens += sum(len(event.token_ids) for event in events)
                 steps += 1
+                rows += sum(1 + output.num_draft_tokens for output in outputs)
             for event in events:
                 answers.setdefault(event.request_id, []).extend(event.token_ids)
                 if event.finish_reason:
@@ -134,6 +135,7 @@ class Bench:
         return answers, {
             "tokens_per_s": tokens / seconds,
             "tokens_per_step": tokens / steps / min(streams, len(requests)),
+            "rows_per_step": rows / steps,
             "drafted": drafted,
             "accepted": accepted,
         }
@@ -144,6 +146,12 @@ def interval(ratios, dice):
     logs = np.log(ratios)
     means = [statistics.fmean(dice.choices(logs.tolist(), k=len(logs))) for _ in range(2000)]
     return [float(np.exp(np.percentile(means, share))) for share in (2.5, 97.5)]
+
+
+def bound(costs, off, on):
+    """The ratio that the measured cost curve gives for as many tokens a step out of as many rows, if all else were free."""
+    steps = on["tokens_per_step"] / off["tokens_per_step"]
+    return float(steps * costs.seconds_for(off["rows_per_step"]) / costs.seconds_for(on["rows_per_step"]))
 
 
 def measure(bench, name, groups, streams, dice):
@@ -172,6 +180,7 @@ def measure(bench, name, groups, streams, dice):
         "auto": statistics.median(on["tokens_per_s"] for _, on in pairs),
         "ratio": statistics.median(ratios),
         "interval": interval(ratios, dice),
+        "bound": statistics.median(bound(bench.costs, off, on) for off, on in pairs),
         "tokens_per_step": statistics.median(on["tokens_per_step"] for _, on in pairs),
         "drafted": sum(on["drafted"] for _, on in pairs),
         "accepted": sum(on["accepted"] for _, on in pairs),
@@ -185,8 +194,9 @@ def plot(cells):
         levels = sorted({cell["streams"] for cell in cells})
         width = 0.8 / len(levels)
         for place, streams in enumerate(levels):
-            bars = [next(c for c in cells if (c["category"], c["streams"]) == (name, streams)) for name in names]
-            left = [number + place * width for number in range(len(names))]
+            known = {c["category"]: c for c in cells if c["streams"] == streams}
+            bars = [known[name] for name in names if name in known]
+            left = [number + place * width for number, name in enumerate(names) if name in known]
             errors = [[bar["ratio"] - min(bar["interval"][0], bar["ratio"]) for bar in bars]]
             errors.append([max(bar["interval"][1], bar["ratio"]) - bar["ratio"] for bar in bars])
             axes.bar(left, [bar["ratio"] for bar in bars], width, yerr=errors, label=f"{streams} streams")
@@ -210,7 +220,13 @@ def main():
     parser.add_argument("--category", action="append")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=report.RESULTS)
+    parser.add_argument(
+        "--merge", action="store_true", help="keep the cells of earlier runs that this one does not repeat"
+    )
+    parser.add_argument("--plot-only", action="store_true", help="measure nothing: table and plot of what is there")
     options = parser.parse_args()
+    if options.plot_only:
+        return tell(options, earlier(options))
     dice, bench, cells = random.Random(options.seed), Bench(options), []
     for streams in options.streams or CONCURRENCY:
         size = max(1, streams)
@@ -225,6 +241,18 @@ def main():
                 f"{streams:3} {name:24} {cell['off']:7.1f} {cell['auto']:7.1f} tokens/s, {cell['ratio']:.2f}×",
                 flush=True,
             )
+    measured = {(cell["category"], cell["streams"]) for cell in cells}
+    kept = earlier(options) if options.merge else []
+    return tell(options, [cell for cell in kept if (cell["category"], cell["streams"]) not in measured] + cells)
+
+
+def earlier(options):
+    """The cells that runs before this one have left."""
+    path = options.out / f"speculative_{options.dtype}.json"
+    return json.loads(path.read_text())["cells"] if path.exists() else []
+
+
+def tell(options, cells):
     rows = [
         [
             cell["category"],
@@ -232,13 +260,24 @@ def main():
             cell["off"],
             cell["auto"],
             cell["ratio"],
+            cell.get("bound", float("nan")),
             f"{cell['interval'][0]:.2f} – {cell['interval'][1]:.2f}",
             cell["tokens_per_step"],
             f"{cell['accepted']} / {cell['drafted']}",
         ]
         for cell in cells
     ]
-    columns = ["category", "streams", "off, tokens/s", "auto", "ratio", "95 %", "tokens a step", "accepted / drafted"]
+    columns = [
+        "category",
+        "streams",
+        "off, tokens/s",
+        "auto",
+        "ratio",
+        "bound",
+        "95 %",
+        "tokens a step",
+        "accepted / drafted",
+    ]
     report.print_table(f"Speculation, {options.dtype}, temperature {options.temperature}", columns, rows)
     overall = (
         statistics.geometric_mean(c["ratio"] for c in cells if c["category"] not in (EDITS, PREDICTED))
