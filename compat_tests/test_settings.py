@@ -160,6 +160,8 @@ def test_every_setting_has_a_flag_and_reaches_what_it_is_for():
     taken |= {f"log_{name}" for name in LogSettings.__struct_fields__}
     renamed = {
         "model",
+        "draft_model",
+        "speculative_config",
         "api_key",
         "served_model_name",
         "kv_cache_memory",
@@ -203,3 +205,49 @@ def test_show_config_is_a_file_that_sets_the_same_and_hides_keys(tmp_path, monke
 def test_a_key_that_is_wrong_is_not_shown(toml):
     toml('api_key = ["very-secret", 5]')
     assert "very-secret" not in wrong()
+
+
+# ---- speculation as other servers are told of it
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'speculative_config = \'{"method": "ngram", "num_speculative_tokens": 7}\'',
+        """
+[speculative_config]
+method = "ngram"
+num_speculative_tokens = 7""",
+    ],
+)
+def test_a_speculative_configuration_reaches_the_engine(toml, text):
+    toml(text)
+    settings = effective({}, None).settings
+    engine = settings.engine("m")
+    assert (engine.speculation, engine.max_depth) == ("suffix", 7)
+
+
+def test_a_speculative_configuration_names_the_draft_model():
+    flags = {"speculative_config": '{"model": "a/b", "num_speculative_tokens": 5}'}
+    settings = effective(flags, None).settings
+    assert settings.spoken().draft_model == "a/b"
+    assert settings.engine("m", "/draft") == EngineSettings(
+        model_path="m", draft_model_path="/draft", speculation="model", max_depth=5, log=settings.engine("m").log
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ({"speculative_config": '{"method": "eagle"}'}, "method must be"),
+        (
+            {"speculative_config": '{"method": "suffix"}', "speculation": "off"},
+            "speculation 'suffix' where speculation is",
+        ),
+        ({"speculative_config": "nonsense"}, "is no JSON"),
+    ],
+)
+def test_a_wrong_speculative_configuration_is_one_line(flags, said):
+    line = wrong(flags)
+    assert line.startswith("--speculative-config: ")
+    assert said in line

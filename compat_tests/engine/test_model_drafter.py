@@ -57,6 +57,7 @@ def engine_with_draft_model(
     drafting=None,
     catch_up_tokens=16,
     draft_vocab_size=VOCAB,
+    context_length=1000,
     **options,
 ):
     target, draft = ToyRunner(groups, num_pages), runner_kind(draft_groups, num_pages, draft_vocab_size)
@@ -65,7 +66,14 @@ def engine_with_draft_model(
     target.pages = draft.pages = np.full((num_pages, size), -1, np.int64)
     cache = PagedKVCache((*groups, *draft_groups), num_pages, enable_prefix_caching=options.pop("caching", True))
     drafting = drafting or AlwaysDrafting()
-    drafter = ModelDrafter(draft, cache, drafting, target_vocab_size=target.vocab_size, catch_up_tokens=catch_up_tokens)
+    drafter = ModelDrafter(
+        draft,
+        cache,
+        drafting,
+        target_vocab_size=target.vocab_size,
+        context_length=context_length,
+        catch_up_tokens=catch_up_tokens,
+    )
     compute = drafter._compute
 
     def check_and_compute(parts):
@@ -343,3 +351,11 @@ def test_a_draft_model_padded_to_another_size_proposes_nothing_that_the_target_h
     assert as_told(answers) == wanted_of(each)
     assert 45 in answers["r", 0].token_ids
     assert (answers["r", 0].last.metrics.accepted_tokens == 30) == (vocab_size == 64)
+
+
+def test_beyond_the_draft_models_context_nothing_is_drafted():
+    each = request("r", range(1, 20), max_tokens=40, ignore_eos=True)
+    engine, draft, _ = engine_with_draft_model(budget=64, context_length=32)
+    assert as_told(answers_of(engine, [each])) == wanted_of(each)
+    assert draft.batches
+    assert max(batch.positions.max() for batch in draft.batches) < 32

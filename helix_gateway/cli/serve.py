@@ -75,7 +75,8 @@ def _serve(settings: "ServeSettings") -> None:
     sockets = bind(gateway)
     if not (gateway.api_keys or gateway.api_key_file or is_loopback(gateway.host)):
         typer.echo(f"helix: whoever reaches {gateway.host} is served; set --api-key or --api-key-file", err=True)
-    engine = settings.engine(resolve(settings.model))
+    draft_model = settings.spoken().draft_model
+    engine = settings.engine(resolve(settings.model), None if draft_model is None else resolve(draft_model))
     raise typer.Exit(_run(engine, gateway, sockets, name))
 
 

@@ -5,14 +5,17 @@ Flags, `HELIX_…` variables, the keys of a TOML file, and the tables of the doc
 comes from.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, get_args
 
+import msgspec
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from helix_gateway.cli.sizes import parse_size
+from helix_gateway.core.errors import InvalidRequestError
 from helix_gateway.gateway.settings import GatewaySettings
 from helix_gateway.service.settings import (
     MAX_DEPTH,
@@ -22,6 +25,7 @@ from helix_gateway.service.settings import (
     QuantizationName,
     SpeculationName,
 )
+from helix_gateway.service.speculative_config import read_speculative_config
 from helix_gateway.telemetry.settings import LogFormat, LogLevel, LogSettings
 
 _ENGINE = EngineSettings(model_path="")
@@ -50,9 +54,23 @@ def _url(value: str) -> str:
     return value
 
 
+def _json(value: object) -> object:
+    """A TOML file has a table where a flag has JSON."""
+    return json.dumps(value) if isinstance(value, dict) else value
+
+
+def _speculative_config(value: str) -> str:
+    try:
+        read_speculative_config(value)
+    except InvalidRequestError as error:
+        raise PydanticCustomError("speculative_config", "{problem}", {"problem": str(error)}) from None
+    return value
+
+
 Size = Annotated[int, BeforeValidator(_size)]
 """Bytes; written as a number or like 2GiB."""
 Url = Annotated[str, AfterValidator(_url)]
+SpeculativeObject = Annotated[str, BeforeValidator(_json), AfterValidator(_speculative_config)]
 Names = Annotated[list[str], BeforeValidator(_one_or_several)]
 Keys = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_one_key)]
 
@@ -151,11 +169,24 @@ class ServeSettings(BaseModel):
     speculation: SpeculationName = _setting(
         _ENGINE.speculation,
         "Who drafts tokens that are then verified together: `auto` whoever pays, `suffix` only what is read off known "
-        "text, `off` nobody. Where kernels keep rows apart, as on a CPU, it never changes an answer.",
+        "text, `model` only the draft model, `off` nobody. Where kernels keep rows apart, as on a CPU, it never changes an answer.",
+    )
+    draft_model: str | None = _setting(
+        None,
+        "A smaller model that drafts where that pays; as MODEL, of any vocabulary that can be translated.",
+        metavar="MODEL",
+        unset="none",
     )
     max_depth: int = _setting(_ENGINE.max_depth, "Most tokens drafted for a sequence at a step.", ge=0, le=MAX_DEPTH)
     min_depth: int = _setting(
         _ENGINE.min_depth, "Drafted tokens verified at least, whether it pays or not; for tests.", ge=0, le=MAX_DEPTH
+    )
+    speculative_config: SpeculativeObject | None = _setting(
+        None,
+        "Speculation as other servers are told of it: a JSON object of method (draft_model, ngram or suffix), model and "
+        "num_speculative_tokens, in place of the options above.",
+        metavar="JSON",
+        unset="none",
     )
     rate_limit: int | None = _setting(
         None, "Requests a minute for each key (for all together where no key is set).", unset="none", ge=1
@@ -218,6 +249,26 @@ class ServeSettings(BaseModel):
             raise PydanticCustomError("boolean", "must not be true or false")
         return value
 
+    @field_validator("speculative_config")
+    @classmethod
+    def _says_it_once(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None:
+            for name, said in msgspec.structs.asdict(read_speculative_config(value)).items():
+                plain = info.data.get(name)
+                if said is not None and plain not in {said, cls.model_fields[name].default}:
+                    problem = f"says {name} {said!r} where {name} is set to {plain!r}: leave out one of them"
+                    raise PydanticCustomError("said_twice", "{problem}", {"problem": problem})
+        return value
+
+    def spoken(self) -> "ServeSettings":
+        """The same, with what ``speculative_config`` says in the plain settings."""
+        if self.speculative_config is None:
+            return self
+        said = msgspec.structs.asdict(read_speculative_config(self.speculative_config))
+        return self.model_copy(
+            update={name: value for name, value in said.items() if value is not None} | {"speculative_config": None}
+        )
+
     def gateway(self, model_name: str) -> GatewaySettings:
         """The HTTP side; ``model_name`` is the model's own name."""
         names = tuple(self.served_model_name or [model_name])
@@ -230,11 +281,14 @@ class ServeSettings(BaseModel):
             served_model_names=names,
         )
 
-    def engine(self, model_path: str) -> EngineSettings:
-        """The engine's side, with a model that lies on this machine."""
+    def engine(self, model_path: str, draft_model_path: str | None = None) -> EngineSettings:
+        """The engine's side, with models that lie on this machine."""
+        if self.speculative_config is not None:
+            return self.spoken().engine(model_path, draft_model_path)
         return EngineSettings(
             **self._of(EngineSettings.__struct_fields__),
             model_path=model_path,
+            draft_model_path=draft_model_path,
             kv_cache_memory_bytes=self.kv_cache_memory,
             log=LogSettings(level=self.log_level, format=self.log_format, file=self.log_file),
         )

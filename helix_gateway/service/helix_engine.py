@@ -8,7 +8,7 @@ Calls from several threads, and several prompts in one call, share one continuou
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -25,6 +25,7 @@ from helix_gateway.runtime.model_source import resolve
 from helix_gateway.service.api import GenerationCall, StopStrings, TextDelta
 from helix_gateway.service.in_process import InProcessService
 from helix_gateway.service.settings import EngineSettings
+from helix_gateway.service.speculative_config import read_speculative_config
 from helix_gateway.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -82,13 +83,28 @@ class HelixEngine:
 
     Args:
         model: as for ``helix serve``: a GGUF file, a folder, a hub id; None for the default model.
+        draft_model: as ``model``, a smaller one that drafts where that pays; None for none.
+        speculative_config: speculation as other servers are told of it, a dictionary of ``method``, ``model`` and
+            ``num_speculative_tokens``, in place of ``draft_model``, ``speculation`` and ``max_depth``.
         settings: fields of `EngineSettings`, such as ``dtype="bfloat16"`` or ``max_num_seqs=16``.
 
     Raises:
-        ModelLoadError: in one line, what is wrong with the model or the device.
+        ModelLoadError: in one line, what is wrong with a model or the device.
+        InvalidRequestError: what is wrong with ``speculative_config``.
     """
 
-    def __init__(self, model: str | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        draft_model: str | None = None,
+        speculative_config: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        if speculative_config is not None:
+            draft_model = _add_speculative_config(settings, draft_model, speculative_config)
+        if draft_model is not None:
+            settings["draft_model_path"] = resolve(draft_model)
         self._service = InProcessService(EngineSettings(model_path=resolve(model), **settings))
 
     @property
@@ -183,6 +199,24 @@ class HelixEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _add_speculative_config(settings: dict[str, Any], draft_model: str | None, config: Mapping[str, Any]) -> str | None:
+    """Add what a configuration says to plain settings; the draft model that is meant."""
+    try:
+        said = msgspec.structs.asdict(read_speculative_config(config))
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"speculative_config {error}.") from None
+    for name, value in said.items():
+        plain = draft_model if name == "draft_model" else settings.get(name)
+        if None not in {value, plain} and value != plain:
+            message = (
+                f"speculative_config says {name} {value!r}, but {name} is set to {plain!r}: leave out one of them."
+            )
+            raise InvalidRequestError(message)
+    meant: str | None = said.pop("draft_model") or draft_model
+    settings |= {name: value for name, value in said.items() if value is not None}
+    return meant
 
 
 def _run(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -12,13 +12,15 @@ from helix_gateway.core.event import TokenEvent
 from helix_gateway.core.request import Request, SamplingParams
 from helix_gateway.engine.audit import BrokenInvariantError
 from helix_gateway.engine.engine import ChoiceHooks, Engine, EngineLimits
-from helix_gateway.runtime.factory import LoadedRunner, load_runner
+from helix_gateway.engine.kv_cache import PagedKVCache
+from helix_gateway.runtime.factory import LoadedRunner, load_runners
 from helix_gateway.service.api import GenerationCall
 from helix_gateway.service.messages import Invalid, NotTaken, PromptTooLong, QueueFull, Refused
 from helix_gateway.service.settings import EngineSettings
-from helix_gateway.service.speculation import make_speculation
+from helix_gateway.service.speculation import DraftModel, make_speculation, wants_draft_model
 from helix_gateway.service.stops import stop_condition
 from helix_gateway.text.tokenizer import Tokenizer
+from helix_gateway.text.translation.choice import translate_vocabularies
 
 log = structlog.get_logger(__name__)
 
@@ -36,25 +38,26 @@ class EngineHost:
 
     def __init__(self, settings: EngineSettings, tokenizer: Tokenizer | None = None) -> None:
         self._tokenizer = tokenizer or Tokenizer.load(settings.model_path)
-        loaded = load_runner(
-            settings.model_path,
-            device=settings.device,
-            dtype=settings.dtype,
-            quantization=settings.quantization,
-            block_size=settings.block_size,
-            kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
-            max_tokens_in_use=settings.max_num_seqs * (settings.max_model_len or 2**20),
-        )
+        loaded, draft_model = _load(settings, self._tokenizer)
         self.vocab_size = loaded.runner.vocab_size
         limits = _limits(settings, loaded)
-        drafter, depth_policy = make_speculation(settings, loaded.runner, limits.max_num_batched_tokens)
+        runners = [loaded.runner] if draft_model is None else [loaded.runner, draft_model.runner]
+        cache = PagedKVCache(
+            [group for runner in runners for group in runner.kv_groups],
+            loaded.runner.num_pages,
+            enable_prefix_caching=settings.enable_prefix_caching,
+        )
+        speculation = make_speculation(
+            settings, loaded.runner, limits.max_num_batched_tokens, cache=cache, draft_model=draft_model
+        )
         self._engine = Engine(
             loaded.runner,
             limits,
             eos_token_ids=frozenset(self._tokenizer.eos_token_ids),
-            enable_prefix_caching=settings.enable_prefix_caching,
-            drafter=drafter,
-            depth_policy=depth_policy,
+            cache=cache,
+            drafter=speculation.drafter,
+            depth_policy=speculation.depth_policy,
+            costly_drafter=speculation.costly_drafter,
         )
         if self._engine.max_model_len < 2:
             raise ModelLoadError("The KV cache's memory does not hold even two tokens; raise --kv-cache-memory.")
@@ -122,6 +125,27 @@ class EngineHost:
             for event in self._engine.step():
                 if event.error is not None:
                     raise ModelLoadError(f"The model loads but does not run: {event.error}")
+
+
+def _load(settings: EngineSettings, tokenizer: Tokenizer) -> tuple[LoadedRunner, DraftModel | None]:
+    """The target, and the draft model where one is wanted, over one pool of pages.
+
+    Raises:
+        ModelLoadError: what is wrong with either.
+    """
+    draft_path = settings.draft_model_path if wants_draft_model(settings) else None
+    # Told before anything large is read.
+    translation = None if draft_path is None else translate_vocabularies(tokenizer, Tokenizer.load(draft_path))
+    target, *drafts = load_runners(
+        [settings.model_path] if draft_path is None else [settings.model_path, draft_path],
+        device=settings.device,
+        dtype=settings.dtype,
+        quantization=settings.quantization,
+        block_size=settings.block_size,
+        kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
+        max_tokens_in_use=settings.max_num_seqs * (settings.max_model_len or 2**20),
+    )
+    return target, next((DraftModel(draft.runner, draft.context_length, translation) for draft in drafts), None)
 
 
 def _limits(settings: EngineSettings, loaded: LoadedRunner) -> EngineLimits:

@@ -3,32 +3,104 @@
 Knows which drafters there are; how they work is the engine's affair.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
-from helix_gateway.core.errors import OutOfMemoryError
-from helix_gateway.core.protocols import ModelRunner
+from helix_gateway.core.errors import ModelLoadError, OutOfMemoryError
+from helix_gateway.core.protocols import ModelRunner, VocabularyTranslation
+from helix_gateway.engine.acceptance import AcceptanceModel
 from helix_gateway.engine.depth import AdaptiveDepth, DepthPolicy, FixedDepth
 from helix_gateway.engine.drafters.base import Drafter
+from helix_gateway.engine.drafters.chain import CostlyDrafter
+from helix_gateway.engine.drafters.model import ModelDrafter
 from helix_gateway.engine.drafters.none import NoDrafter
 from helix_gateway.engine.drafters.suffix import SuffixDrafter
-from helix_gateway.engine.step_costs import measure_costs
+from helix_gateway.engine.drafting import AdaptiveDrafting
+from helix_gateway.engine.kv_cache import PagedKVCache
+from helix_gateway.engine.step_costs import KNOTS, StepCosts, measure_costs
 from helix_gateway.service.settings import EngineSettings
 
 PROFILED_ROWS = (1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048)
 """Numbers of rows whose cost is measured at the start, up to where costs are in proportion; the rest is read off between
 them."""
+_LEAST_CATCH_UP = 16
+_MOST_CATCH_UP = 256
 
 
-def make_speculation(settings: EngineSettings, runner: ModelRunner[Any], max_rows: int) -> tuple[Drafter, DepthPolicy]:
-    """The drafter and the depth policy that the settings ask for; the costs of steps are measured for the latter.
+@dataclass(frozen=True, slots=True)
+class DraftModel:
+    """A draft model on its device, and how its tokens are the target's."""
+
+    runner: ModelRunner[Any]
+    context_length: int
+    translation: VocabularyTranslation | None
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """All that an engine needs to speculate."""
+
+    drafter: Drafter
+    depth_policy: DepthPolicy
+    costly_drafter: CostlyDrafter | None = None
+
+
+_NONE = Speculation(NoDrafter(), FixedDepth(0))
+
+
+def wants_draft_model(settings: EngineSettings) -> bool:
+    """Whether a draft model is to be loaded.
+
+    Raises:
+        ModelLoadError: it is, but none is named.
+    """
+    if settings.speculation == "model" and settings.draft_model_path is None:
+        raise ModelLoadError("--speculation model needs a draft model: name it with --draft-model.")
+    usable = settings.speculation in {"auto", "model"} and settings.max_depth > 0
+    return usable and settings.draft_model_path is not None
+
+
+def make_speculation(
+    settings: EngineSettings,
+    runner: ModelRunner[Any],
+    max_rows: int,
+    *,
+    cache: PagedKVCache | None = None,
+    draft_model: DraftModel | None = None,
+) -> Speculation:
+    """The drafters and the policies that the settings ask for; what steps and drafts cost is measured for the latter.
 
     Args:
         max_rows: tokens that a step may compute.
+        cache: of the pool that both models' pages are from, where there is a draft model.
     """
     if settings.speculation == "off" or not settings.max_depth:
-        return NoDrafter(), FixedDepth(0)
+        return _NONE
+    row_counts = [rows for rows in PROFILED_ROWS if rows <= max_rows]
+    acceptance = AcceptanceModel()
     try:
-        costs = measure_costs(runner, [rows for rows in PROFILED_ROWS if rows <= max_rows])
+        costs = measure_costs(runner, row_counts)
+        draft_costs = None if draft_model is None else measure_costs(draft_model.runner, row_counts)
     except OutOfMemoryError:  # the first request will be told; there is no room for drafts in any case
-        return NoDrafter(), FixedDepth(0)
-    return SuffixDrafter(), AdaptiveDepth(costs, max_depth=settings.max_depth, min_depth=settings.min_depth)
+        return _NONE
+    policy = AdaptiveDepth(costs, max_depth=settings.max_depth, min_depth=settings.min_depth, acceptance=acceptance)
+    free = NoDrafter() if settings.speculation == "model" else SuffixDrafter()
+    if draft_model is None or draft_costs is None or cache is None:
+        return Speculation(free, policy)
+    drafting = AdaptiveDrafting(costs, draft_costs, acceptance, min_depth=settings.min_depth)
+    drafter = ModelDrafter(
+        draft_model.runner,
+        cache,
+        drafting,
+        context_length=draft_model.context_length,
+        target_vocab_size=runner.vocab_size,
+        translation=draft_model.translation,
+        catch_up_tokens=_catch_up_tokens(costs, draft_costs),
+    )
+    return Speculation(free, policy, CostlyDrafter(drafter, drafting))
+
+
+def _catch_up_tokens(costs: StepCosts, draft_costs: StepCosts) -> int:
+    """As many as the draft model reads while the target makes a plain step, so that no step takes much over two."""
+    readable: list[int] = [int(rows) for rows in KNOTS if draft_costs.seconds_for(rows) <= costs.seconds_for(1)]
+    return min(max([_LEAST_CATCH_UP, *readable]), _MOST_CATCH_UP)

@@ -44,6 +44,7 @@ class ModelDrafter(Generic[Logits]):
         runner: the draft model, over pages of the cache's pool.
         cache: where its blocks are accounted, beside the target's.
         policy: asked whether catching up and drafting on are worth it, and told what forwards take.
+        context_length: tokens that a sequence of the draft model's may have; longer ones are not drafted for.
         target_vocab_size: logits that a row of the target's has.
         translation: between its tokens and the target's; None: they are the same.
         catch_up_tokens: most tokens computed at a step for sequences that the model lags far behind.
@@ -56,6 +57,7 @@ class ModelDrafter(Generic[Logits]):
         policy: DraftingPolicy,
         *,
         target_vocab_size: int,
+        context_length: int,
         translation: VocabularyTranslation | None = None,
         catch_up_tokens: int = 64,
     ) -> None:
@@ -63,6 +65,7 @@ class ModelDrafter(Generic[Logits]):
         self._groups = tuple(runner.kv_groups)
         self._cache = cache
         self._policy = policy
+        self._context_length = context_length
         self._target_vocab_size = target_vocab_size
         self._translation = translation or SameVocabulary(target_vocab_size, runner.vocab_size)
         self._allowed = self._translation.allowed(runner.vocab_size)
@@ -94,7 +97,7 @@ class ModelDrafter(Generic[Logits]):
 
     def _propose(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> list[DraftTokens]:
         drafts = [self._begin(sequence, depth) for sequence, depth in zip(sequences, depths, strict=True)]
-        parts = self._first_parts([draft for draft in drafts if self._is_open(draft.reader)])
+        parts = self._first_parts([draft for draft in drafts if self._is_open(draft.reader, draft.depth)])
         while parts:
             self._compute(parts)
             growing = [part.draft for part in parts if part.draws and not part.draft.is_done]
@@ -118,8 +121,8 @@ class ModelDrafter(Generic[Logits]):
             reader = self._readers[sequence.key] = DraftReader(sequence, self._translation.begin())
         return GrowingDraft(reader, depth, sequence.stop_ids if self._translation.shares_ids else frozenset())
 
-    def _is_open(self, reader: DraftReader) -> bool:
-        """Whether a sequence has tables, which are brought up to date; not while it is left alone."""
+    def _is_open(self, reader: DraftReader, depth: int) -> bool:
+        """Whether a sequence has tables, which are brought up to date; not while it is left alone, or too long."""
         if reader.written and reader.key not in self._cache:
             # Memory was short, and will be again if all of it is computed anew at once.
             reader.written.clear()
@@ -128,7 +131,7 @@ class ModelDrafter(Generic[Logits]):
             return False
         reader.catch_up()
         token_ids = reader.text.draft_token_ids
-        if not token_ids:
+        if not token_ids or len(token_ids) + depth > self._context_length:
             return False
         if reader.key in self._cache and self._has_left(reader):
             self._cache.remove(reader.key)
