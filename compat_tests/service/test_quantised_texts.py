@@ -1,0 +1,42 @@
+"""The real model in its file's own four bits and in int8: the same text with speculation, without it, alone and in a batch."""
+
+import pytest
+
+from helix_gateway import HelixEngine
+
+PROMPTS = [
+    "def add(a, b):\n    return a + b\n\ndef sub(a, b):\n    return a - b\n\ndef mul(a, b):\n    return",
+    "One, two, three, four. One, two, three, four. One, two,",
+    "The capital of France is",
+]
+GREEDY = {"temperature": 0}
+SAMPLED = {"temperature": 0.8, "top_p": 0.95, "seed": 7}
+
+
+@pytest.fixture(scope="module", params=["auto", "int8"])
+def engine(smollm2_path, request):
+    """One that always verifies four drafts at least, where there are as many."""
+    with HelixEngine(
+        smollm2_path, quantization=request.param, speculation="suffix", min_depth=4, kv_cache_memory_bytes=256 << 20
+    ) as made:
+        yield made
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_speculation_cannot_be_seen(engine, options):
+    drafted = engine.generate(PROMPTS, max_tokens=32, **options)
+    plain = engine.generate(PROMPTS, max_tokens=32, max_depth=0, **options)
+    assert [result.text for result in drafted] == [result.text for result in plain]
+    assert sum(result.metrics.accepted_tokens for result in drafted) > 0
+    assert sum(result.metrics.accepted_tokens for result in plain) == 0
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_company_cannot_be_seen(engine, options):
+    together = engine.generate(PROMPTS, max_tokens=24, **options)
+    alone = [engine.generate(prompt, max_tokens=24, **options) for prompt in PROMPTS]
+    assert [result.text for result in together] == [result.text for result in alone]
+
+
+def test_it_still_knows_the_capital_of_france(engine):
+    assert "Paris" in engine.generate(PROMPTS[2], max_tokens=6, temperature=0).text
