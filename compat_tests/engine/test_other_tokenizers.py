@@ -84,6 +84,7 @@ def answers_with(target, draft, depth, requests):
         drafts,
         cache,
         drafting,
+        context_length=NUM_PAGES,
         target_vocab_size=runner.vocab_size,
         translation=translate_vocabularies(target, draft),
     )
