@@ -78,11 +78,12 @@ def test_serve_hands_every_flag_on(started):
     engine, gateway = started(
         "--host 0.0.0.0 --port 9 --api-key k --served-model-name a --served-model-name b "
         "--dtype bfloat16 --device cpu --max-model-len 512 --max-num-seqs 3 --max-num-batched-tokens 77 "
-        "--block-size 8 --kv-cache-memory 2GiB --no-enable-prefix-caching --seed 18446744073709551615 "
+        "--block-size 8 --kv-cache-memory 2GiB --kv-cache-dtype int8 --no-enable-prefix-caching --seed 18446744073709551615 "
         "--batch-window-ms 2.5 --default-max-tokens 9 --allowed-origins https://a.example"
     )
     assert (engine.dtype, engine.device, engine.max_model_len, engine.max_num_seqs) == ("bfloat16", "cpu", 512, 3)
     assert (engine.max_num_batched_tokens, engine.block_size, engine.kv_cache_memory_bytes) == (77, 8, 2**31)
+    assert engine.kv_cache_dtype == "int8"
     assert (engine.enable_prefix_caching, engine.seed, engine.batch_window_ms) == (False, 2**64 - 1, 2.5)
     assert (gateway.host, gateway.port, gateway.api_keys, gateway.default_max_tokens) == ("0.0.0.0", 9, ("k",), 9)
     assert (gateway.served_model_names, gateway.allowed_origins) == (("a", "b"), ("https://a.example",))

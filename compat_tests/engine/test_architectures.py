@@ -55,18 +55,18 @@ def reference(model, prompt):
     return output.sequences[0, len(prompt) :].tolist()[: int(close[0]) if len(close) else NEW_TOKENS]
 
 
-def make_runner(model, block_size, num_pages):
+def make_runner(model, block_size, num_pages, dtype=torch.float32):
     (runner,) = make_runners(
-        [model], device=torch.device("cpu"), dtype=torch.float32, block_size=block_size, num_pages=num_pages
+        [model], device=torch.device("cpu"), dtype=dtype, block_size=block_size, num_pages=num_pages
     )
     return runner
 
 
-def answers_of(model, prompts, block_size, budget, max_num_seqs, memory, caching):
+def answers_of(model, prompts, block_size, budget, max_num_seqs, memory, caching, dtype=torch.float32):
     longest = max(map(len, prompts)) + NEW_TOKENS
-    groups = make_runner(copy.deepcopy(model), block_size, 1).kv_groups
+    groups = make_runner(copy.deepcopy(model), block_size, 1, dtype).kv_groups
     pages = sum(-(-longest // group.tokens_per_block) + 1 for group in groups)
-    runner = make_runner(model, block_size, int(pages * memory) + 1)
+    runner = make_runner(model, block_size, int(pages * memory) + 1, dtype)
     limits = EngineLimits(
         max_model_len=256, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, max_queue_len=100
     )
@@ -93,16 +93,29 @@ def test_greedy_equals_generate_and_does_not_depend_on_how_the_work_is_cut_up(na
     prompts = make_prompts()
     wanted = [reference(model, prompt) for prompt in prompts]
     assert sum(map(len, wanted)) > 4 * NEW_TOKENS, "the reference itself is of two minds too often"
-    first = None
+    answers = same_answers_however_cut_up(model, prompts, torch.float32)
+    for i, tokens in enumerate(wanted):
+        assert answers[f"r{i}", 0].token_ids[: len(tokens)] == tokens, i
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=["int8", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3"])
+def test_coarser_pages_do_not_make_answers_depend_on_how_the_work_is_cut_up(name, dtype):
+    _, model = TINY_MODELS[name](3)
+    same_answers_however_cut_up(model, make_prompts(), dtype)
+
+
+def same_answers_however_cut_up(model, prompts, dtype):
+    """The answers, once all settings have given the same, bit for bit."""
+    first, kept = None, None
     for setting, options in SETTINGS.items():
         packed = copy.deepcopy(model)
         pack_linears(packed)
-        engine, answers = answers_of(packed, prompts, *options)
-        for i, tokens in enumerate(wanted):
-            assert answers[f"r{i}", 0].token_ids[: len(tokens)] == tokens, (setting, i)
+        engine, answers = answers_of(packed, prompts, *options, dtype)
         got = {key: (answer.token_ids, answer.logprobs) for key, answer in answers.items()}
-        first = first or got
+        first, kept = first or got, kept or answers
         for (request_id, index), answer in got.items():
             assert answer == first[request_id.replace("again", "r"), index], (setting, request_id)
         if "little memory" in setting:
             assert engine.num_preemptions > 0
+    return kept

@@ -29,11 +29,19 @@ def formula(query, key, value, window, softcap):
     return (weights @ value.repeat_interleave(group, 0)).transpose(0, 1)
 
 
+def quantised(rows):
+    """What int8 pages hold of [heads, rows, dim]: 127 steps to the largest number of each row and head."""
+    steps = rows.double().abs().amax(2, keepdim=True) / 127
+    return torch.round(rows.double() / steps) * steps
+
+
 class Case:
     """Random queries, keys and values of some sequences, attended in chunks over scattered pages."""
 
-    def __init__(self, heads, kv_heads, key_dim, value_dim, window=None, softcap=None, dtype=torch.float32):
-        self.heads, self.softcap, self.dtype = heads, softcap, dtype
+    def __init__(
+        self, heads, kv_heads, key_dim, value_dim, window=None, softcap=None, dtype=torch.float32, stored=None
+    ):
+        self.heads, self.softcap, self.dtype, self.stored = heads, softcap, dtype, stored or dtype
         self.shape = LayerShape(kv_heads, key_dim, value_dim, window)
         source = torch.Generator().manual_seed(0)
         self.rows = [
@@ -42,18 +50,27 @@ class Case:
         ]
 
     def wanted(self):
-        return [formula(*rows, self.shape.window, self.softcap) for rows in zip(*self.rows)]
+        query, key, value = self.rows
+        if self.stored == torch.int8:
+            key, value = ([quantised(rows) for rows in side] for side in (key, value))
+        return [formula(*rows, self.shape.window, self.softcap) for rows in zip(query, key, value)]
+
+    @property
+    def tolerance(self):
+        if torch.bfloat16 in (self.dtype, self.stored):
+            return 0.02
+        return 1e-3 if self.stored == torch.int8 else 1e-5
 
     def attend(self, block_size, chunk, device_independent=False):
-        layout = lay_out_pages(group_layers("m", [self.shape] * LAYERS), block_size)
-        blocks = [-(-length // block_size) for length in LENGTHS]
+        layout = lay_out_pages(group_layers("m", [self.shape] * LAYERS), block_size, self.stored)
+        blocks = [-(-length // layout.groups[0].tokens_per_block) for length in LENGTHS]
         if device_independent:
-            arena = Arena.page_major(layout, sum(blocks) + 1, self.dtype, CPU)
+            arena = Arena.page_major(layout, sum(blocks) + 1, CPU)
             attention = TorchPagedAttention(arena, layout.groups, [self.heads] * LAYERS)
         else:
-            arena = Arena.slice_major(layout, sum(blocks) + 1, self.dtype, CPU)
+            arena = Arena.slice_major(layout, sum(blocks) + 1, CPU)
             attention = CpuPagedAttention(arena, layout.groups, [self.heads] * LAYERS)
-            arena.memory.fill_(float("nan"))  # what is not written must not be read
+            arena.memory.view(torch.uint8).fill_(255)  # NaN: what is not written must not be read
         pages = iter(np.random.default_rng(chunk).permutation(sum(blocks)) + 1)
         table = np.zeros((len(LENGTHS), max(blocks)), np.int32)
         for row, count in enumerate(blocks):
@@ -94,6 +111,16 @@ CASES = {
     "window of one": Case(2, 2, 16, 16, window=1),
     "softcap": Case(4, 2, 32, 32, softcap=3.0),
     "bfloat16": Case(6, 2, 64, 64, dtype=torch.bfloat16),
+    "bfloat16 rows, float32 pages": Case(6, 2, 20, 24, dtype=torch.bfloat16, stored=torch.float32),
+    "float32 rows, bfloat16 pages": Case(6, 2, 64, 64, window=30, stored=torch.bfloat16),
+    "int8": Case(9, 3, 64, 64, stored=torch.int8),
+    "int8, one head a group, odd dims": Case(3, 3, 20, 24, stored=torch.int8),
+    "int8, dims of no fours": Case(4, 2, 18, 7, stored=torch.int8),
+    "int8, many heads a group, one dim after another": Case(14, 2, 80, 96, stored=torch.int8),
+    "int8, large heads": Case(4, 1, 256, 128, stored=torch.int8),
+    "int8, window and softcap": Case(8, 2, 32, 32, window=7, softcap=3.0, stored=torch.int8),
+    "int8, window of one": Case(2, 2, 16, 16, window=1, stored=torch.int8),
+    "int8, bfloat16 rows": Case(8, 2, 64, 64, window=40, dtype=torch.bfloat16, stored=torch.int8),
     "bfloat16, all at once": Case(10, 2, 24, 24, window=20, softcap=3.0, dtype=torch.bfloat16),
 }
 CUTS = [(16, 64), (16, 1), (1, 7), (5, 90), (24, 13), (32, 4)]
@@ -106,9 +133,8 @@ def test_it_is_the_formula_whatever_the_blocks_and_chunks_bit_for_bit(name):
     first = None
     for block_size, chunk in CUTS:
         got = case.attend(block_size, chunk)
-        tolerance = 1e-5 if case.dtype == torch.float32 else 0.02
         for mine, theirs in zip(got, wanted):
-            torch.testing.assert_close(mine.double(), theirs, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(mine.double(), theirs, rtol=case.tolerance, atol=case.tolerance)
         first = first or got
         for mine, theirs in zip(got, first):
             assert torch.equal(mine, theirs), (block_size, chunk)
@@ -117,14 +143,15 @@ def test_it_is_the_formula_whatever_the_blocks_and_chunks_bit_for_bit(name):
 @pytest.mark.parametrize("name", CASES)
 def test_the_torch_path_agrees(name):
     case = CASES[name]
-    tolerance = 1e-5 if case.dtype == torch.float32 else 0.05
+    tolerance = 0.05 if torch.bfloat16 in (case.dtype, case.stored) else case.tolerance
     for block_size, chunk in ((16, 64), (5, 7)):
         for mine, theirs in zip(case.attend(block_size, chunk, device_independent=True), case.wanted()):
             torch.testing.assert_close(mine.double(), theirs, rtol=tolerance, atol=tolerance)
 
 
-def test_threads_change_no_bit(monkeypatch):
-    case, outputs = CASES["grouped heads"], []
+@pytest.mark.parametrize("name", ["grouped heads", "int8"])
+def test_threads_change_no_bit(name, monkeypatch):
+    case, outputs = CASES[name], []
     for threads in (1, 2, 5):
         monkeypatch.setattr("helix_gateway.runtime.cpu.attention.configure_threads", lambda count=threads: count)
         outputs.append(case.attend(16, 30))
@@ -132,8 +159,9 @@ def test_threads_change_no_bit(monkeypatch):
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(others, outputs[0]))
 
 
-def test_scores_that_overflow_an_exponential_do_no_harm():
-    case = Case(2, 1, 16, 16)
-    case.rows[0] = [rows * 1000 for rows in case.rows[0]]
+@pytest.mark.parametrize("stored, factor", [(torch.float32, 1000), (torch.int8, 100)])
+def test_scores_that_overflow_an_exponential_do_no_harm(stored, factor):
+    case = Case(2, 1, 16, 16, stored=stored)
+    case.rows[0] = [rows * factor for rows in case.rows[0]]  # int8: queries of 16 bits, so scores keep four digits
     for mine, theirs in zip(case.attend(16, 30), case.wanted()):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-2, atol=1e-2)  # scores of thousands keep three digits

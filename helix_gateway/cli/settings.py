@@ -22,6 +22,7 @@ from helix_gateway.service.settings import (
     DeviceName,
     DTypeName,
     EngineSettings,
+    KVDTypeName,
     QuantizationName,
     SpeculationName,
 )
@@ -147,6 +148,9 @@ class ServeSettings(BaseModel):
         metavar="SIZE",
         unset="a share of what is free",
         ge=1,
+    )
+    kv_cache_dtype: KVDTypeName = _setting(
+        _ENGINE.kv_cache_dtype, "What keys and values are stored in; auto takes what weights are computed in."
     )
     enable_prefix_caching: bool = _setting(
         _ENGINE.enable_prefix_caching, "Find the KV of prompts that begin alike instead of computing it again."

@@ -13,6 +13,7 @@ from typing_extensions import Required, Unpack
 from helix_gateway.core.errors import ModelLoadError, OutOfMemoryError
 from helix_gateway.runtime.device import free_memory_bytes, get_device
 from helix_gateway.runtime.heap import return_freed_blocks, returning_freed_memory
+from helix_gateway.runtime.kv_format import kv_dtype
 from helix_gateway.runtime.loading import load_model, resolve_dtype
 from helix_gateway.runtime.pool import make_runners
 from helix_gateway.runtime.promises import Promises
@@ -48,6 +49,8 @@ class LoadOptions(TypedDict, total=False):
     """As `resolve_dtype` takes it; by default "auto", for each model by itself."""
     quantization: QuantizationName
     """"none" by default: weights are computed with in their dtype; else as `resolve_quantisation` takes it."""
+    kv_cache_dtype: str
+    """As `kv_format.kv_dtype` takes it; by default "auto", that of the target's weights."""
     block_size: int
     """Tokens of the target's largest KV group in a page; 16 by default."""
     kv_cache_memory_bytes: int | None
@@ -66,7 +69,7 @@ def load_runners(paths: Sequence[str], **options: Unpack[LoadOptions]) -> list[L
     """Load models that draw pages from one pool, for serving.
 
     Args:
-        paths: GGUF files, or folders in Hugging Face layout; the target first, whose dtype keys and values have.
+        paths: GGUF files, or folders in Hugging Face layout; the target first.
         options: see `LoadOptions`.
 
     Raises:
@@ -77,6 +80,7 @@ def load_runners(paths: Sequence[str], **options: Unpack[LoadOptions]) -> list[L
     quantisation = resolve_quantisation(where, dtype, options.get("quantization", "none"))
     # What is rounded to int8 is float32 before and after.
     dtypes = [torch.float32 if quantisation else resolve_dtype(path, dtype) for path in paths]
+    stored = kv_dtype(options.get("kv_cache_dtype", "auto"), dtypes[0])
     if where.type == "cpu":
         # torch's own team of threads, spinning beside ours, makes a product of 50 µs take 8 ms; it is not even started.
         torch.set_num_threads(1)
@@ -91,7 +95,7 @@ def load_runners(paths: Sequence[str], **options: Unpack[LoadOptions]) -> list[L
             runners = make_runners(
                 models,
                 device=where,
-                dtype=dtypes[0],
+                dtype=stored,
                 block_size=options.get("block_size", 16),
                 kv_memory_bytes=memory,
                 max_tokens=None if asked else options["max_tokens_in_use"],

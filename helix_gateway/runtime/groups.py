@@ -18,11 +18,6 @@ class LayerShape:
     window: int | None
     """A token attends to itself and the ``window - 1`` before it; None: to all before it."""
 
-    @property
-    def elements_per_token(self) -> int:
-        """Numbers stored of one token in one layer."""
-        return self.kv_heads * (self.key_dim + self.value_dim)
-
 
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
@@ -41,11 +36,6 @@ class LayerGroup:
         reach = "full" if shape.window is None else f"window{shape.window}"
         dims = str(shape.key_dim) if shape.key_dim == shape.value_dim else f"{shape.key_dim}+{shape.value_dim}"
         return f"{self.model}/{reach}-{shape.kv_heads}x{dims}"
-
-    @property
-    def elements_per_token(self) -> int:
-        """Numbers stored of one token over all layers of the group."""
-        return len(self.layers) * self.shape.elements_per_token
 
 
 def group_layers(model: str, shapes: Sequence[LayerShape]) -> tuple[LayerGroup, ...]:

@@ -5,6 +5,8 @@ one layer; a slice holds a whole number of units of any one group.  A group with
 several *runs* of tokens into one page: unit ``run * layers + layer`` lies in slice ``unit // units_per_slice``.  Hence one
 page of the one free list serves any group of any model.  How keys and values lie within a unit is the attention's affair,
 and which page belongs to whom the engine's.
+
+Elements are numbers of one dtype, or bytes (``torch.int8``) of quantised keys and values with their scales.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,8 +19,12 @@ import torch
 from helix_gateway.core.errors import OutOfMemoryError
 from helix_gateway.core.kv import KVGroup
 from helix_gateway.runtime.groups import LayerGroup
+from helix_gateway.runtime.kv_format import token_elements, tokens_apart
 
 Int64s = npt.NDArray[np.int64]
+
+_MARGIN = 64
+"""Elements behind the last page: the longest vector."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +32,7 @@ class GroupLayout:
     """Where one group's tokens lie within a page."""
 
     group: LayerGroup
+    dtype: torch.dtype
     unit_tokens: int
     units_per_slice: int
     runs: int
@@ -38,8 +45,8 @@ class GroupLayout:
 
     @property
     def unit_elements(self) -> int:
-        """Numbers in one unit: keys and values of ``unit_tokens`` tokens of one layer."""
-        return self.unit_tokens * self.group.shape.elements_per_token
+        """Elements of one unit: keys and values of ``unit_tokens`` tokens of one layer."""
+        return self.unit_tokens * token_elements(self.group.shape, self.dtype)
 
     @property
     def kv_group(self) -> KVGroup:
@@ -51,6 +58,8 @@ class GroupLayout:
 class PageLayout:
     """One page: so many slices of so many elements, and how each group uses them."""
 
+    dtype: torch.dtype
+    """Of keys and values."""
     slices: int
     slice_elements: int
     groups: tuple[GroupLayout, ...]
@@ -58,19 +67,26 @@ class PageLayout:
 
     @property
     def page_elements(self) -> int:
-        """Numbers in one page."""
+        """Elements of one page."""
         return self.slices * self.slice_elements
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page, over all slices."""
+        return self.page_elements * self.dtype.itemsize
 
     def groups_of(self, model: str) -> tuple[GroupLayout, ...]:
         """The groups of one model, in its own order."""
         return tuple(layout for layout in self.groups if layout.group.model == model)
 
 
-def lay_out_pages(groups: Sequence[LayerGroup], block_size: int) -> PageLayout:
+def lay_out_pages(groups: Sequence[LayerGroup], block_size: int, dtype: torch.dtype = torch.float32) -> PageLayout:
     """A layout in which a page holds ``block_size`` tokens of the target's largest group, and some of any other.
 
     Args:
         groups: of all models that share the pool; the first one's model is the target.
+        block_size: rounded up to what the dtype asks for: int8 stores tokens in fours.
+        dtype: of keys and values.
 
     Raises:
         ValueError: there is no group, or the block size is not positive.
@@ -78,28 +94,34 @@ def lay_out_pages(groups: Sequence[LayerGroup], block_size: int) -> PageLayout:
     if not groups or block_size < 1:
         raise ValueError(f"a page layout needs at least one KV group and a positive block size, not {block_size}")
     target = [group for group in groups if group.model == groups[0].model]
-    largest = max(target, key=lambda group: group.elements_per_token)
-    slices = len(largest.layers)
+    largest = max(target, key=lambda group: len(group.layers) * token_elements(group.shape, dtype))
+    slices, step = len(largest.layers), tokens_apart(dtype)
+    block_size = -(-block_size // step) * step
     slice_elements = max(
-        block_size * largest.shape.elements_per_token,
-        *(group.shape.elements_per_token * -(-len(group.layers) // slices) for group in groups),
+        block_size * token_elements(largest.shape, dtype),
+        *(step * token_elements(group.shape, dtype) * -(-len(group.layers) // slices) for group in groups),
     )
     return PageLayout(
+        dtype,
         slices,
         slice_elements,
-        tuple(_lay_out_group(group, slices, slice_elements, block_size) for group in groups),
+        tuple(_lay_out_group(group, dtype, slices, slice_elements, block_size) for group in groups),
     )
 
 
-def _lay_out_group(group: LayerGroup, slices: int, slice_elements: int, block_size: int) -> GroupLayout:
+def _lay_out_group(
+    group: LayerGroup, dtype: torch.dtype, slices: int, slice_elements: int, block_size: int
+) -> GroupLayout:
     """The unit size that puts most tokens into a page; the longest such unit, since long units are read fastest."""
+    step = tokens_apart(dtype)
 
     def with_unit(unit_tokens: int) -> GroupLayout:
-        units_per_slice = slice_elements // (unit_tokens * group.shape.elements_per_token)
-        return GroupLayout(group, unit_tokens, units_per_slice, slices * units_per_slice // len(group.layers))
+        units_per_slice = slice_elements // (unit_tokens * token_elements(group.shape, dtype))
+        return GroupLayout(group, dtype, unit_tokens, units_per_slice, slices * units_per_slice // len(group.layers))
 
     return max(
-        map(with_unit, range(1, block_size + 1)), key=lambda layout: (layout.tokens_per_block, layout.unit_tokens)
+        map(with_unit, range(step, block_size + 1, step)),
+        key=lambda layout: (layout.tokens_per_block, layout.unit_tokens),
     )
 
 
@@ -107,7 +129,7 @@ def _in_mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.3g} MiB"
 
 
-def pages_in(layout: PageLayout, dtype: torch.dtype, memory_bytes: int | None, max_tokens: int | None) -> int:
+def pages_in(layout: PageLayout, memory_bytes: int | None, max_tokens: int | None) -> int:
     """How many pages to take: what the memory holds, but no more than ``max_tokens`` need in every group.
 
     Raises:
@@ -116,7 +138,7 @@ def pages_in(layout: PageLayout, dtype: torch.dtype, memory_bytes: int | None, m
     """
     if memory_bytes is None:
         raise ValueError("an arena needs a number of pages, or its memory in bytes")
-    page_bytes = layout.page_elements * dtype.itemsize
+    page_bytes = layout.page_bytes
     if memory_bytes < page_bytes:
         block_tokens = min(group.tokens_per_block for group in layout.groups)
         raise OutOfMemoryError(
@@ -145,15 +167,16 @@ class Arena:
         """Elements from one slice to the next; None where units follow one another, whatever the slices."""
 
     @classmethod
-    def slice_major(cls, layout: PageLayout, num_pages: int, dtype: torch.dtype, device: torch.device) -> "Arena":
-        """Memory that is taken from the system only as pages are first written."""
-        memory = torch.empty(num_pages * layout.page_elements, dtype=dtype, device=device)
-        return cls(layout, memory, num_pages * layout.slice_elements)
+    def slice_major(cls, layout: PageLayout, num_pages: int, device: torch.device) -> "Arena":
+        """Memory that is taken from the system only as pages are first written; a vector may be read across its end."""
+        elements = num_pages * layout.page_elements
+        memory = torch.empty(elements + _MARGIN, dtype=layout.dtype, device=device)
+        return cls(layout, memory[:elements], num_pages * layout.slice_elements)
 
     @classmethod
-    def page_major(cls, layout: PageLayout, num_pages: int, dtype: torch.dtype, device: torch.device) -> "Arena":
+    def page_major(cls, layout: PageLayout, num_pages: int, device: torch.device) -> "Arena":
         """Memory on any device, zeroed: what was never written must not be NaN, since masked scores read it."""
-        return cls(layout, torch.zeros(num_pages * layout.page_elements, dtype=dtype, device=device), None)
+        return cls(layout, torch.zeros(num_pages * layout.page_elements, dtype=layout.dtype, device=device), None)
 
     @property
     def num_pages(self) -> int:

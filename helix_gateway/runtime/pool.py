@@ -1,6 +1,6 @@
 """One arena for all models that generate together, and a runner of each over its own groups of it.
 
-The first model is the target: a page is measured by its tokens, and keys and values have its dtype.  Knows nothing about
+The first model is the target: a page is measured by its tokens.  Keys and values of all have one dtype.  Knows nothing about
 where models come from, nor who drafts for whom.
 """
 
@@ -36,7 +36,7 @@ def make_runners(
 
     Args:
         models: on ``device``, the target first.
-        dtype: of keys and values, and of the target's weights.
+        dtype: of keys and values; int8: quantised, with one scale a token and head.
         block_size: tokens of the target's largest KV group in a page.
         num_pages: pages of the arena; None: as many as ``kv_memory_bytes`` hold.
         kv_memory_bytes: memory that the arena may take, where ``num_pages`` is None.
@@ -51,12 +51,12 @@ def make_runners(
     names = [f"model{place}" for place in range(len(models))]
     shapes = [[layer.shape for layer in probe.layers] for probe in probes]
     groups = [group for name, own in zip(names, shapes, strict=True) for group in group_layers(name, own)]
-    layout = lay_out_pages(groups, block_size)
+    layout = lay_out_pages(groups, block_size, dtype)
     if num_pages is None:
-        num_pages = pages_in(layout, dtype, kv_memory_bytes, max_tokens)
+        num_pages = pages_in(layout, kv_memory_bytes, max_tokens)
     kind = attention or device_attention(device, dtype)
     with memory_errors_named():
-        arena = kind.new_arena(layout, num_pages, dtype, device)
+        arena = kind.new_arena(layout, num_pages, device)
         return [
             TransformersRunner(model, probe, _pages_of(name, kind, arena, probe))
             for name, model, probe in zip(names, models, probes, strict=True)

@@ -4,8 +4,8 @@ Pages are gathered by index, sequences padded to one another, products batched: 
 (`compat_tests/runtime/test_directml_operators.py`).  Sequences with few rows go together, those with many one by one,
 so that a prefill chunk does not widen everybody's rows.
 
-Within a unit (see `pages.py`) a token is consecutive: its keys [kv_heads, key_dim], then its values.  Knows nothing
-about models or requests.
+Within a unit (see `pages.py`) a token is consecutive: its keys [kv_heads, key_dim], then its values; in int8, the scales
+of all heads' keys and of all heads' values before them.  Knows nothing about models or requests.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from helix_gateway.core.step import Int32s, StepBatch
+from helix_gateway.runtime.groups import LayerShape
+from helix_gateway.runtime.kv_format import SCALE_BYTES, TOP, padded, token_elements
 from helix_gateway.runtime.pages import Arena, GroupLayout, Int64s
 
 # Rows of a sequence up to which it is padded to others: plain decodes and verify windows.
@@ -46,7 +49,7 @@ class _GroupStep:
 
 
 class TorchPagedAttention:
-    """`PagedAttention` over a page-major arena on any device, in any floating-point dtype."""
+    """`PagedAttention` over a page-major arena on any device, in int8 or any floating-point dtype."""
 
     new_arena = staticmethod(Arena.page_major)
 
@@ -81,15 +84,15 @@ class TorchPagedAttention:
         number, stored = self._layers[layer]
         step, shape = self._steps[number], self._groups[number].group.shape
         rows = query.shape[2]
-        new = [tensor[0].transpose(0, 1).reshape(rows, -1) for tensor in (key, value)]
-        stored.index_put_(step.slots, torch.cat(new, 1).to(stored.dtype))
-        flat = query[0].transpose(0, 1).reshape(rows, -1).to(stored.dtype)
+        new_keys, new_values = (tensor[0].transpose(0, 1) for tensor in (key, value))
+        stored.index_put_(step.slots, _stored_rows(new_keys, new_values, stored.dtype))
+        flat = query[0].transpose(0, 1).reshape(rows, -1)
         outputs = []
         for bucket in step.buckets:
             count, longest = bucket.mask.shape[0], bucket.mask.shape[3]
             q = flat.index_select(0, bucket.rows).view(count, longest, shape.kv_heads, -1, shape.key_dim)
-            tokens = stored.index_select(0, bucket.pages).view(count, -1, shape.elements_per_token)
-            keys, values = tokens.tensor_split([shape.kv_heads * shape.key_dim], 2)
+            tokens = stored.index_select(0, bucket.pages).view(count, -1, stored.shape[-1])
+            keys, values = _read_tokens(tokens, shape, query.dtype)
             outputs.append(_attend_bucket(q, keys, values, bucket.mask, scaling, softcap))
         joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return joined.index_select(0, step.order).view(1, rows, query.shape[1], shape.value_dim).to(query.dtype)
@@ -98,9 +101,50 @@ class TorchPagedAttention:
 def _layer_view(arena: Arena, layout: GroupLayout, place: int) -> torch.Tensor:
     offsets = arena.unit_offsets(layout)[place]
     run_stride = int(offsets[1] - offsets[0]) if layout.runs > 1 else 0
-    element = layout.group.shape.elements_per_token
+    element = token_elements(layout.group.shape, layout.dtype)
     size = (arena.num_pages, layout.runs, layout.unit_tokens, element)
     return arena.memory.as_strided(size, (arena.page_stride, run_stride, element, 1), int(offsets[0]))
+
+
+def _stored_rows(keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """New tokens [rows, elements of a token] as they are stored; keys and values come as [rows, kv_heads, dim]."""
+    if dtype != torch.int8:
+        return torch.cat([keys.flatten(1), values.flatten(1)], 1).to(dtype)
+    (key_bytes, key_scales), (value_bytes, value_scales) = _quantised(keys), _quantised(values)
+    scales = torch.cat([key_scales, value_scales], 1).contiguous().view(torch.int8)
+    return torch.cat([scales, key_bytes, value_bytes], 1)
+
+
+def _quantised(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bytes [rows, kv_heads * padded dim] and scales [rows, kv_heads] of [rows, kv_heads, dim] (see `kv_format.py`)."""
+    numbers = numbers.float()
+    largest = numbers.abs().amax(2, keepdim=True)
+    inverse = torch.where(largest > 0, TOP / largest, 0.0)
+    rounded = torch.round(numbers * inverse).to(torch.int8)
+    dim = numbers.shape[2]
+    return nn.functional.pad(rounded, (0, padded(dim) - dim)).flatten(1), (largest / TOP)[:, :, 0]
+
+
+def _read_tokens(tokens: torch.Tensor, shape: LayerShape, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values, [sequences, tokens, kv_heads * dim] each, of tokens as they are stored."""
+    heads = shape.kv_heads
+    if tokens.dtype != torch.int8:
+        keys, values = tokens.to(dtype).tensor_split([heads * shape.key_dim], 2)
+        return keys, values
+    at_keys = 2 * heads * SCALE_BYTES
+    at_values = at_keys + heads * padded(shape.key_dim)
+    scales, key_bytes, value_bytes = tokens.tensor_split([at_keys, at_values], 2)
+    factors = scales.contiguous().view(torch.float32).view(*scales.shape[:2], 2, heads, 1)
+    return (
+        _widened(key_bytes, factors[:, :, 0], shape.key_dim).to(dtype),
+        _widened(value_bytes, factors[:, :, 1], shape.value_dim).to(dtype),
+    )
+
+
+def _widened(stored: torch.Tensor, factors: torch.Tensor, dim: int) -> torch.Tensor:
+    """Numbers [sequences, tokens, kv_heads * dim] of bytes and their heads' scales [sequences, tokens, kv_heads, 1]."""
+    by_head = stored.reshape(*factors.shape[:3], -1)
+    return (by_head[..., :dim].float() * factors).flatten(2)
 
 
 def _attend_bucket(

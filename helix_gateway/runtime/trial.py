@@ -21,6 +21,8 @@ _CHUNK = 4
 _FEW = 2
 # Of the numbers that nobody wrote: beside larger ones a model in bfloat16 no longer agrees with itself in float32.
 _SIZE = 0.1
+# What bytes of int8 pages are, four together: as a float32 a scale of such keys, as bytes keys like any other.
+_SCALES = _SIZE / 127
 # Enough for blocks of one token: six for the chunk and the window, one read again and again, two for the fresh sequence.
 _PAGES = 9
 
@@ -57,7 +59,16 @@ def fill_pages(arena: Arena) -> None:
     """Numbers like keys' and values', in the pages that the trial reads."""
     count = min(_PAGES, arena.num_pages)
     pages = arena.pages()[:, :count]
-    pages.copy_(_SIZE * torch.sin(torch.arange(pages.numel(), dtype=torch.float32)).view(pages.shape))
+    if pages.dtype == torch.int8:
+        words = pages.view(torch.float32)
+        words.copy_(_SCALES * (1.5 + 0.5 * _waves(words)))
+    else:
+        pages.copy_(_SIZE * _waves(pages))
+
+
+def _waves(pages: torch.Tensor) -> torch.Tensor:
+    """Numbers from -1 to 1, as many as there are in ``pages``."""
+    return torch.sin(torch.arange(pages.numel(), dtype=torch.float32)).view(pages.shape)
 
 
 def _step(vocab_size: int, spans: Sequence[_Span]) -> StepBatch:

@@ -11,6 +11,7 @@ from helix_gateway.telemetry.settings import LogSettings
 
 DTypeName = Literal["auto", "float32", "bfloat16"]
 QuantizationName = Literal["auto", "int8", "int4", "none"]
+KVDTypeName = Literal["auto", "int8", "bfloat16", "float32"]
 DeviceName = Literal["auto", "cpu", "cuda", "directml", "mps", "xpu"]
 
 
@@ -27,6 +28,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     dtype: DTypeName = "auto"
     quantization: QuantizationName = "none"
     """What a CPU holds weights in; "auto": a file's own blocks, else int8, where no dtype is asked for."""
+    kv_cache_dtype: KVDTypeName = "auto"
+    """auto: what weights are computed in."""
     device: DeviceName = "auto"
     max_model_len: int | None = None
     """None: the model's own context length, or what the pool holds if that is less."""

@@ -12,24 +12,18 @@ import torch
 from numba import njit, prange
 
 from helix_gateway.core.step import Float32s, Int32s, StepBatch
-from helix_gateway.runtime.cpu.attention_items import (
-    GROUP,
-    KEY_DIM,
-    KV_HEADS,
-    UNIT,
-    VALUE_DIM,
-    WINDOW,
-    Plan,
-    attend_item,
-    first_seen,
-    write_rows,
-)
+from helix_gateway.runtime.cpu.attention_float_items import float_scratch
+from helix_gateway.runtime.cpu.attention_int8_items import int8_scratch
+from helix_gateway.runtime.cpu.attention_items import attend_item, write_rows
+from helix_gateway.runtime.cpu.attention_shape import GROUP, KV_HEADS, QUANTISED, UNIT, WINDOW, Plan, first_seen
 from helix_gateway.runtime.cpu.emitter import LANES
 from helix_gateway.runtime.cpu.threads import configure_threads
 from helix_gateway.runtime.pages import Arena, GroupLayout, Int64s
 
-CPU_KV_DTYPES = (torch.float32, torch.bfloat16)
+CPU_KV_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 """What `CpuPagedAttention` takes."""
+ACTIVATIONS = {torch.float32: np.empty(0, np.float32), torch.bfloat16: np.empty(0, np.uint16)}
+"""What queries, new keys and values, and outputs may be, and what tells compiled code so."""
 NO_SOFTCAP = float("inf")
 """What a softcap that caps nothing is."""
 
@@ -46,42 +40,44 @@ _UNBOUNDED = 1 << 40
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def _write_layer(kind, shape, offsets, plan, key, value):  # type: ignore[no-untyped-def]
+def _write_layer(kind, stored, shape, offsets, plan, key, value):  # type: ignore[no-untyped-def]
     """Write all rows' keys and values, each thread some rows."""
     threads, rows = len(plan.bounds) - 1, len(plan.positions)
     for thread in prange(threads):
-        write_rows(kind, shape, offsets, plan, rows * thread // threads, rows * (thread + 1) // threads, key, value)
+        first, last = rows * thread // threads, rows * (thread + 1) // threads
+        write_rows(kind, stored, shape, offsets, plan, first, last, key, value)
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def _attend_layer(kind, shape, offsets, plan, written, query, key, value, scaling, softcap, out, works):  # type: ignore[no-untyped-def]
+def _attend_layer(kind, stored, shape, offsets, plan, written, query, key, value, scaling, softcap, out, works):  # type: ignore[no-untyped-def]
     """Write the rows from ``written`` on, then attend, each thread its items."""
-    write_rows(kind, shape, offsets, plan, written, len(plan.positions), key, value)
+    write_rows(kind, stored, shape, offsets, plan, written, len(plan.positions), key, value)
     for thread in prange(len(plan.bounds) - 1):
         for item in range(plan.bounds[thread], plan.bounds[thread + 1]):
-            attend_item(kind, shape, offsets, plan, item, query, scaling, softcap, out, works[thread])
+            attend_item(kind, stored, shape, offsets, plan, item, query, scaling, softcap, out, works[thread])
 
 
 @njit(cache=True)
 def _plan_tiles(shape, cu_seqlens, positions, row_sequence, tile_row, tile_tokens, tile_cost):  # type: ignore[no-untyped-def]
     """Cut every sequence's rows into tiles; returns how many, and the numbers of scratch that the largest needs."""
     group, window, unit = shape[GROUP], shape[WINDOW], shape[UNIT]
-    heads = group * shape[KV_HEADS]
+    # Floats keep the scores of all heads at once, int8 those of one KV head, beside their weights in half the room.
+    columns = 2 * group if shape[QUANTISED] else group * shape[KV_HEADS]
     tiles, most = 0, 0
     for sequence in range(len(cu_seqlens) - 1):
         row, end = cu_seqlens[sequence], cu_seqlens[sequence + 1]
         row_sequence[row:end] = sequence
         while row < end:
             span = min(positions[row] + 1, window) + _TILE_ROWS
-            tokens = min(end - row, max(1, min(_TILE_ROWS // group, _TILE_SCORES // (span * heads))))
+            tokens = min(end - row, max(1, min(_TILE_ROWS // group, _TILE_SCORES // (span * columns))))
             first = first_seen(positions[row : row + tokens].min(), window)
             span = positions[row : row + tokens].max() + 1 - first
             tile_row[tiles], tile_tokens[tiles], tile_cost[tiles] = row, tokens, tokens * span + unit
-            columns = span + 2 * unit + 4 * LANES
-            most = max(most, tokens * heads * (shape[KEY_DIM] + shape[VALUE_DIM] + columns + 1))
+            rows = tokens * group
+            most = max(most, int8_scratch(shape, rows, span) if shape[QUANTISED] else float_scratch(shape, rows, span))
             tiles += 1
             row += tokens
-    return tiles, most
+    return tiles, (most + LANES - 1) // LANES * LANES
 
 
 def _deal(costs: Int64s, parts: int, threads: int) -> Int64s:
@@ -97,7 +93,7 @@ def _describe(arena: Arena, layout: GroupLayout, heads: int) -> Int64s:
     window = _UNBOUNDED if shape.window is None else shape.window
     group = heads // shape.kv_heads
     fields = (arena.page_stride, layout.unit_tokens, layout.runs, shape.kv_heads, group)
-    return np.array([*fields, shape.key_dim, shape.value_dim, window], np.int64)
+    return np.array([*fields, shape.key_dim, shape.value_dim, window, layout.dtype == torch.int8], np.int64)
 
 
 class _Layer(NamedTuple):
@@ -113,7 +109,7 @@ class _Layer(NamedTuple):
 class UniformLayers(NamedTuple):
     """What one step's attention needs beside its plan, for layers that are all alike."""
 
-    kind: Any
+    stored: Any
     """The arena, as numpy has it."""
     shape: Int64s
     offsets: Int64s
@@ -122,17 +118,15 @@ class UniformLayers(NamedTuple):
 
 
 class CpuPagedAttention:
-    """`PagedAttention` over a slice-major arena in float32 or bfloat16."""
+    """`PagedAttention` over a slice-major arena in float32, bfloat16 or int8."""
 
     new_arena = staticmethod(Arena.slice_major)
 
     def __init__(self, arena: Arena, groups: Sequence[GroupLayout], heads: Sequence[int]) -> None:
         """The pages of ``groups``, the model's own among the arena's; ``heads``: query heads of each of its layers."""
-        memory = arena.memory
-        self.dtype = memory.dtype
+        self.dtype = arena.memory.dtype
         """Of keys and values."""
-        self._arena = memory if memory.dtype == torch.float32 else memory.view(torch.int16)
-        self._kind = self._arena.numpy() if memory.dtype == torch.float32 else self._arena.numpy().view(np.uint16)
+        self._stored = _as_numpy(arena.memory)
         self._planned: list[tuple[int, Int64s]] = []
         """For each plan, its KV group and the shape of its layers."""
         self._layers: dict[int, _Layer] = {}
@@ -153,14 +147,15 @@ class CpuPagedAttention:
         self.begin(StepBatch(zero, zero, np.array([0, 1], np.int32), one, tables, zero[:0]))
         known, shape = self._layers[0], groups[0].group.shape
         query, key, value = (
-            torch.zeros(1, count, 1, dim, dtype=self.dtype)
+            torch.zeros(1, count, 1, dim, dtype=torch.float32)
             for count, dim in (
                 (heads[0], shape.key_dim),
                 (shape.kv_heads, shape.key_dim),
                 (shape.kv_heads, shape.value_dim),
             )
         )
-        _write_layer(self._kind, known.shape, known.offsets, self._plans[known.plan], _source(key), _source(value))
+        plan, kind = self._plans[known.plan], ACTIVATIONS[torch.float32]
+        _write_layer(kind, self._stored, known.shape, known.offsets, plan, _source(key), _source(value))
         self.attend(0, query, key, value, 1.0, None)
         # What torch computes here is small: a team of its own, spinning beside ours, makes a product of 50 µs take 8 ms,
         # and would cut elementwise operators at places that depend on the batch.  Said once compiled code has run: where
@@ -184,7 +179,7 @@ class CpuPagedAttention:
         """The step that `begin` has prepared, of a model that `is_uniform`."""
         (plan,) = self._plans
         assert self._offsets is not None
-        return plan, UniformLayers(self._kind, self._layers[0].shape, self._offsets, self._works)
+        return plan, UniformLayers(self._stored, self._layers[0].shape, self._offsets, self._works)
 
     def begin(self, batch: StepBatch) -> None:
         """Cut the step's rows into tiles and deal them to the threads."""
@@ -209,15 +204,17 @@ class CpuPagedAttention:
         """See `PagedAttention.attend`."""
         known, wanted = self._layers[layer], query.dtype
         plan = self._plans[known.plan]
-        query, key, value = self._dense(query), self._dense(key), self._dense(value)
+        query, key, value = _dense(query), _dense(key), _dense(value)
+        kind = ACTIVATIONS[query.dtype]
         out = query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
         queries, keys, values = _source(query), _source(key), _source(value)
         written = 0
         if key.numel() + value.numel() >= _SERIAL_WRITE:
-            _write_layer(self._kind, known.shape, known.offsets, plan, keys, values)
+            _write_layer(kind, self._stored, known.shape, known.offsets, plan, keys, values)
             written = query.shape[2]
         _attend_layer(
-            self._kind,
+            kind,
+            self._stored,
             known.shape,
             known.offsets,
             plan,
@@ -232,10 +229,16 @@ class CpuPagedAttention:
         )
         return out.to(wanted)
 
-    def _dense(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor in the arena's dtype, its last dimension consecutive in memory: as it is, nearly always."""
-        tensor = tensor.to(self.dtype)
-        return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+def _as_numpy(memory: torch.Tensor) -> Any:
+    """A tensor's memory as compiled code takes it."""
+    return memory.view(torch.int16).numpy().view(np.uint16) if memory.dtype == torch.bfloat16 else memory.numpy()
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in a dtype of `ACTIVATIONS`, its last dimension consecutive in memory: as it is, nearly always."""
+    tensor = tensor if tensor.dtype in ACTIVATIONS else tensor.float()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _source(tensor: torch.Tensor) -> tuple[int, int, int]:

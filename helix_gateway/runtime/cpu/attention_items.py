@@ -1,333 +1,68 @@
-"""Attention of one item on one thread, and the writing of keys and values: all that is compiled for a layer's pages.
+"""Attention of one item on one thread, and the writing of keys and values, for however the arena stores them.
 
-A *tile* is a few consecutive rows of one sequence, and an *item* a tile and some KV heads: all its rows, and all query
-heads of a group, share each load of a key or a value.  A row's bits depend on its own sequence alone: a score is one fma
-chain over the dimensions, the sum of exponentials is taken in 16 parts by absolute position, an output is one fma chain
-over absolute positions from the window's first to the last.
-
-Within a unit (see `pages.py`) keys lie as [kv_heads, key_dim, unit_tokens], so that lanes are keys, and values as
-[kv_heads, unit_tokens, value_dim], so that lanes are dimensions.  Knows nothing about models, threads or requests.
+Compiled code that calls `write_rows` or `attend_item` gets the one that suits the arena's dtype: `attention_float_items.py`
+for float32 and bfloat16, `attention_int8_items.py` for int8.  Knows nothing about either.
 """
 
-from typing import NamedTuple
+from typing import Any
 
-import numpy as np
-from numba import njit
+from numba import types
+from numba.extending import overload
 
-from helix_gateway.core.step import Int32s
-from helix_gateway.runtime.cpu.attention_kernels import (
-    WIDE_ROWS,
-    add_values,
-    dot_keys,
-    load_element,
-    row_max,
-    row_sum,
-    store_element,
-)
-from helix_gateway.runtime.cpu.emitter import F32_BYTES, LANES
-from helix_gateway.runtime.cpu.math import exp_f32
-from helix_gateway.runtime.cpu.microkernels import fma
-from helix_gateway.runtime.pages import Int64s
-
-PAGE_STRIDE, UNIT, RUNS, KV_HEADS, GROUP, KEY_DIM, VALUE_DIM, WINDOW = range(8)
-"""Places in the array that describes a layer's shape: one array is unpacked faster than eight integers."""
-
-_WIDE = WIDE_ROWS >= 8
-# Units by which a cache line is asked for before it is read (measured: 16 rows of 512 tokens, 55 to 44 ms on a core).
-_AHEAD = 1
+from helix_gateway.runtime.cpu.attention_float_items import attend_float_item, write_float_rows
+from helix_gateway.runtime.cpu.attention_int8_items import attend_int8_item, write_int8_rows
 
 
-class Plan(NamedTuple):
-    """One step's work for one KV group, the same for all its layers."""
+def write_rows(*arguments: Any) -> None:
+    """Keys and values of the rows first:last into their pages; from compiled code only.
 
-    positions: Int64s
-    """[num_tokens]"""
-    row_sequence: Int32s
-    """[num_tokens], row of ``tables``."""
-    tables: Int32s
-    """[num_seqs, max_blocks]"""
-    tile_row: Int32s
-    """[num_tiles], the first row of each tile."""
-    tile_tokens: Int32s
-    """[num_tiles]"""
-    parts: int
-    """Items that a tile's KV heads are divided among."""
-    bounds: Int64s
-    """[threads + 1]; thread t takes the items bounds[t]:bounds[t + 1]."""
+    Arguments, in their order:
+        kind: any array of the dtype of new keys and values: float32, or uint16 for the bits of bfloat16.
+        stored: the arena: float32, uint16 for the bits of bfloat16, or int8.
+        shape: as `attention_shape.py` numbers its fields.
+        offsets: [runs], where the layer's units of page 0 begin, in elements.
+        plan: the step's.
+        first: row.
+        last: row behind the last.
+        key: (address, elements between rows, elements between heads).
+        value: the same.
+    """
+    raise NotImplementedError
 
 
-@njit(cache=True)
-def _unit_at(shape, offsets, table, unit):  # type: ignore[no-untyped-def]
-    """Element at which a sequence's unit begins."""
-    runs = shape[RUNS]
-    return offsets[unit % runs] + table[unit // runs] * shape[PAGE_STRIDE]
+@overload(write_rows)
+def _write_rows(kind, stored, shape, offsets, plan, first, last, key, value):  # type: ignore[no-untyped-def]
+    def floats(kind, stored, shape, offsets, plan, first, last, key, value):  # type: ignore[no-untyped-def]
+        write_float_rows(kind, stored, shape, offsets, plan, first, last, key, value)
+
+    def int8s(kind, stored, shape, offsets, plan, first, last, key, value):  # type: ignore[no-untyped-def]
+        write_int8_rows(kind, stored, shape, offsets, plan, first, last, key, value)
+
+    return int8s if stored.dtype == types.int8 else floats
 
 
-@njit(cache=True)
-def first_seen(position, window):  # type: ignore[no-untyped-def]
-    """The first position that a token attends to."""
-    return max(0, position - window + 1)
+def attend_item(*arguments: Any) -> None:
+    """One tile and some of its KV heads; from compiled code only.
+
+    Arguments, in their order:
+        kind: any array of the dtype of queries and outputs, as for `write_rows`.
+        stored: as for `write_rows`, as are ``shape``, ``offsets`` and ``plan``.
+        item: its number.
+        query: (address, elements between rows, elements between heads).
+        scaling: factor of every score.
+        softcap: infinite where there is none.
+        out: address of [num_tokens, query heads, value_dim].
+        work: float32, the thread's scratch.
+    """
+    raise NotImplementedError
 
 
-@njit(cache=True)
-def _write_row(kind, shape, offsets, table, position, row, key, value):  # type: ignore[no-untyped-def]
-    """One token's keys and values into its unit; each source is (address, elements between rows, between heads)."""
-    unit, size = shape[UNIT], kind.itemsize
-    heads, key_dim, value_dim = shape[KV_HEADS], shape[KEY_DIM], shape[VALUE_DIM]
-    start = kind.ctypes.data + _unit_at(shape, offsets, table, position // unit) * size
-    slot = position % unit
-    for head in range(heads):
-        source = key[0] + (row * key[1] + head * key[2]) * size
-        target = start + (head * key_dim * unit + slot) * size
-        for dim in range(key_dim):
-            store_element(kind, target + dim * unit * size, load_element(kind, source + dim * size))
-        source = value[0] + (row * value[1] + head * value[2]) * size
-        target = start + (heads * key_dim * unit + (head * unit + slot) * value_dim) * size
-        for dim in range(value_dim):
-            store_element(kind, target + dim * size, load_element(kind, source + dim * size))
+@overload(attend_item)
+def _attend_item(kind, stored, shape, offsets, plan, item, query, scaling, softcap, out, work):  # type: ignore[no-untyped-def]
+    def floats(kind, stored, shape, offsets, plan, item, query, scaling, softcap, out, work):  # type: ignore[no-untyped-def]
+        attend_float_item(kind, stored, shape, offsets, plan, item, query, scaling, softcap, out, work)
 
+    def int8s(kind, stored, shape, offsets, plan, item, query, scaling, softcap, out, work):  # type: ignore[no-untyped-def]
+        attend_int8_item(kind, stored, shape, offsets, plan, item, query, scaling, softcap, out, work)
 
-@njit(cache=True)
-def write_rows(kind, shape, offsets, plan, first, last, key, value):  # type: ignore[no-untyped-def]
-    """Keys and values of the rows first:last into their pages; sources as `_write_row` has them."""
-    for row in range(first, last):
-        table = plan.tables[plan.row_sequence[row]]
-        _write_row(kind, shape, offsets, table, plan.positions[row], row, key, value)
-
-
-@njit(cache=True)
-def _take_queries(kind, shape, query, first_row, tokens, heads, work):  # type: ignore[no-untyped-def]
-    """Queries of an item as float32, [heads, tokens * group, key_dim] from the start of ``work``."""
-    group, depth, size = shape[GROUP], shape[KEY_DIM], kind.itemsize
-    target = 0
-    for head in range(heads[0], heads[1]):
-        for row in range(tokens * group):
-            source = (first_row + row // group) * query[1] + (head * group + row % group) * query[2]
-            for dim in range(depth):
-                work[target + dim] = load_element(kind, query[0] + (source + dim) * size)
-            target += depth
-
-
-@njit(cache=True)
-def _scores_of_rows(kind, rows, q, q_step, keys, key_step, depth, out, out_step, ahead):  # type: ignore[no-untyped-def]
-    """`dot_keys` for any number of rows."""
-    row = 0
-    while row < rows:
-        left = rows - row
-        a, b = q + row * q_step, out + row * out_step
-        if _WIDE and left >= 8:
-            dot_keys(kind, 8, a, q_step, keys, key_step, depth, b, out_step, ahead)
-            row += 8
-        elif left >= 4:
-            dot_keys(kind, 4, a, q_step, keys, key_step, depth, b, out_step, ahead)
-            row += 4
-        elif left == 3:
-            dot_keys(kind, 3, a, q_step, keys, key_step, depth, b, out_step, ahead)
-            row += 3
-        elif left == 2:
-            dot_keys(kind, 2, a, q_step, keys, key_step, depth, b, out_step, ahead)
-            row += 2
-        else:
-            dot_keys(kind, 1, a, q_step, keys, key_step, depth, b, out_step, ahead)
-            row += 1
-
-
-@njit(cache=True)
-def _score_singly(kind, shape, rows, keys, first, work, q, out, out_step):  # type: ignore[no-untyped-def]
-    """Scores against a unit's last keys, fewer than 16 from ``first`` on: the same chains, one key at a time."""
-    unit, depth, size = shape[UNIT], shape[KEY_DIM], kind.itemsize
-    for row in range(rows):
-        for lane in range(first, unit):
-            score = np.float32(0.0)
-            for dim in range(depth):
-                number = load_element(kind, keys + (dim * unit + lane) * size)
-                score = fma(number, work[q + row * depth + dim], score)
-            work[out + row * out_step + lane] = score
-
-
-@njit(cache=True)
-def _score_unit(kind, shape, rows, keys, ahead, first, last, work, q, out, step):  # type: ignore[no-untyped-def]
-    """Scores of one head's queries (at ``q``) against a unit's keys; those at first:last are wanted."""
-    unit, depth, size = shape[UNIT], shape[KEY_DIM], kind.itemsize
-    base, whole = work.ctypes.data, unit // LANES * LANES
-    for lane in range(0, whole, LANES):
-        if lane < last and lane + LANES > first:
-            a, b = base + q * F32_BYTES, base + (out + lane) * F32_BYTES
-            keys_at, q_step, out_step = keys + lane * size, depth * F32_BYTES, step * F32_BYTES
-            _scores_of_rows(kind, rows, a, q_step, keys_at, unit * size, depth, b, out_step, ahead)
-    if whole < unit:
-        _score_singly(kind, shape, rows, keys, whole, work, q, out, step)
-
-
-@njit(cache=True)
-def _score_item(kind, shape, offsets, table, heads, rows, first, last, base, work, scores, step):  # type: ignore[no-untyped-def]
-    """Scores [heads, rows, step] of an item's queries against the keys at first:last; column 0 is position ``base``."""
-    unit, depth, size = shape[UNIT], shape[KEY_DIM], kind.itemsize
-    final = (last - 1) // unit
-    for number in range(first // unit, final + 1):
-        place = _unit_at(shape, offsets, table, number)
-        ahead = (_unit_at(shape, offsets, table, min(number + _AHEAD, final)) - place) * size
-        start = number * unit
-        for head in range(heads[0], heads[1]):
-            row = (head - heads[0]) * rows
-            keys = kind.ctypes.data + (place + head * depth * unit) * size
-            q, out = row * depth, scores + row * step + start - base
-            _score_unit(kind, shape, rows, keys, ahead, first - start, last - start, work, q, out, step)
-
-
-@njit(cache=True)
-def _tanh_f32(x):  # type: ignore[no-untyped-def]
-    """Hyperbolic tangent: an odd polynomial near 0, where the quotient would cancel (the Cephes library's tanhf)."""
-    z = x * x
-    p = fma(np.float32(-5.70498872745e-3), z, np.float32(2.06390887954e-2))
-    p = fma(fma(p, z, np.float32(-5.37397155531e-2)), z, np.float32(1.33314422036e-1))
-    p = fma(fma(p, z, np.float32(-3.33332819422e-1)) * z, x, x)
-    size = abs(x)
-    far = np.float32(1.0) - np.float32(2.0) / (exp_f32(size + size) + np.float32(1.0))
-    far = -far if x < np.float32(0.0) else far
-    return p if size < np.float32(0.625) else far
-
-
-@njit(cache=True)
-def _weigh_row(work, row, first, last, scaling, softcap):  # type: ignore[no-untyped-def]
-    """Scores at ``row + first : row + last`` to exponentials, zero around them up to multiples of 16; returns the sum."""
-    begin, end = first // LANES * LANES, (last + LANES - 1) // LANES * LANES
-    for i in range(row + first, row + last):
-        work[i] *= scaling
-    if softcap < np.inf:
-        for i in range(row + first, row + last):
-            work[i] = softcap * _tanh_f32(work[i] / softcap)
-    work[row + begin : row + first] = -np.inf
-    work[row + last : row + end] = -np.inf
-    address, blocks = work.ctypes.data + (row + begin) * F32_BYTES, (end - begin) // LANES
-    top = row_max(address, blocks)
-    for i in range(row + begin, row + end):
-        work[i] = exp_f32(work[i] - top)
-    return row_sum(address, blocks)
-
-
-@njit(cache=True)
-def _add_rest(kind, rows, p, p_step, values, value_step, count, sums, sum_step, done, dims, work):  # type: ignore[no-untyped-def]
-    """The dimensions that do not fill a vector of 16: the same chains, one at a time."""
-    size = kind.itemsize
-    for row in range(rows):
-        for dim in range(done, dims):
-            total = work[sums + row * sum_step + dim]
-            for i in range(count):
-                total = fma(load_element(kind, values + i * value_step + dim * size), work[p + row * p_step + i], total)
-            work[sums + row * sum_step + dim] = total
-
-
-@njit(cache=True)
-def _add_span(kind, dims, rows, p, p_step, values, count, sums, work, ahead):  # type: ignore[no-untyped-def]
-    """Add ``count`` consecutive values of a unit, weighted, to the sums of ``rows`` rows."""
-    step, vectors, base = dims * kind.itemsize, dims // LANES, work.ctypes.data
-    wide_p, wide_sum = p_step * F32_BYTES, dims * F32_BYTES
-    row = 0
-    while row < rows and vectors > 0:
-        left = rows - row
-        a, b = base + (p + row * p_step) * F32_BYTES, base + (sums + row * dims) * F32_BYTES
-        if _WIDE and left >= 8:
-            add_values(kind, 8, a, wide_p, values, step, count, b, wide_sum, vectors, ahead)
-            row += 8
-        elif left >= 4:
-            add_values(kind, 4, a, wide_p, values, step, count, b, wide_sum, vectors, ahead)
-            row += 4
-        elif left == 3:
-            add_values(kind, 3, a, wide_p, values, step, count, b, wide_sum, vectors, ahead)
-            row += 3
-        elif left == 2:
-            add_values(kind, 2, a, wide_p, values, step, count, b, wide_sum, vectors, ahead)
-            row += 2
-        else:
-            add_values(kind, 1, a, wide_p, values, step, count, b, wide_sum, vectors, ahead)
-            row += 1
-    if vectors * LANES < dims:
-        _add_rest(kind, rows, p, p_step, values, step, count, sums, dims, vectors * LANES, dims, work)
-
-
-@njit(cache=True)
-def _add_edge(kind, shape, positions, values, first, last, base, work, p, step, sums):  # type: ignore[no-untyped-def]
-    """Values at first:last that only some of a tile's tokens see; ``values`` is the place of position 0's."""
-    group, dims = shape[GROUP], shape[VALUE_DIM]
-    for token in range(len(positions)):
-        start = max(first, first_seen(positions[token], shape[WINDOW]))
-        stop = min(last, positions[token] + 1)
-        if start < stop:
-            row = token * group
-            at = values + start * dims * kind.itemsize
-            _add_span(
-                kind, dims, group, p + row * step + start - base, step, at, stop - start, sums + row * dims, work, 0
-            )
-
-
-@njit(cache=True)
-def _add_unit(kind, shape, positions, values, ahead, first, last, base, work, p, step, sums):  # type: ignore[no-untyped-def]
-    """One head's values at first:last of one unit; each row takes exactly the positions that it sees, in order."""
-    dims = shape[VALUE_DIM]
-    size, rows = dims * kind.itemsize, len(positions) * shape[GROUP]
-    all_from = max(first, min(last, first_seen(positions.max(), shape[WINDOW])))
-    all_to = max(all_from, min(last, positions.min() + 1))
-    if first < all_from:
-        _add_edge(kind, shape, positions, values, first, all_from, base, work, p, step, sums)
-    if all_from < all_to:
-        at = values + all_from * size
-        _add_span(kind, dims, rows, p + all_from - base, step, at, all_to - all_from, sums, work, ahead)
-    if all_to < last:
-        _add_edge(kind, shape, positions, values, all_to, last, base, work, p, step, sums)
-
-
-@njit(cache=True)
-def _add_item(kind, shape, offsets, table, heads, positions, first, last, base, work, p, step, sums):  # type: ignore[no-untyped-def]
-    """Weighted values at first:last into the item's sums [heads, rows, value_dim]."""
-    unit, dims, size = shape[UNIT], shape[VALUE_DIM], kind.itemsize
-    rows, keys, final = len(positions) * shape[GROUP], shape[KV_HEADS] * shape[KEY_DIM] * unit, (last - 1) // unit
-    for number in range(first // unit, final + 1):
-        place = _unit_at(shape, offsets, table, number)
-        ahead = (_unit_at(shape, offsets, table, min(number + _AHEAD, final)) - place) * size
-        a, b = max(number * unit, first), min(number * unit + unit, last)
-        for head in range(heads[0], heads[1]):
-            row = (head - heads[0]) * rows
-            values = kind.ctypes.data + (place + keys + (head - number) * unit * dims) * size
-            at, into = p + row * step, sums + row * dims
-            _add_unit(kind, shape, positions, values, ahead, a, b, base, work, at, step, into)
-
-
-@njit(cache=True)
-def _give_outputs(kind, shape, heads, first_row, rows, work, sums, totals, out):  # type: ignore[no-untyped-def]
-    """Quotients of an item's sums and totals into ``out`` [num_tokens, query heads, value_dim]."""
-    group, dims = shape[GROUP], shape[VALUE_DIM]
-    for head in range(heads[0], heads[1]):
-        for row in range(rows):
-            token, member = first_row + row // group, head * group + row % group
-            place = (token * shape[KV_HEADS] * group + member) * dims
-            for dim in range(dims):
-                store_element(kind, out + (place + dim) * kind.itemsize, work[sums + dim] / work[totals])
-            sums += dims
-            totals += 1
-
-
-@njit(cache=True)
-def attend_item(kind, shape, offsets, plan, item, query, scaling, softcap, out, work):  # type: ignore[no-untyped-def]
-    """One tile and some of its KV heads."""
-    tile, part = item // plan.parts, item % plan.parts
-    heads = (shape[KV_HEADS] * part // plan.parts, shape[KV_HEADS] * (part + 1) // plan.parts)
-    row, tokens = plan.tile_row[tile], plan.tile_tokens[tile]
-    table, positions = plan.tables[plan.row_sequence[row]], plan.positions[row : row + tokens]
-    group, unit = shape[GROUP], shape[UNIT]
-    first, last = first_seen(positions.min(), shape[WINDOW]), positions.max() + 1
-    base = first // unit * unit // LANES * LANES
-    rows, step = tokens * group, (last - base + unit + LANES) // LANES * LANES + LANES
-    all_rows = rows * (heads[1] - heads[0])
-    sums = all_rows * shape[KEY_DIM]
-    scores = sums + all_rows * shape[VALUE_DIM]
-    totals = scores + all_rows * step
-    _take_queries(kind, shape, query, row, tokens, heads, work)
-    work[sums:scores] = np.float32(0.0)
-    _score_item(kind, shape, offsets, table, heads, rows, first, last, base, work, scores, step)
-    for i in range(all_rows):
-        position = positions[i % rows // group]
-        seen, at = first_seen(position, shape[WINDOW]), scores + i * step
-        work[totals + i] = _weigh_row(work, at, seen - base, position + 1 - base, scaling, softcap)
-    _add_item(kind, shape, offsets, table, heads, positions, first, last, base, work, scores, step, sums)
-    _give_outputs(kind, shape, heads, row, rows, work, sums, totals, out)
+    return int8s if stored.dtype == types.int8 else floats

@@ -14,8 +14,9 @@ from numba import carray, njit, prange
 
 from helix_gateway.core.step import Float32s
 from helix_gateway.runtime.cpu.attention import NO_SOFTCAP, UniformLayers
-from helix_gateway.runtime.cpu.attention_items import GROUP, KEY_DIM, KV_HEADS, Plan, attend_item, write_rows
+from helix_gateway.runtime.cpu.attention_items import attend_item, write_rows
 from helix_gateway.runtime.cpu.attention_kernels import load_element, store_element
+from helix_gateway.runtime.cpu.attention_shape import GROUP, KEY_DIM, KV_HEADS, Plan
 from helix_gateway.runtime.cpu.math import exp_f32
 from helix_gateway.runtime.cpu.microkernels import float32s_at
 from helix_gateway.runtime.cpu.products import BlockShape, multiply_share
@@ -111,7 +112,7 @@ def place_rows(kind, first, last, plan, pages, number, product, channels, cosine
     _rotate_rows(kind, first, last, product, channels, heads + kv_heads, dim, plan.positions, cosines, sines)
     key = (product + heads * dim * size, channels, dim)
     value = (product + (heads + kv_heads) * dim * size, channels, dim)
-    write_rows(kind, shape, pages.offsets[number], plan, first, last, key, value)
+    write_rows(kind, pages.stored, shape, pages.offsets[number], plan, first, last, key, value)
 
 
 @njit(cache=True)
@@ -128,12 +129,16 @@ def _attend_share(kind, thread, plan, pages, number, product, channels, scaling,
     query = (product, channels, pages.shape[KEY_DIM])
     offsets, cap = pages.offsets[number], np.float32(NO_SOFTCAP)
     for item in range(plan.bounds[thread], plan.bounds[thread + 1]):
-        attend_item(kind, pages.shape, offsets, plan, item, query, scaling, cap, attended, pages.works[thread])
+        attend_item(
+            kind, pages.stored, pages.shape, offsets, plan, item, query, scaling, cap, attended, pages.works[thread]
+        )
 
 
 class Scratch(NamedTuple):
     """Memory of one step; `product` and `attended` are addresses, of numbers of the weights' dtype."""
 
+    kind: Any
+    """An empty array of the weights' dtype (uint16 for bfloat16)."""
     wide: Float32s
     """[rows, at least the most inputs of a product]"""
     product: int
@@ -179,7 +184,7 @@ def compiled_layers(bits: int, shape: BlockShape) -> Run:
 def _layers(bits: int, max_rows: int, registers: int) -> Any:
     @njit(nogil=True, cache=True, parallel=True)
     def run(threads, plan, pages, weights, hidden, scratch, angles):  # type: ignore[no-untyped-def]
-        kind, sizes, eps, (wide, product, attended) = pages.kind, weights.sizes, weights.eps, scratch
+        sizes, eps, (kind, wide, product, attended) = weights.sizes, weights.eps, scratch
         rows, qkv = hidden.shape[0], sizes[QKV, 1]
         for number in range(weights.layers.shape[0]):
             layer = weights.layers[number]

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from helix_gateway.core.step import StepBatch
-from helix_gateway.runtime.cpu.attention import CpuPagedAttention
+from helix_gateway.runtime.cpu.attention import ACTIVATIONS, CpuPagedAttention
 from helix_gateway.runtime.cpu.layers import FIELDS, Angles, Scratch, Weights, compiled_layers, norm_row
 from helix_gateway.runtime.cpu.linear import FloatWeight, PackedLinear
 from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS
@@ -95,7 +95,7 @@ class LlamaStep:
         product = torch.empty(rows * int(sizes[:, 1].max()), dtype=self._dtype)
         attended = torch.empty(rows * int(sizes[1, 0]), dtype=self._dtype)
         wide = np.empty((rows, int(sizes[:, 0].max()) + _GAP), np.float32)
-        scratch = Scratch(wide, product.data_ptr(), attended.data_ptr())
+        scratch = Scratch(ACTIVATIONS[self._dtype], wide, product.data_ptr(), attended.data_ptr())
         plan, pages = self._attention.step()
         angles = self._angles(longest)
         self._run(configure_threads(), plan, pages, self._weights, hidden, scratch, angles)
@@ -117,7 +117,7 @@ def find_llama_step(
     """The compiled step of a model whose structure it fits, else None."""
     if not isinstance(attention, CpuPagedAttention) or not attention.is_uniform or len(rotary) != 1:
         return None
-    if not is_llama_like(model) or model.get_output_embeddings().weight_tiles.dtype != attention.dtype:
+    if not is_llama_like(model):
         return None
     if isinstance(model.get_output_embeddings().weight_tiles, FloatWeight):
         return LlamaStep(model, attention, rotary[0])

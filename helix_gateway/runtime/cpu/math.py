@@ -10,12 +10,12 @@ from numba import njit
 
 from helix_gateway.runtime.cpu.microkernels import bits_of, float_of, fma
 
-_LOG2_E = np.float32(1.4426950408889634)
+LOG2_E = np.float32(1.4426950408889634)
 # ln 2 in two parts; the high one has 9 significant bits, so its product with an exponent is exact.
-_LN2_HIGH = np.float32(0.693359375)
-_LN2_LOW = np.float32(-2.12194440e-4)
+LN2_HIGH = np.float32(0.693359375)
+LN2_LOW = np.float32(-2.12194440e-4)
 # 1.5 * 2**23: adding it rounds to an integer, which then stands in the low mantissa bits.
-_ROUND = np.float32(12582912.0)
+ROUND = np.float32(12582912.0)
 # exp(r) = 1 + r + r**2 * p(r) on |r| <= ln 2 / 2, with p of degree 5 fitted (Lawson's reweighted least squares) to the
 # least greatest relative error, 5e-11 before rounding to float32.
 _P5 = np.float32(1.9790297899e-4)
@@ -24,8 +24,10 @@ _P3 = np.float32(8.3334973413e-3)
 _P2 = np.float32(4.1666294364e-2)
 _P1 = np.float32(1.6666665867e-1)
 _P0 = np.float32(5.0000000678e-1)
+EXP_TERMS = tuple(float(term) for term in (_P5, _P4, _P3, _P2, _P1, _P0))
+"""The polynomial p of `exp_f32`, highest power first, for whoever writes it out as vector code."""
 # The least and greatest arguments whose result is a normal number by adding to the exponent field.
-_EXP_MIN = np.float32(-87.33)
+EXP_MIN = np.float32(-87.33)
 _EXP_MAX = np.float32(88.37)
 
 _ONE = np.float32(1.0)
@@ -44,13 +46,13 @@ def exp_f32(x):  # type: ignore[no-untyped-def]
     Below -87.33 the result is 0 (also for -inf), above 88.37 it stays at ``exp(88.37)``, about 2.4e38; NaN stays NaN.
     """
     capped = _EXP_MAX if x > _EXP_MAX else x
-    rounded = fma(capped, _LOG2_E, _ROUND)
-    n = rounded - _ROUND
-    r = fma(n, -_LN2_LOW, fma(n, -_LN2_HIGH, capped))
+    rounded = fma(capped, LOG2_E, ROUND)
+    n = rounded - ROUND
+    r = fma(n, -LN2_LOW, fma(n, -LN2_HIGH, capped))
     p = fma(fma(fma(fma(fma(_P5, r, _P4), r, _P3), r, _P2), r, _P1), r, _P0)
     p = fma(p, r * r, r) + _ONE
     y = float_of(np.uint32(bits_of(p) + (bits_of(rounded) << _EXPONENT_SHIFT)))
-    return _ZERO if x < _EXP_MIN else y
+    return _ZERO if x < EXP_MIN else y
 
 
 @njit

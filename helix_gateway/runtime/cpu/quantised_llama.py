@@ -49,7 +49,7 @@ class QuantisedLlamaStep:
 
     Args:
         model: a transformers ``ForCausalLM`` that is Llama-like and quantised; its layers' weights are joined in place.
-        attention: the runner's, over pages of float32.
+        attention: the runner's.
         rotary: the table that the model's rotary embedding has become.
     """
 

@@ -14,7 +14,8 @@ from numba import carray, njit, prange
 
 from helix_gateway.core.step import Float32s, Int32s
 from helix_gateway.runtime.cpu.attention import NO_SOFTCAP
-from helix_gateway.runtime.cpu.attention_items import KEY_DIM, attend_item
+from helix_gateway.runtime.cpu.attention_items import attend_item
+from helix_gateway.runtime.cpu.attention_shape import KEY_DIM
 from helix_gateway.runtime.cpu.emitter import F32_BYTES
 from helix_gateway.runtime.cpu.layers import gate_row, place_rows
 from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS, float32s_at
@@ -173,7 +174,8 @@ def _attend(thread, first, last, number, model, plan, pages, fields, scratch):  
     offsets, cap = pages.offsets[number], np.float32(NO_SOFTCAP)
     for item in range(first, last):
         attend_item(
-            pages.kind,
+            scratch.attended,
+            pages.stored,
             pages.shape,
             offsets,
             plan,
@@ -194,7 +196,7 @@ def _do_items(thread, stage, number, first, last, model, plan, pages, rows, scra
         _attend(thread, first, last, number, model, plan, pages, fields, scratch)
     elif stage == PLACE:
         product, channels = scratch.product.ctypes.data, fields[_CHANNELS]
-        place_rows(pages.kind, first, last, plan, pages, number, product, channels, angles.cosines, angles.sines)
+        place_rows(scratch.product, first, last, plan, pages, number, product, channels, angles.cosines, angles.sines)
     elif _matrix_of(stage) >= 0:
         num_rows = len(rows.wanted) if stage == HEAD else len(rows.tokens)
         _multiply(model.kernel, stage, first, last, fields, num_rows, scratch)
@@ -205,7 +207,7 @@ def _do_items(thread, stage, number, first, last, model, plan, pages, rows, scra
                 attended = scratch.attended
                 quantise_row(attended[row].ctypes.data, record, attended.shape[1] // GROUP_INPUTS)
             elif stage == GATE:
-                _gate(pages.kind, row, fields, scratch, record)
+                _gate(scratch.product, row, fields, scratch, record)
             elif stage == NORM_HEAD:
                 _norm_wanted_row(row, model, fields, rows, scratch, record)
             else:

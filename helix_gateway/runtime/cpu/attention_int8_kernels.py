@@ -1,0 +1,461 @@
+"""The inner loops of attention over int8 pages: integer scores of 16 keys, and integer weighted sums of values.
+
+Queries and attention weights have two signed bytes a number, ``256 * high + low``; keys and values are one unsigned byte,
+the quantised number plus 128, which the start of each sum takes off again.  Sums are exact, so no order of them matters.
+Each kernel is a numba intrinsic over raw addresses that walks a list of units.  Knows nothing about heads or threads.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from helix_gateway.runtime.cpu.emitter import (
+    F32,
+    F32_BYTES,
+    F32S,
+    I8,
+    I16S,
+    I32,
+    I32S,
+    I64,
+    LANES,
+    VECTOR_BYTES,
+    Emitter,
+    call,
+    constant,
+)
+from helix_gateway.runtime.cpu.integer_dot import DOTS, host_dot
+from helix_gateway.runtime.cpu.math import EXP_MIN, EXP_TERMS, LN2_HIGH, LN2_LOW, LOG2_E, ROUND
+
+MANY_ROWS, MANY_SUMS = (6, 24) if host_dot() == "vnni512" else (2, 6)
+"""Most rows of one call, and most vectors of sums that registers hold."""
+
+BYTES = ir.VectorType(I8, LANES)
+
+_MAGNITUDE = 0x7FFFFFFF
+_ADDRESS_BYTES = 8
+_WORD = 4
+_PARTS = 2
+"""High and low byte of a number."""
+_HIGH = 256.0
+
+
+def _word(emitter: Emitter, address: ir.Value) -> ir.Value:
+    """Four bytes, in every lane."""
+    return emitter.splat(emitter.load(address, I32))
+
+
+def _joined(emitter: Emitter, high: ir.Value, low: ir.Value) -> ir.Value:
+    """``256 * high + low`` as float32."""
+    wide = [emitter.builder.sitofp(part, F32S) for part in (high, low)]
+    return emitter.fma(wide[0], constant(F32S, _HIGH), wide[1])
+
+
+@dataclass(frozen=True, slots=True)
+class _Keys:
+    """The arguments of `score_units` after its number of rows, as IR values."""
+
+    query: ir.Value
+    factors: ir.Value
+    starts: ir.Value
+    places: ir.Value
+    count: ir.Value
+    unit: ir.Value
+    words: ir.Value
+    scales: ir.Value
+    out: ir.Value
+    out_step: ir.Value
+
+
+@intrinsic(prefer_literal=True)
+def score_units(typing_context, rows, query, factors, starts, places, count, unit, words, scales, out, out_step):  # type: ignore[no-untyped-def]
+    """Scores of ``rows`` (a literal) queries against the keys of ``count`` units.
+
+    Args:
+        query: bytes [rows, 2, words up to a multiple of 4, 4], high bytes first.
+        factors: float32 [rows], of each row's scores.
+        starts: int32 [rows, 2], what the sums of high and of low bytes begin with.
+        places: addresses [count], of each unit's keys [words, unit, 4].
+        unit: tokens of a unit.
+        words: dimensions of a key, in fours.
+        scales: bytes from a unit's keys to their scales, float32 [unit].
+        out: float32 [rows, count * unit], ``out_step`` bytes a row; what lies up to 15 numbers behind is overwritten.
+    """
+    number = rows.literal_value
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        emitter, keys = Emitter(builder), _Keys(*args[1:])
+        blocks = builder.udiv(builder.add(keys.unit, ir.Constant(I64, LANES - 1)), ir.Constant(I64, LANES))
+
+        def one_unit(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            place = emitter.load(emitter.offset(keys.places, index, _ADDRESS_BYTES), I64)
+            first = builder.mul(index, keys.unit)
+
+            def one_block(block: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+                _score_block(emitter, number, keys, place, first, builder.mul(block, ir.Constant(I64, LANES)))
+                return []
+
+            return emitter.count(blocks, [], one_block)
+
+        emitter.count(keys.count, [], one_unit)
+        return context.get_dummy_value()
+
+    return types.void(rows, *[types.intp] * 10), emit
+
+
+def _score_block(emitter: Emitter, rows: int, keys: _Keys, place: ir.Value, first: ir.Value, lane: ir.Value) -> None:
+    """Scores of 16 keys of the unit at ``place``, from ``lane`` on; the unit's first has the number ``first``."""
+    builder, dot = emitter.builder, DOTS[host_dot()]
+    at, row_step = emitter.offset(place, lane, _WORD), builder.mul(keys.unit, ir.Constant(I64, _WORD))
+    sixteens = builder.udiv(builder.add(keys.words, ir.Constant(I64, 3)), ir.Constant(I64, 4))
+    half = builder.mul(sixteens, ir.Constant(I64, LANES))
+    chains = [emitter.offset(keys.query, part, half) for part in range(_PARTS * rows)]
+    starts = [_word(emitter, emitter.offset(keys.starts, part, _WORD)) for part in range(_PARTS * rows)]
+
+    def one_word(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+        key = emitter.load(emitter.offset(at, index, row_step), I32S)
+        numbers = [_word(emitter, emitter.offset(chain, index, _WORD)) for chain in chains]
+        return [dot(emitter, total, key, number) for total, number in zip(sums, numbers)]
+
+    sums = emitter.count(keys.words, starts, one_word)
+    scale = emitter.load(builder.add(emitter.offset(place, lane, F32_BYTES), keys.scales), F32S)
+    column = emitter.offset(keys.out, builder.add(first, lane), F32_BYTES)
+    for row in range(rows):
+        factor = emitter.splat(emitter.load(emitter.offset(keys.factors, row, F32_BYTES), F32))
+        score = _joined(emitter, sums[_PARTS * row], sums[_PARTS * row + 1])
+        emitter.store(builder.fmul(score, builder.fmul(factor, scale)), emitter.offset(column, row, keys.out_step))
+
+
+@dataclass(frozen=True, slots=True)
+class _Values:
+    """The arguments of `weigh_units` after its number of rows, as IR values."""
+
+    weights: ir.Value
+    weight_step: ir.Value
+    low: ir.Value
+    places: ir.Value
+    count: ir.Value
+    words: ir.Value
+    dims: ir.Value
+    sums: ir.Value
+    sum_step: ir.Value
+
+
+@intrinsic(prefer_literal=True)
+def weigh_units(typing_context, rows, weights, weight_step, low, places, count, words, dims, sums, sum_step):  # type: ignore[no-untyped-def]
+    """Add the weighted values of ``count`` units to the sums of ``rows`` (a literal) rows.
+
+    Args:
+        weights: signed bytes [rows, tokens], high ones, ``weight_step`` bytes a row; the low ones ``low`` bytes behind.
+        places: addresses [count], of each unit's values [words, dims, 4].
+        words: tokens of a unit, in fours.
+        dims: dimensions of a value; so many that are no multiple of 16 are read as if they were.
+        sums: int32 [rows, 2, dims up to a multiple of 16], ``sum_step`` bytes a row, high ones first.
+    """
+    number = rows.literal_value
+    width = max(1, min(4, MANY_SUMS // (_PARTS * number)))
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        emitter, values = Emitter(builder), _Values(*args[1:])
+        vectors = builder.udiv(builder.add(values.dims, ir.Constant(I64, LANES - 1)), ir.Constant(I64, LANES))
+        full = builder.udiv(vectors, ir.Constant(I64, width))
+        with builder.if_then(builder.icmp_signed(">", full, ir.Constant(I64, 0))):
+            emitter.count(
+                full,
+                [],
+                lambda index, _: _weigh(
+                    emitter, number, values, vectors, builder.mul(index, ir.Constant(I64, width)), width
+                ),
+            )
+        done = builder.mul(full, ir.Constant(I64, width))
+        left = builder.sub(vectors, done)
+        with builder.if_then(builder.icmp_signed(">", left, ir.Constant(I64, 0))):
+            emitter.count(
+                left, [], lambda index, _: _weigh(emitter, number, values, vectors, builder.add(done, index), 1)
+            )
+        return context.get_dummy_value()
+
+    return types.void(rows, *[types.intp] * 9), emit
+
+
+def _weigh(
+    emitter: Emitter, rows: int, values: _Values, vectors: ir.Value, first: ir.Value, width: int
+) -> list[ir.Value]:
+    """All rows' sums over ``width`` vectors of dimensions from vector ``first`` on, in registers over all units."""
+    builder, dot = emitter.builder, DOTS[host_dot()]
+    columns = [builder.add(first, ir.Constant(I64, vector)) for vector in range(width)]
+    part_step = builder.mul(vectors, ir.Constant(I64, VECTOR_BYTES))
+    chains, homes = [], []
+    for row in range(rows):
+        weights, sums = (
+            emitter.offset(values.weights, row, values.weight_step),
+            emitter.offset(values.sums, row, values.sum_step),
+        )
+        chains += [weights, builder.add(weights, values.low)]
+        parts = [sums, builder.add(sums, part_step)]
+        homes += [emitter.offset(part, column, VECTOR_BYTES) for part in parts for column in columns]
+    line = builder.mul(values.dims, ir.Constant(I64, _WORD))
+
+    def one_unit(unit: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
+        place = emitter.load(emitter.offset(values.places, unit, _ADDRESS_BYTES), I64)
+        before = builder.mul(unit, values.words)
+
+        def one_word(index: ir.Value, inner: list[ir.Value]) -> list[ir.Value]:
+            at = emitter.offset(place, index, line)
+            loaded = [emitter.load(emitter.offset(at, column, VECTOR_BYTES), I32S) for column in columns]
+            token = builder.add(before, index)
+            spread = [_word(emitter, emitter.offset(chain, token, _WORD)) for chain in chains]
+            pairs = [(weight, vector) for weight in spread for vector in loaded]
+            return [dot(emitter, total, vector, weight) for total, (weight, vector) in zip(inner, pairs)]
+
+        return emitter.count(values.words, totals, one_word)
+
+    totals = [emitter.load(home, I32S) for home in homes]
+    for home, total in zip(homes, emitter.count(values.count, totals, one_unit)):
+        emitter.store(total, home)
+    return []
+
+
+def _load_some(emitter: Emitter, kind: types.Array, address: ir.Value, count: ir.Value) -> ir.Value:
+    """Sixteen elements as float32, of which only the first ``count`` are read; the rest are zero."""
+    builder, wide = emitter.builder, int(kind.dtype.bitwidth) == 32
+    vector, align = (F32S, F32_BYTES) if wide else (I16S, F32_BYTES // 2)
+    lanes = ir.Constant(I32S, list(range(LANES)))
+    mask = builder.icmp_signed("<", lanes, emitter.splat(builder.trunc(count, I32)))
+    pointer = builder.inttoptr(address, vector.as_pointer())
+    name = f"llvm.masked.load.v{LANES}{vector.element.intrinsic_name}.p0"
+    loaded = call(builder, name, vector, pointer, ir.Constant(I32, align), mask, constant(vector, 0))
+    return loaded if wide else emitter.widened(loaded)
+
+
+def _blocks(builder: ir.IRBuilder, count: ir.Value) -> ir.Value:
+    return builder.udiv(builder.add(count, ir.Constant(I64, LANES - 1)), ir.Constant(I64, LANES))
+
+
+def _over_elements(
+    emitter: Emitter,
+    kind: types.Array,
+    source: ir.Value,
+    count: ir.Value,
+    start: list[ir.Value],
+    body: Callable[[ir.Value, ir.Value, list[ir.Value]], list[ir.Value]],
+) -> list[ir.Value]:
+    """``body(first, values, carried)`` for each 16 of ``count`` elements (at least 1), the last ones filled with zeros."""
+    builder, size = emitter.builder, int(kind.dtype.bitwidth) // 8
+
+    def block(index: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+        first = builder.mul(index, ir.Constant(I64, LANES))
+        values = _load_some(emitter, kind, emitter.offset(source, first, size), builder.sub(count, first))
+        return body(first, values, carried)
+
+    return emitter.count(_blocks(builder, count), start, block)
+
+
+def _greater_bits(builder: ir.IRBuilder, top: ir.Value, values: ir.Value) -> ir.Value:
+    """The greater of bits and the bits of magnitudes, which are in the order of the magnitudes; NaN is above all."""
+    bits = builder.and_(builder.bitcast(values, I32S), constant(I32S, _MAGNITUDE))
+    return builder.select(builder.icmp_unsigned(">", bits, top), bits, top)
+
+
+def _top_of(emitter: Emitter, bits: ir.Value) -> ir.Value:
+    top = call(emitter.builder, f"llvm.vector.reduce.umax.v{LANES}i32", I32, bits)
+    return emitter.builder.bitcast(top, F32)
+
+
+def _nearest(emitter: Emitter, values: ir.Value) -> ir.Value:
+    """The nearest integers, ties to even, of numbers below 2**22."""
+    builder, shift = emitter.builder, constant(F32S, float(ROUND))
+    bits = builder.bitcast(builder.fadd(values, shift), I32S)
+    return builder.sub(bits, builder.bitcast(shift, I32S))
+
+
+def _store_split(emitter: Emitter, numbers: ir.Value, high: ir.Value, low: ir.Value) -> None:
+    """Numbers as ``256 * high + low``, two signed bytes each."""
+    builder = emitter.builder
+    bottom = builder.trunc(numbers, BYTES)
+    above = builder.sub(numbers, builder.sext(bottom, I32S))
+    emitter.store(builder.trunc(builder.ashr(above, constant(I32S, 8)), BYTES), high, 1)
+    emitter.store(bottom, low, 1)
+
+
+@intrinsic
+def largest(typing_context, kind, source, count):  # type: ignore[no-untyped-def]
+    """The greatest magnitude among ``count`` elements of the dtype of ``kind``; NaN if one is NaN."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        emitter, (_, source, count) = Emitter(builder), args
+
+        def body(first: ir.Value, values: ir.Value, tops: list[ir.Value]) -> list[ir.Value]:
+            return [_greater_bits(builder, tops[0], values)]
+
+        return _top_of(emitter, *_over_elements(emitter, kind, source, count, [constant(I32S, 0)], body))
+
+    return types.float32(kind, types.intp, types.intp), emit
+
+
+@intrinsic
+def quantise(typing_context, kind, source, count, inverse, out):  # type: ignore[no-untyped-def]
+    """``count`` elements times ``inverse``, rounded, plus 128, as bytes; ``out`` has room for a multiple of 16."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        emitter, (_, source, count, inverse, out) = Emitter(builder), args
+        factor = emitter.splat(inverse)
+
+        def body(first: ir.Value, values: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            numbers = builder.trunc(_nearest(emitter, builder.fmul(values, factor)), BYTES)
+            emitter.store(builder.xor(numbers, constant(BYTES, -128)), builder.add(out, first), 1)
+            return []
+
+        _over_elements(emitter, kind, source, count, [], body)
+        return context.get_dummy_value()
+
+    return types.void(kind, types.intp, types.intp, types.float32, types.intp), emit
+
+
+@intrinsic
+def split(typing_context, kind, source, count, inverse, high, low):  # type: ignore[no-untyped-def]
+    """``count`` elements times ``inverse``, rounded, as two bytes each; both have room for a multiple of 16."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        emitter, (_, source, count, inverse, high, low) = Emitter(builder), args
+        factor = emitter.splat(inverse)
+
+        def body(first: ir.Value, values: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            numbers = _nearest(emitter, builder.fmul(values, factor))
+            _store_split(emitter, numbers, builder.add(high, first), builder.add(low, first))
+            return []
+
+        _over_elements(emitter, kind, source, count, [], body)
+        return context.get_dummy_value()
+
+    return types.void(kind, types.intp, types.intp, types.float32, types.intp, types.intp), emit
+
+
+@intrinsic
+def sum_bytes(typing_context, address, blocks):  # type: ignore[no-untyped-def]
+    """The sum of ``16 * blocks`` signed bytes."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        emitter, (address, blocks) = Emitter(builder), args
+
+        def body(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
+            values = emitter.load(emitter.offset(address, index, LANES), BYTES, 1)
+            return [builder.add(totals[0], builder.sext(values, I32S))]
+
+        (total,) = emitter.count(blocks, [constant(I32S, 0)], body)
+        return call(builder, f"llvm.vector.reduce.add.v{LANES}i32", I32, total)
+
+    return types.int32(types.intp, types.intp), emit
+
+
+def _exp(emitter: Emitter, x: ir.Value) -> ir.Value:
+    """``math.exp_f32`` of numbers that are not above 0."""
+    builder, shift = emitter.builder, constant(F32S, float(ROUND))
+    shifted = emitter.fma(x, constant(F32S, float(LOG2_E)), shift)
+    n = builder.fsub(shifted, shift)
+    r = emitter.fma(n, constant(F32S, -float(LN2_HIGH)), x)
+    r = emitter.fma(n, constant(F32S, -float(LN2_LOW)), r)
+    p = constant(F32S, EXP_TERMS[0])
+    for term in EXP_TERMS[1:]:
+        p = emitter.fma(p, r, constant(F32S, term))
+    p = builder.fadd(emitter.fma(p, builder.fmul(r, r), r), constant(F32S, 1.0))
+    exponent = builder.shl(builder.bitcast(shifted, I32S), constant(I32S, 23))
+    y = builder.bitcast(builder.add(builder.bitcast(p, I32S), exponent), F32S)
+    return builder.select(builder.fcmp_ordered("<", x, constant(F32S, float(EXP_MIN))), constant(F32S, 0.0), y)
+
+
+def _seen(emitter: Emitter, first: ir.Value, last: ir.Value, column: ir.Value) -> ir.Value:
+    """Which of the 16 columns from ``column`` on are in first:last."""
+    builder = emitter.builder
+    lanes = builder.add(emitter.splat(builder.trunc(column, I32)), ir.Constant(I32S, list(range(LANES))))
+    above = builder.icmp_signed(">=", lanes, emitter.splat(builder.trunc(first, I32)))
+    return builder.and_(above, builder.icmp_signed("<", lanes, emitter.splat(builder.trunc(last, I32))))
+
+
+@intrinsic
+def weigh_scores(typing_context, scores, scales, first, last, begin, blocks, top):  # type: ignore[no-untyped-def]
+    """Scores to attention weights times their values' scales, in place; weights at first:last are wanted, others zero.
+
+    Args:
+        scores: float32, column 0.
+        scales: float32, column 0.
+        begin: the first column that is looked at, ``16 * blocks`` of them.
+        top: the greatest score (float32).
+
+    Returns:
+        the exponentials' sum (lane i takes every 16th from the i-th on, then the lanes are joined), and the greatest weight.
+    """
+    result = types.UniTuple(types.float32, 2)
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        emitter, (scores, scales, first, last, begin, blocks, top) = Emitter(builder), args
+        highest, zero = emitter.splat(top), constant(F32S, 0.0)
+
+        def body(index: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+            column = builder.add(begin, builder.mul(index, ir.Constant(I64, LANES)))
+            seen, place = _seen(emitter, first, last, column), emitter.offset(scores, column, F32_BYTES)
+            raw = builder.fsub(emitter.load(place, F32S), highest)
+            share = builder.select(seen, _exp(emitter, raw), zero)
+            scaled = builder.fmul(share, emitter.load(emitter.offset(scales, column, F32_BYTES), F32S))
+            weight = builder.select(seen, scaled, zero)
+            emitter.store(weight, place)
+            return [builder.fadd(carried[0], share), _greater_bits(builder, carried[1], weight)]
+
+        total, bits = emitter.count(blocks, [zero, constant(I32S, 0)], body)
+        half = LANES // 2
+        while half:
+            picks = ir.Constant(I32S, [(lane + half) % LANES for lane in range(LANES)])
+            total = builder.fadd(total, builder.shuffle_vector(total, zero, picks))
+            half //= 2
+        pair = [builder.extract_element(total, ir.Constant(I32, 0)), _top_of(emitter, bits)]
+        return context.make_tuple(builder, result, pair)
+
+    return result(*[types.intp] * 6, types.float32), emit
+
+
+@intrinsic
+def top_score(typing_context, scores, first, last, begin, blocks):  # type: ignore[no-untyped-def]
+    """The greatest score at first:last; arguments as `weigh_scores` has them."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        emitter, (scores, first, last, begin, blocks) = Emitter(builder), args
+        least = constant(F32S, float("-inf"))
+
+        def body(index: ir.Value, tops: list[ir.Value]) -> list[ir.Value]:
+            column = builder.add(begin, builder.mul(index, ir.Constant(I64, LANES)))
+            score = emitter.load(emitter.offset(scores, column, F32_BYTES), F32S)
+            score = builder.select(_seen(emitter, first, last, column), score, least)
+            return [builder.select(builder.fcmp_ordered(">", score, tops[0]), score, tops[0])]
+
+        (tops,) = emitter.count(blocks, [least], body)
+        return call(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", F32, tops)
+
+    return types.float32(*[types.intp] * 5), emit
+
+
+@intrinsic
+def copy_word(typing_context, source, target):  # type: ignore[no-untyped-def]
+    """Four bytes from one address to another."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        emitter = Emitter(builder)
+        emitter.store(emitter.load(args[0], I32), args[1])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), emit
+
+
+@intrinsic
+def copy_byte(typing_context, source, target):  # type: ignore[no-untyped-def]
+    """One byte from one address to another."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        emitter = Emitter(builder)
+        emitter.store(emitter.load(args[0], I8, 1), args[1], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), emit

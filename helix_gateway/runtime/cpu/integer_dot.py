@@ -1,0 +1,89 @@
+"""Dot products of bytes as LLVM vector code: in each of 16 lanes, four unsigned bytes times four signed ones.
+
+AVX-512 VNNI and AVX-VNNI have an instruction for it.  On AVX2 the bytes are widened to 16 bits and joined by the
+multiply-add of 16-bit pairs, whose 32-bit sums hold them all; the older instruction for bytes saturates at 16 bits and is
+never used.  Elsewhere it is written out in 32-bit integers.  All give the same integers, modulo 2**32.  Knows nothing about
+what is multiplied.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+from llvmlite import binding, ir
+
+from helix_gateway.runtime.cpu.emitter import I8, I16, I32, I32S, LANES, Emitter, call, constant
+
+Dot = Callable[[Emitter, ir.Value, ir.Value, ir.Value], ir.Value]
+"""``dot(emitter, sums, unsigned, signed)``: sums plus the products; 16 lanes of 32 bits each."""
+
+_HALF = LANES // 2
+_BYTES = 4
+_EVEN = 0x00FF00FF
+
+
+@cache
+def host_dot() -> str:
+    """The name in `DOTS` of what suits the processor this runs on."""
+    features = binding.get_host_cpu_features()
+    for name, needed in (("vnni512", ("avx512vnni", "avx512f")), ("vnni256", ("avxvnni",)), ("avx2", ("avx2",))):
+        if all(features.get(feature, False) for feature in needed):
+            return name
+    return "portable"
+
+
+def _bytes_of(emitter: Emitter, words: ir.Value) -> ir.Value:
+    """Words as vectors of bytes, which is what this LLVM's intrinsics take."""
+    return emitter.builder.bitcast(words, ir.VectorType(I8, _BYTES * words.type.count))
+
+
+def _vnni512(emitter: Emitter, sums: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
+    pair = (_bytes_of(emitter, unsigned), _bytes_of(emitter, signed))
+    return call(emitter.builder, "llvm.x86.avx512.vpdpbusd.512", I32S, sums, *pair)
+
+
+def _in_halves(emitter: Emitter, vectors: tuple[ir.Value, ...], join: Callable[..., ir.Value]) -> ir.Value:
+    """``join`` of the lower lanes of some vectors and of the upper ones, put together again."""
+    builder, parts = emitter.builder, []
+    for first in (0, _HALF):
+        picks = ir.Constant(ir.VectorType(I32, _HALF), list(range(first, first + _HALF)))
+        halves = [builder.shuffle_vector(v, ir.Constant(v.type, ir.Undefined), picks) for v in vectors]
+        parts.append(join(*halves))
+    return builder.shuffle_vector(parts[0], parts[1], ir.Constant(I32S, list(range(LANES))))
+
+
+def _vnni256(emitter: Emitter, sums: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
+    def join(total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+        pair = (_bytes_of(emitter, a), _bytes_of(emitter, b))
+        return call(emitter.builder, "llvm.x86.avx512.vpdpbusd.256", total.type, total, *pair)
+
+    return _in_halves(emitter, (sums, unsigned, signed), join)
+
+
+def _avx2(emitter: Emitter, sums: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
+    """Bytes 0 and 2 of each word, then bytes 1 and 3, as pairs of 16-bit numbers."""
+    builder, pairs = emitter.builder, ir.VectorType(I16, LANES)
+
+    def join(total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+        low = builder.and_(a, ir.Constant(a.type, [_EVEN] * _HALF))
+        high = builder.and_(builder.lshr(a, ir.Constant(a.type, [8] * _HALF)), ir.Constant(a.type, [_EVEN] * _HALF))
+        narrow, eight = builder.bitcast(b, pairs), ir.Constant(pairs, [8] * LANES)
+        low_signed, high_signed = builder.ashr(builder.shl(narrow, eight), eight), builder.ashr(narrow, eight)
+        for x, y in ((low, low_signed), (high, high_signed)):
+            product = call(builder, "llvm.x86.avx2.pmadd.wd", total.type, builder.bitcast(x, pairs), y)
+            total = builder.add(total, product)
+        return total
+
+    return _in_halves(emitter, (sums, unsigned, signed), join)
+
+
+def _portable(emitter: Emitter, sums: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
+    builder, top = emitter.builder, constant(I32S, 24)
+    for byte in range(_BYTES):
+        up = constant(I32S, 24 - 8 * byte)
+        a, b = builder.lshr(builder.shl(unsigned, up), top), builder.ashr(builder.shl(signed, up), top)
+        sums = builder.add(sums, builder.mul(a, b))
+    return sums
+
+
+DOTS: dict[str, Dot] = {"vnni512": _vnni512, "vnni256": _vnni256, "avx2": _avx2, "portable": _portable}
+"""By the name of what they need."""
