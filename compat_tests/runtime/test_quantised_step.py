@@ -30,11 +30,11 @@ SMOLLM2_TOLERANCE = 0.1
 """The same for thirty layers, on a text."""
 
 
-def make_runner(name, quantisation="int8", seed=3):
+def make_runner(name, quantisation="int8", seed=3, stored=torch.float32):
     _, model = TINY_MODELS[name](seed)
     model = copy.deepcopy(model)
     quantise_model(model, quantisation, Promises())
-    (runner,) = make_runners([model], device=torch.device("cpu"), dtype=torch.float32, num_pages=24)
+    (runner,) = make_runners([model], device=torch.device("cpu"), dtype=stored, num_pages=24)
     return runner
 
 
@@ -64,6 +64,17 @@ def test_a_llama_like_model_runs_as_one_call_and_answers_what_its_weights_answer
     runner, sequences = make_runner(name, quantisation), random_sequences([45, 17, 1])
     assert isinstance(runner._compute, QuantisedLlamaStep)
     assert 0 < difference(answers(runner, sequences), exact_answers(runner, sequences)) < TOLERANCE
+
+
+@pytest.mark.parametrize("stored", [torch.int8, torch.bfloat16], ids=["int8", "bfloat16"])
+def test_keys_and_values_may_be_coarser_and_batch_and_chunk_still_change_no_bit(stored):
+    runner, sequences = make_runner("llama", stored=stored), random_sequences([45, 17, 1])
+    assert isinstance(runner._compute, QuantisedLlamaStep)
+    together = answers(runner, sequences)
+    assert 0 < difference(together, exact_answers(runner, sequences)) < TOLERANCE
+    assert difference(together, answers(make_runner("llama"), sequences)) > 0
+    for mine, other in zip(answers(runner, sequences, chunk=3, at_once=2), together):
+        assert torch.equal(mine, other)
 
 
 @pytest.mark.parametrize("name", OTHERS)
