@@ -19,7 +19,7 @@ from helix_gateway.runtime.factory import load_runner
 from helix_gateway.runtime.model_source import resolve
 from helix_gateway.text.tokenizer import Tokenizer
 
-CHUNK = 128
+CHUNK = 256
 CANDIDATES = {
     "float32": {"dtype": "float32", "kv_cache_dtype": "float32"},
     "bfloat16 KV": {"dtype": "float32", "kv_cache_dtype": "bfloat16"},
