@@ -1,9 +1,15 @@
 """Compiled attention over pages: equal to the formula, and each row's bits a matter of its own sequence alone."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+from llvmlite import binding
 
+from compat_tests.effort import usually
 from helix_gateway.core.step import StepBatch
 from helix_gateway.runtime.cpu.attention import CpuPagedAttention
 from helix_gateway.runtime.groups import LayerShape, group_layers
@@ -165,3 +171,25 @@ def test_scores_that_overflow_an_exponential_do_no_harm(stored, factor):
     case.rows[0] = [rows * factor for rows in case.rows[0]]  # int8: queries of 16 bits, so scores keep four digits
     for mine, theirs in zip(case.attend(16, 30), case.wanted()):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-2, atol=1e-2)  # scores of thousands keep three digits
+
+
+OTHER_PROCESSOR = """
+import sys
+from helix_gateway.runtime.cpu import integer_dot
+integer_dot.host_dot = lambda: sys.argv[1]
+import numpy as np
+from compat_tests.runtime.test_cpu_attention import CASES
+outputs = CASES["int8"].attend(16, 30)
+np.savez(sys.argv[2], *[output.numpy() for output in outputs])
+"""
+
+
+@pytest.mark.parametrize("instructions", [usually("avx2", False), usually("portable", False)])
+def test_int8_pages_give_the_same_bits_with_older_instructions(instructions, tmp_path):
+    if instructions == "avx2" and not binding.get_host_cpu_features().get("avx2"):
+        pytest.skip("this processor has no AVX2")
+    code = [sys.executable, "-c", OTHER_PROCESSOR, instructions, str(tmp_path / "outputs.npz")]
+    subprocess.run(code, check=True, env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)})
+    with np.load(tmp_path / "outputs.npz") as outputs:
+        for mine, name in zip(CASES["int8"].attend(16, 30), outputs.files):
+            assert np.array_equal(mine.numpy(), outputs[name])
