@@ -1,4 +1,4 @@
-"""What coarser keys and values (and, in time, weights) cost in quality: perplexity and greedy agreement on real text.
+"""What coarser weights, keys and values cost in quality: perplexity and greedy agreement on real text.
 
 Each candidate reads the same text, the documentation of Python's language that ships with it (`pydoc_data.topics`), in
 windows that know nothing of one another, and says at each token how likely the next one was and which it would have
@@ -24,6 +24,9 @@ CANDIDATES = {
     "float32": {"dtype": "float32", "kv_cache_dtype": "float32"},
     "bfloat16 KV": {"dtype": "float32", "kv_cache_dtype": "bfloat16"},
     "int8 KV": {"dtype": "float32", "kv_cache_dtype": "int8"},
+    "file's weights": {"quantization": "auto", "kv_cache_dtype": "float32"},
+    "int8 weights": {"quantization": "int8", "kv_cache_dtype": "float32"},
+    "file's weights, int8 KV": {"quantization": "auto", "kv_cache_dtype": "int8"},
 }
 """What `load_runner` is told; the first is the reference."""
 

@@ -195,9 +195,13 @@ def group_bytes(format_: int) -> int:
     return _FORMATS[format_].group_bytes
 
 
+def rows_of_one_pass(registers: int) -> int:
+    """Most rows that take both vectors of a tile at once: two sums of each, weights and scales fit the registers."""
+    return (registers - 6) // 4
+
+
 def _passes(rows: int, registers: int) -> tuple[tuple[int, ...], ...]:
-    """Both vectors of a tile at once if two sums of each row, weights and scales fit the registers, else one by one."""
-    return ((0, 1),) if 4 * rows + 6 <= registers else ((0,), (1,))
+    return ((0, 1),) if rows <= rows_of_one_pass(registers) else ((0,), (1,))
 
 
 def _emit_pass(

@@ -20,12 +20,14 @@ from helix_gateway.runtime.cpu.quantised_kernels import (
     INT8,
     group_bytes,
     multiply_quantised_tile,
+    rows_of_one_pass,
 )
 from helix_gateway.runtime.cpu.quantised_rows import quantise_row
 
 MAX_ROWS = 12 if DOT_PRODUCTS[HOST_DOT].registers >= 32 else 4
 """Most rows of one pass over a tile."""
 
+_ROWS_OF_ONE_PASS = rows_of_one_pass(DOT_PRODUCTS[HOST_DOT].registers)
 # One pass alone fetches weights this far ahead; see `products.py`.
 _PREFETCH_BYTES = 4096
 _GROUP8_BYTES, _GROUP4_BYTES = group_bytes(INT8), group_bytes(INT4)
@@ -44,8 +46,9 @@ def _multiply_tiles(  # type: ignore[no-untyped-def]
         for block in range(blocks):
             row, end = rows * block // blocks, rows * (block + 1) // blocks
             n, a, left = end - row, x + row * x_stride, channels - channel
-            # One block fetches the tile itself, several the next one, each its share; see `products.py`.
-            ahead = tile + (_PREFETCH_BYTES if blocks == 1 else tile_bytes + tile_bytes * block // blocks)
+            # One pass fetches the tile itself, several the next one, each its share; see `products.py`.
+            is_alone = rows <= _ROWS_OF_ONE_PASS
+            ahead = tile + (_PREFETCH_BYTES if is_alone else tile_bytes + tile_bytes * block // blocks)
             pace, b, to = step // blocks, bias + F32_BYTES * channel, out + F32_BYTES * (row * channels + channel)
             if format_ == INT8:
                 multiply_quantised_tile(
