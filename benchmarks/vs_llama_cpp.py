@@ -10,7 +10,9 @@ the best of all of these in its row.
 import argparse
 import asyncio
 import contextlib
+import functools
 import json
+import operator
 import random
 import re
 import socket
@@ -67,6 +69,8 @@ HELIX = [
     for name, flags in (
         ("float32", ("--dtype", "float32")),
         ("bfloat16", ("--dtype", "bfloat16")),
+        ("int8", ("--quantization", "int8")),
+        ("Q4_1", ("--quantization", "auto")),
     )
     for speculation in ("off", "auto")
 ]
@@ -186,12 +190,7 @@ def measure(setting, options, number):
 
 
 def median(rounds, *path):
-    values = []
-    for found in rounds:
-        for key in path:
-            found = found[key]
-        values.append(found)
-    return statistics.median(values)
+    return statistics.median(functools.reduce(operator.getitem, path, found) for found in rounds)
 
 
 def rows_of(results, options):
