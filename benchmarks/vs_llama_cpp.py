@@ -71,6 +71,7 @@ HELIX = [
         ("bfloat16", ("--dtype", "bfloat16")),
         ("int8", ("--quantization", "int8")),
         ("Q4_1", ("--quantization", "auto")),
+        ("Q4_1, KV int8", ("--quantization", "auto", "--kv-cache-dtype", "int8")),
     )
     for speculation in ("off", "auto")
 ]
