@@ -16,6 +16,7 @@ from helix_gateway.engine.acceptance import AcceptanceModel
 from helix_gateway.engine.depth import AdaptiveDepth, FixedDepth
 from helix_gateway.engine.drafters.chain import CostlyDrafter
 from helix_gateway.engine.drafters.model import ModelDrafter
+from helix_gateway.engine.drafters.same_vocabulary import SameTokens, SameVocabulary
 from helix_gateway.engine.drafters.suffix import SuffixDrafter
 from helix_gateway.engine.drafting import AdaptiveDrafting, AlwaysDrafting
 from helix_gateway.engine.kv_cache import PagedKVCache
@@ -45,6 +46,25 @@ class Blurred(ToyRunner):
         return exact + np.random.default_rng(int(abs(exact[0]) * 1e6)).normal(0, 1.5, len(exact))
 
 
+class Forgetful(ToyRunner):
+    """Says what the last token alone says, so that what was read before it changes nothing."""
+
+    def _logits(self, batch, s, row):
+        return np.random.default_rng(batch.token_ids[row]).normal(0, 1, self.vocab_size)
+
+
+class Lacking(SameVocabulary):
+    """A draft model that has every token but one, which it does not hear of."""
+
+    def begin(self):
+        return LackingTokens(VOCAB)
+
+
+class LackingTokens(SameTokens):
+    def extend(self, token_ids):
+        return super().extend([token for token in token_ids if token != 49])
+
+
 RUNNERS = {"right": ToyRunner, "opposite": Opposite, "by chance": Blurred}
 
 
@@ -58,9 +78,11 @@ def engine_with_draft_model(
     catch_up_tokens=16,
     draft_vocab_size=VOCAB,
     context_length=1000,
+    translation=None,
+    target_kind=ToyRunner,
     **options,
 ):
-    target, draft = ToyRunner(groups, num_pages), runner_kind(draft_groups, num_pages, draft_vocab_size)
+    target, draft = target_kind(groups, num_pages), runner_kind(draft_groups, num_pages, draft_vocab_size)
     # One arena: what one model writes over the other's pages would show.
     size = max(group.tokens_per_block for group in (*groups, *draft_groups))
     target.pages = draft.pages = np.full((num_pages, size), -1, np.int64)
@@ -72,6 +94,7 @@ def engine_with_draft_model(
         drafting,
         target_vocab_size=target.vocab_size,
         context_length=context_length,
+        translation=translation,
         catch_up_tokens=catch_up_tokens,
     )
     compute = drafter._compute
@@ -359,3 +382,14 @@ def test_beyond_the_draft_models_context_nothing_is_drafted():
     assert as_told(answers_of(engine, [each])) == wanted_of(each)
     assert draft.batches
     assert max(batch.positions.max() for batch in draft.batches) < 32
+
+
+def test_noise_is_that_of_the_targets_own_place_where_the_draft_model_lacks_a_token():
+    each = request(
+        "r", [5, 49, 6, 49, 7], seed=7, max_tokens=30, ignore_eos=True, temperature=1.0, logit_bias={49: -100.0}
+    )
+    engine, *_ = engine_with_draft_model(Forgetful, target_kind=Forgetful, budget=64, translation=Lacking(VOCAB, VOCAB))
+    metrics = answers_of(engine, [each])["r", 0].last.metrics
+    assert metrics.draft_tokens > 15
+    # What was drafted behind the last token is not counted as accepted.
+    assert metrics.accepted_tokens >= metrics.draft_tokens - 3

@@ -64,7 +64,7 @@ def build_draft_rows(
         np.ones(len(drafts), np.int32),
         vocab_size,
         logits_index=np.arange(len(drafts), dtype=np.int32),
-        position=np.array([draft.position for draft in drafts], np.int32),
+        position=np.array([draft.target_position for draft in drafts], np.int32),
         edits=join_edits(edits),
         allowed=_joined(
             None if allowed is None else np.repeat(allowed[None], len(drafts), axis=0),

@@ -85,8 +85,13 @@ class GrowingDraft:
 
     @property
     def position(self) -> int:
-        """Where its next token will stand."""
+        """Where its next token will stand among the draft model's own, whose KV is counted so."""
         return len(self.reader.text.draft_token_ids) + len(self.token_ids)
+
+    @property
+    def target_position(self) -> int:
+        """Where the target will draw that token, which says with what noise: tokens that it alone has are counted too."""
+        return len(self.reader.sequence.token_ids) + len(self.token_ids)
 
     @property
     def is_done(self) -> bool:
