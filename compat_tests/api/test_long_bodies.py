@@ -2,14 +2,21 @@
 
 import asyncio
 import json
+import signal
+import subprocess
+import sys
 
+import msgspec
 import pytest
-from conftest import chat_body, running
+import structlog
+from conftest import chat_body, running, until
 from fake_service import FakeService
 
+from helix_gateway.core.errors import EngineUnavailableError
 from helix_gateway.gateway import long_bodies
 from helix_gateway.gateway.body import LONG_BYTES
 from helix_gateway.gateway.envelope import Envelope, JsonError, Overlong, Wanted, read_envelope
+from helix_gateway.gateway.envelope_process import LENGTH_BYTES, Contents
 from helix_gateway.gateway.long_bodies import LongBodies
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -52,6 +59,14 @@ async def test_it_says_what_reading_here_says(reader, data):
     except JsonError as error:
         there = str(error)
     assert there == here
+
+
+async def test_megabytes_come_back_as_they_were_sent(reader):
+    text, numbers = b'"' + b"x\xc3\xa9" * 1_000_000 + b'"', b"[" + b"1," * 1_000_000 + b"1]"
+    data = b'{"c": %b, "b": null, "short": "", "d": 1, "a": %b}' % (numbers, text)
+    opened = await reader.read([data[:70_000], data[70_000:]], Wanted(fields=["a", "c", "short"]))
+    assert list(opened.fields.items()) == [("c", numbers), ("short", b'""'), ("a", text)]
+    assert opened.others == ["d"]
 
 
 @pytest.mark.parametrize(
@@ -126,9 +141,20 @@ async def test_a_machine_without_room_for_a_process_is_a_503_that_says_when_to_c
         assert "Retry-After" in response.headers
 
 
+@pytest.mark.parametrize("cut", [0, 3, LENGTH_BYTES, LENGTH_BYTES + 2, -1], ids=str)
+async def test_a_process_that_dies_answering_gives_no_answer(reader, monkeypatch, cut):
+    head = msgspec.msgpack.encode(Contents({"a": 3}, []))
+    answer = (len(head).to_bytes(LENGTH_BYTES, "big") + head + b"123")[:cut]
+    script = f"import sys; sys.stdin.buffer.read(); sys.stdout.buffer.write({answer!r})"
+    monkeypatch.setattr(long_bodies, "_COMMAND", (sys.executable, "-c", script))
+    with pytest.raises(EngineUnavailableError):
+        await reader.read([b'{"a": 123}'], Wanted(fields=["a"]))
+
+
 async def test_a_process_that_dies_waiting_is_replaced(reader):
     wanted = Wanted(fields=["a"])
     await reader.read([b'{"a": 1}'], wanted)
+    await until(lambda: reader._spare)
     reader._spare.kill()
     await reader._spare.wait()
     assert await reader.read([b'{"a": 2}'], wanted) == Envelope({"a": b"2"}, [])
@@ -137,6 +163,57 @@ async def test_a_process_that_dies_waiting_is_replaced(reader):
 async def test_none_is_left_behind():
     reader = LongBodies()
     await reader.read([b'{"a": 1}'], Wanted(fields=["a"]))
+    await until(lambda: reader._spare)
     spare = reader._spare
     await reader.close()
     assert spare.returncode == 0
+
+
+async def test_bodies_that_end_together_leave_one_process_and_wait_for_none(monkeypatch):
+    reader, wanted = LongBodies(), Wanted(fields=["a"])
+    start, asked, started, may_start = long_bodies._start, [], [], asyncio.Event()
+
+    async def held():
+        asked.append(len(asked))
+        if len(asked) > 2:
+            await may_start.wait()
+        started.append(await start())
+        return started[-1]
+
+    monkeypatch.setattr(long_bodies, "_start", held)
+    both = asyncio.gather(reader.read([b'{"a": 1}'], wanted), reader.read([b'{"a": 2}'], wanted))
+    answers = await asyncio.wait_for(both, 30)
+    assert answers == [Envelope({"a": b"1"}, []), Envelope({"a": b"2"}, [])]
+    asyncio.get_running_loop().call_later(0.05, may_start.set)
+    await reader.close()
+    assert [process.returncode for process in started] == [0, 0, 0]
+    assert len(asked) == 3
+
+
+async def test_a_body_is_answered_though_no_process_can_be_started_for_the_next(reader, monkeypatch):
+    await reader.read([b"{}"], Wanted(fields=[]))
+    await until(lambda: reader._spare)
+    monkeypatch.setattr(long_bodies, "_COMMAND", ("/nowhere/python",))
+    with structlog.testing.capture_logs() as lines:
+        assert await reader.read([b'{"a": 1}'], Wanted(fields=["a"])) == Envelope({"a": b"1"}, [])
+        await until(lambda: lines)
+    assert [(line["log_level"], "/nowhere/python" in line["error"]) for line in lines] == [("warning", True)]
+
+
+def test_signals_to_the_whole_group_leave_a_body_in_flight_alone():
+    process = subprocess.Popen(
+        long_bodies._COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    # More than a pipe holds: once that is written, it reads.
+    process.stdin.write(msgspec.json.encode(Wanted(fields=["a"])) + b'\n{"junk": "' + b"x" * 1_000_000)
+    process.stdin.flush()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        process.send_signal(name)
+    answer, errors = process.communicate(b'", "a": 123}', timeout=30)
+    assert (process.returncode, errors) == (0, b"")
+    assert answer.endswith(b"123")
+
+
+def test_a_waiting_process_ends_without_a_word_when_its_parent_does():
+    process = subprocess.run(long_bodies._COMMAND, input=b"", capture_output=True, check=True, timeout=30)
+    assert (process.stdout, process.stderr) == (b"", b"")
