@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,33 @@ def test_progress_goes_up_to_all_of_the_weights_bytes(tmp_path):
     assert totals == [sum(value.nbytes for value in weights)]
     assert told == sorted(told)
     assert told[-1] == totals[0]
+
+
+def test_matrices_that_are_read_later_count_when_they_are_read(tmp_path):
+    folder = save(make_model("Llama"), tmp_path)
+    told, totals, before = [], [], []
+
+    @contextmanager
+    def display(label, total_bytes):
+        totals.append(total_bytes)
+        yield told.append
+        assert told[-1] == total_bytes
+
+    def quantise(model, promises):
+        before.append(told[-1])
+        for parameter in model.parameters():
+            stored = promises.stored(parameter)
+            for _ in range(0 if stored is None else 2):  # a second look is no progress
+                stored.read(None)
+        promises.fulfil(model)
+
+    loaded = load_model(folder, device=CPU, quantise=quantise, progress=display)
+    weights = load_file(Path(folder) / "model.safetensors").values()
+    assert totals == [sum(value.nbytes for value in weights)]
+    assert before == [sum(value.nbytes for value in weights if value.ndim == 1)]
+    assert told == sorted(set(told))
+    assert len(told) == len(weights)
+    assert torch.equal(loaded(TOKENS).logits, load_model(folder, device=CPU)(TOKENS).logits)
 
 
 def test_nothing_is_printed_where_nobody_watches(tmp_path, capfd):

@@ -7,16 +7,19 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from compat_tests.runtime.paged import Feeder, random_sequences
 from compat_tests.tiny_models import TINY_MODELS
 from helix_gateway.core.errors import ModelLoadError
+from helix_gateway.runtime.checkpoints.protocol import Blocks
 from helix_gateway.runtime.cpu import quantised_llama
+from helix_gateway.runtime.cpu.attention import CpuPagedAttention
 from helix_gateway.runtime.cpu.layers import Angles
 from helix_gateway.runtime.cpu.linear import PackedEmbedding, PackedLinear
 from helix_gateway.runtime.cpu.quantised_llama import QuantisedLlamaStep
 from helix_gateway.runtime.cpu.quantised_weights import Int4Weight, Int8Weight, QuantisedWeight
-from helix_gateway.runtime.cpu.quantising import computing_exactly, quantise_model
+from helix_gateway.runtime.cpu.quantising import computing_exactly, is_quantised, quantise_model
 from helix_gateway.runtime.factory import load_runner, resolve_quantisation
 from helix_gateway.runtime.pool import make_runners
 from helix_gateway.runtime.promises import Promises
@@ -30,11 +33,11 @@ SMOLLM2_TOLERANCE = 0.1
 """The same for thirty layers, on a text."""
 
 
-def make_runner(name, quantisation="int8", seed=3, stored=torch.float32):
+def make_runner(name, quantisation="int8", seed=3, stored=torch.float32, num_pages=24):
     _, model = TINY_MODELS[name](seed)
     model = copy.deepcopy(model)
     quantise_model(model, quantisation, Promises())
-    (runner,) = make_runners([model], device=torch.device("cpu"), dtype=stored, num_pages=24)
+    (runner,) = make_runners([model], device=torch.device("cpu"), dtype=stored, num_pages=num_pages)
     return runner
 
 
@@ -195,6 +198,58 @@ def test_joined_products_hold_no_weight_twice():
     attention = make_runner("llama")._model.base_model.layers[0].self_attn
     tiles = [part.weight_tiles.tiles for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
     assert len({tensor.untyped_storage().data_ptr() for tensor in tiles}) == 1
+
+
+class FourBitMatrix:
+    """A matrix in a file."""
+
+    def __init__(self, numbers):
+        self.numbers, self.shape = numbers, (numbers.shape[0], 32 * numbers.shape[1])
+
+    def blocks(self):
+        return Blocks("Q4_0", self.numbers)
+
+    def read(self, dtype):
+        flat = self.numbers.reshape(len(self.numbers), -1)
+        return torch.from_numpy(gguf.quants.dequantize(flat, gguf.GGMLQuantizationType.Q4_0))
+
+
+def test_blocks_beyond_what_kernels_hold_become_int8_and_others_stay():
+    model, promises = copy.deepcopy(TINY_MODELS["llama"](3)[1]), Promises()
+    mlp = model.base_model.layers[0].mlp
+    dice, stored = np.random.default_rng(0), {}
+    for part, scale in ((mlp.gate_proj, 8000), (mlp.up_proj, 9000)):
+        rows, inputs = part.weight.shape
+        numbers = dice.integers(0, 256, (rows, inputs // 32, 18), dtype=np.uint8)
+        numbers[..., :2] = np.array([0.01], np.float16).view(np.uint8)
+        numbers[3, 1, :2] = np.array([scale], np.float16).view(np.uint8)
+        stored[part] = FourBitMatrix(numbers)
+        part.weight = torch.nn.Parameter(promises.promise(stored[part]), requires_grad=False)
+    wanted = [stored[part].read(None) for part in (mlp.gate_proj, mlp.up_proj)]
+    with capture_logs() as lines:
+        quantise_model(model, "file", promises)
+    kept, coarser = mlp.gate_proj.weight_tiles, mlp.up_proj.weight_tiles
+    assert (type(kept), type(coarser)) == (Int4Weight, Int8Weight)
+    assert torch.equal(kept.unpacked(), wanted[0])
+    steps = wanted[1].view(len(wanted[1]), -1, 32).abs().amax(2, keepdim=True) / 127
+    off = (coarser.unpacked() - wanted[1]).abs().view(len(wanted[1]), -1, 32)
+    assert (off <= 0.6 * steps).all()
+    assert [(line["event"], line["stored"]) for line in lines] == [("blocks_quantised_to_int8", "Q4_0")]
+
+
+@pytest.mark.parametrize("num_pages", [1, 2])
+def test_the_trial_of_a_model_of_several_groups_stays_within_its_pages(num_pages, monkeypatch):
+    right, pages = CpuPagedAttention.begin, []
+
+    def begin(self, batch):
+        pages.append([int(table.max()) for table in batch.block_tables])
+        right(self, batch)
+
+    monkeypatch.setattr(CpuPagedAttention, "begin", begin)
+    runner = make_runner("gemma2", num_pages=num_pages)
+    assert is_quantised(runner._model)
+    assert pages[-1] == [0, num_pages - 1]
+    assert all(max(tables) < num_pages for tables in pages)
 
 
 @pytest.fixture(scope="module")

@@ -133,10 +133,10 @@ def _load_quantised(
 ) -> "PreTrainedModel":
     from helix_gateway.runtime.cpu.quantising import quantise_model
 
-    promises = Promises()
-    model = load_model(path, device=device, dtype=torch.float32, promises=promises)
-    quantise_model(model, quantisation, promises)
-    return model
+    def quantise(model: "PreTrainedModel", promises: Promises) -> None:
+        quantise_model(model, quantisation, promises)
+
+    return load_model(path, device=device, dtype=torch.float32, quantise=quantise)
 
 
 def _load_packed(path: str, device: torch.device, dtype: torch.dtype) -> "PreTrainedModel":

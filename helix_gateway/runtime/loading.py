@@ -8,15 +8,15 @@ Knows nothing about where a path came from, nor what the model is for.
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from helix_gateway.core.errors import ModelLoadError
-from helix_gateway.runtime.checkpoints.protocol import Checkpoint, StoredTensor
+from helix_gateway.runtime.checkpoints.protocol import Blocks, Checkpoint, StoredTensor
 from helix_gateway.runtime.progress import Progress, Report, terminal_bar
 from helix_gateway.runtime.promises import Promises
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from types import EllipsisType
 
     from transformers import PreTrainedConfig, PreTrainedModel
+
+Quantise: TypeAlias = Callable[["PreTrainedModel", Promises], None]
+"""Reads the matrices that a model's parameters only stand for, and puts what becomes of them in their places."""
 
 _SHOWN = 3
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,7 +44,7 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
-    promises: Promises | None = None,
+    quantise: Quantise | None = None,
     progress: Progress = terminal_bar,
 ) -> "PreTrainedModel":
     """Return a transformers causal language model in eval mode.
@@ -51,8 +54,8 @@ def load_model(
         device: where the parameters shall lie.
         dtype: of the parameters; None: as `resolve_dtype` chooses.
         attn_implementation: the name under which attention is registered with transformers; None: its default.
-        promises: takes note of the matrices, which are then not read; on a CPU only.
-        progress: shown while the weights are read.
+        quantise: the matrices are not read with the rest, but by this; on a CPU only, in float32.
+        progress: shown while the weights are read, matrices too.
 
     Raises:
         ModelLoadError: missing, damaged, incomplete, or of a kind that is not served; the message is one line.
@@ -67,11 +70,13 @@ def load_model(
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation
         with progress(f"Loading {Path(path).name}", sum(tensor.nbytes for tensor in stored.values())) as report:
+            promises = None if quantise is None else Promises()
             reading = _Reading(stored, _dtype_of_all(model_class, wanted), report, promises)
-            model = _build(path, model_class, config, reading, options)
-            if promises is not None:
+            model = _build(path, model_class, config, reading, options).requires_grad_(False)
+            if quantise is not None and promises is not None:
                 promises.check(model)
-        on_device: PreTrainedModel = model.requires_grad_(False).to(device)
+                quantise(model, promises)
+        on_device: PreTrainedModel = model.to(device)
         return on_device
 
 
@@ -149,7 +154,7 @@ class _Reading:
     ) -> None:
         self._dtype = dtype
         self._promises = promises
-        self.tensors = {name: _Watched(tensor, self) for name, tensor in stored.items()}
+        self.tensors = {name: _Watched(_Counted(tensor, self._count), self) for name, tensor in stored.items()}
         self.error: Exception | None = None
         self._report = report
         self._lock = threading.Lock()
@@ -159,18 +164,45 @@ class _Reading:
         try:
             if self._promises is not None and len(tensor.shape) == 2:
                 return self._promises.promise(tensor)
-            values = tensor.read(self._dtype)
+            return tensor.read(self._dtype)
         except Exception as error:
             self.error = self.error or error
             raise
+
+    def _count(self, num_bytes: int) -> None:
         with self._lock:
-            self._done_bytes += tensor.nbytes
+            self._done_bytes += num_bytes
             self._report(self._done_bytes)
+
+
+class _Counted:
+    """A stored tensor that tells of its bytes when it is first read, in whatever form: a `StoredTensor`."""
+
+    def __init__(self, tensor: StoredTensor, count: Callable[[int], None]) -> None:
+        self._tensor = tensor
+        self._count = count
+        self._uncounted_bytes = tensor.nbytes
+        self.nbytes, self.shape = tensor.nbytes, tensor.shape
+
+    def blocks(self) -> Blocks | None:
+        blocks = self._tensor.blocks()
+        if blocks is not None:
+            self._tell()
+        return blocks
+
+    def read(self, dtype: torch.dtype | None) -> torch.Tensor:
+        values = self._tensor.read(dtype)
+        self._tell()
         return values
+
+    def _tell(self) -> None:
+        if self._uncounted_bytes:
+            self._count(self._uncounted_bytes)
+            self._uncounted_bytes = 0
 
 
 class _Watched:
-    """A stored tensor whose reading is counted."""
+    """A stored tensor as transformers is given it, which reads it by indexing."""
 
     def __init__(self, tensor: StoredTensor, reading: _Reading) -> None:
         self._tensor = tensor

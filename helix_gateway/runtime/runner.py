@@ -167,7 +167,7 @@ class TransformersRunner:
     def _trial_steps(self) -> list[StepBatch]:
         groups = self.kv_groups
         if len(groups) > 1:
-            return [first_block_step(self._vocab_size, groups)]
+            return [first_block_step(self._vocab_size, groups, self.num_pages)]
         return trial_steps(self._vocab_size, groups[0], self.num_pages, self.context_length)
 
     def _answers(self, steps: Sequence[StepBatch]) -> torch.Tensor:

@@ -48,11 +48,15 @@ def trial_steps(vocab_size: int, group: KVGroup, num_pages: int, context_length:
     return [_step(vocab_size, spans) for spans in steps]
 
 
-def first_block_step(vocab_size: int, groups: Sequence[KVGroup]) -> StepBatch:
-    """The start of one sequence, for models of several KV groups: each has a page of its own."""
+def first_block_step(vocab_size: int, groups: Sequence[KVGroup], num_pages: int) -> StepBatch:
+    """The start of one sequence, for models of several KV groups: each has a page of its own, as long as there are some.
+
+    Where there are not, the last page is that of several: a layer reads only what it has just written itself.
+    """
     count = min(_CHUNK, *(group.tokens_per_block for group in groups))
     step = _step(vocab_size, [(0, count, np.zeros(1, np.int32))])
-    return replace(step, block_tables=tuple(np.full((1, 1), page, np.int32) for page in range(len(groups))))
+    pages = [min(place, num_pages - 1) for place in range(len(groups))]
+    return replace(step, block_tables=tuple(np.full((1, 1), page, np.int32) for page in pages))
 
 
 def fill_pages(arena: Arena) -> None:

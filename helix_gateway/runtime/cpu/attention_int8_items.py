@@ -126,10 +126,10 @@ def write_int8_rows(kind, stored, shape, offsets, plan, first, last, key, value)
 def _places(shape, rows, span):  # type: ignore[no-untyped-def]
     """Where an item's scratch lies, in float32 from the thread's beginning, and how much there is.
 
-    In order: addresses of units (int64), queries (bytes [rows, 2, key_dim up to a
-    multiple of 16]), their factors and starts (int32
-    [rows, 2]), scales of values, scores [rows, step], weights (bytes [rows, 2, step]), sums (int32 [rows, 2, dims]),
-    sums of all segments (float64 [rows, dims]).
+    First ``step``, how many numbers a row of scores may have; then the places, in the order in which they lie behind the
+    units' addresses (int64, at the beginning): queries (bytes [rows, 2, key_dim up to a multiple of 16]), their factors
+    [rows], their starts (int32 [rows, 2]), scales of values [step], scores [rows, step], weights (bytes [rows, 2, step]),
+    sums (int32 [rows, 2, dims]), sums of all segments (float64 [rows, dims]); last, how much it is altogether.
     """
     step = (span + 2 * shape[UNIT]) // LANES * LANES + 3 * LANES
     units = span // shape[UNIT] + 2

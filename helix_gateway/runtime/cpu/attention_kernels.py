@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -28,8 +28,9 @@ from helix_gateway.runtime.cpu.emitter import (
     Emitter,
     constant,
 )
+from helix_gateway.runtime.cpu.instruction_sets import target_features
 
-WIDE_ROWS = 8 if binding.get_host_cpu_features().get("avx512f", False) else 4
+WIDE_ROWS = 8 if "avx512f" in target_features() else 4
 """Most rows that one call of `dot_keys` or `add_values` keeps in registers: 32 of them on AVX-512, 16 elsewhere."""
 
 _HALF_BYTES = 2

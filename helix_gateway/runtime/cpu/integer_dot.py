@@ -9,9 +9,10 @@ what is multiplied.
 from collections.abc import Callable
 from functools import cache
 
-from llvmlite import binding, ir
+from llvmlite import ir
 
 from helix_gateway.runtime.cpu.emitter import I8, I16, I32, I32S, LANES, Emitter, call, constant
+from helix_gateway.runtime.cpu.instruction_sets import target_features
 
 Dot = Callable[[Emitter, ir.Value, ir.Value, ir.Value], ir.Value]
 """``dot(emitter, sums, unsigned, signed)``: sums plus the products; 16 lanes of 32 bits each."""
@@ -19,16 +20,20 @@ Dot = Callable[[Emitter, ir.Value, ir.Value, ir.Value], ir.Value]
 _HALF = LANES // 2
 _BYTES = 4
 _EVEN = 0x00FF00FF
+# Best first.
+_NEEDED = (
+    ("vnni512", {"avx512f", "avx512vnni"}),
+    ("vnni256", {"avx2", "avxvnni"}),
+    ("avx2", {"avx2"}),
+    ("portable", set[str]()),
+)
 
 
 @cache
 def host_dot() -> str:
-    """The name in `DOTS` of what suits the processor this runs on."""
-    features = binding.get_host_cpu_features()
-    for name, needed in (("vnni512", ("avx512vnni", "avx512f")), ("vnni256", ("avxvnni",)), ("avx2", ("avx2",))):
-        if all(features.get(feature, False) for feature in needed):
-            return name
-    return "portable"
+    """The name in `DOTS` of what suits the instructions that code is compiled for."""
+    features = target_features()
+    return next(name for name, needed in _NEEDED if needed <= features)
 
 
 def _bytes_of(emitter: Emitter, words: ir.Value) -> ir.Value:

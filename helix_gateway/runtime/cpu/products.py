@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from llvmlite import binding
 from numba import carray, njit, prange
 
+from helix_gateway.runtime.cpu.instruction_sets import target_features
 from helix_gateway.runtime.cpu.math import load_bf16
 from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS, float32s_at, multiply_tile, uint16s_at
 
@@ -41,8 +41,8 @@ NARROW = BlockShape(max_rows=6, registers=8)
 
 @cache
 def host_shape() -> BlockShape:
-    """The shape that suits the processor this runs on."""
-    return WIDE if binding.get_host_cpu_features().get("avx512f", False) else NARROW
+    """The shape that suits the instructions that code is compiled for."""
+    return WIDE if "avx512f" in target_features() else NARROW
 
 
 @dataclass(frozen=True, slots=True)

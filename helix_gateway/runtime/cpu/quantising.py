@@ -1,7 +1,7 @@
 """Puts quantised matrices in the place of a model's linear layers, their embeddings and its input embedding.
 
 Each matrix is read from the file when its turn comes, so that no more than the quantised weights and one matrix are ever
-in memory.  A GGUF's blocks are taken as they are where that is asked for.  What an output embedding or a table of
+in memory.  A GGUF's blocks are taken as they are where that is asked for and can be done.  What an output embedding or a table of
 tokens is made of gets eight bits also where layers get four: it is read a row at a time, or decides between tokens.
 """
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import structlog
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -32,8 +33,10 @@ from helix_gateway.runtime.cpu.quantised_weights import (
 )
 from helix_gateway.runtime.promises import Promises
 
+log = structlog.get_logger(__name__)
+
 Quantisation = Literal["file", "int8", "int4"]
-"""``file``: a GGUF's own blocks where there are kernels for them, else ``int8``."""
+"""``file``: a GGUF's own blocks where there are kernels that hold their numbers, else ``int8``."""
 
 
 def quantise_model(model: Any, quantisation: Quantisation, promises: Promises) -> None:
@@ -70,15 +73,22 @@ def _quantised(holders: list[Holder], quantisation: Quantisation, promises: Prom
     stored = promises.stored(parameter)
     if stored is not None:
         blocks = stored.blocks() if quantisation == "file" and type(holders[0]) is not Conv1D else None
-        if blocks is not None:
-            return _from_blocks(blocks)
+        packed = None if blocks is None else _from_blocks(blocks)
+        if packed is not None:
+            return packed
         parameter = stored.read(None)
     matrix: torch.Tensor = parameter.T if type(holders[0]) is Conv1D else parameter
     return (Int4Weight if quantisation == "int4" else Int8Weight).from_float(matrix)
 
 
-def _from_blocks(blocks: Blocks) -> QuantisedWeight:
-    return (Int8Weight if blocks.kind == "Q8_0" else Int4Weight).from_blocks(blocks.numbers)
+def _from_blocks(blocks: Blocks) -> QuantisedWeight | None:
+    """The very numbers of a matrix's blocks; None, and a line in the log, where no packed form holds them."""
+    try:
+        return (Int8Weight if blocks.kind == "Q8_0" else Int4Weight).from_blocks(blocks.numbers)
+    except ValueError as error:
+        channels, groups, _ = blocks.numbers.shape
+        log.warning("blocks_quantised_to_int8", stored=blocks.kind, channels=channels, groups=groups, reason=str(error))
+        return None
 
 
 class _Exact(PackedWeight):
