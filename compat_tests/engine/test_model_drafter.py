@@ -384,6 +384,38 @@ def test_beyond_the_draft_models_context_nothing_is_drafted():
     assert max(batch.positions.max() for batch in draft.batches) < 32
 
 
+def test_what_is_longer_than_the_draft_models_context_holds_none_of_its_blocks():
+    engine, *_ = engine_with_draft_model(budget=64, context_length=32)
+    engine.submit(request("r", range(1, 20), max_tokens=60, ignore_eos=True))
+    held = []
+    while engine.has_work():
+        engine.step()
+        engine.check()
+        held.append(len(engine.cache._guests))
+    assert held[:3] == [1, 1, 1]
+    assert not any(held[-20:])
+
+
+def test_a_sequence_that_the_draft_model_raises_for_holds_none_of_its_blocks():
+    """Not even what was computed before, while all went well."""
+
+    class Breaking(ToyRunner):
+        def forward(self, batch):
+            if batch.context_lens.max() > 20:
+                raise RuntimeError("too far")
+            return super().forward(batch)
+
+    engine, _, drafter = engine_with_draft_model(Breaking, budget=64)
+    engine.submit(request("r", [5, 6, 7], max_tokens=40, ignore_eos=True))
+    engine.step()
+    assert engine.cache._guests
+    while len(engine.cache.tables(("r", 0))[0].blocks) < 8:
+        engine.step()
+    assert not engine.cache._guests
+    assert not drafter._readers
+    drain(engine)
+
+
 def test_noise_is_that_of_the_targets_own_place_where_the_draft_model_lacks_a_token():
     each = request(
         "r", [5, 49, 6, 49, 7], seed=7, max_tokens=30, ignore_eos=True, temperature=1.0, logit_bias={49: -100.0}

@@ -47,6 +47,7 @@ class GuardedDrafter:
                 pairs = zip(sequences, depths, strict=True)
                 return [draft for sequence, depth in pairs for draft in self._propose([sequence], [depth])]
             self._switched_off.add(sequences[0].key)
+            self._forget(sequences[0])
             log.warning(
                 "drafter_switched_off", request_id=sequences[0].request.request_id, reason=repr(error), exc_info=error
             )
@@ -63,6 +64,10 @@ class GuardedDrafter:
     def retire(self, sequence: Sequence) -> None:
         """See `Drafter`."""
         self._switched_off.discard(sequence.key)
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        """Let the drafter give back what it holds; it may hear of it twice."""
         try:
             self._drafter.retire(sequence)
         except Exception:

@@ -97,7 +97,7 @@ class ModelDrafter(Generic[Logits]):
 
     def _propose(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> list[DraftTokens]:
         drafts = [self._begin(sequence, depth) for sequence, depth in zip(sequences, depths, strict=True)]
-        parts = self._first_parts([draft for draft in drafts if self._is_open(draft.reader, draft.depth)])
+        parts = self._first_parts([draft for draft in drafts if self._is_open(draft)])
         while parts:
             self._compute(parts)
             growing = [part.draft for part in parts if part.draws and not part.draft.is_done]
@@ -121,8 +121,9 @@ class ModelDrafter(Generic[Logits]):
             reader = self._readers[sequence.key] = DraftReader(sequence, self._translation.begin())
         return GrowingDraft(reader, depth, sequence.stop_ids if self._translation.shares_ids else frozenset())
 
-    def _is_open(self, reader: DraftReader, depth: int) -> bool:
+    def _is_open(self, draft: GrowingDraft) -> bool:
         """Whether a sequence has tables, which are brought up to date; not while it is left alone, or too long."""
+        reader = draft.reader
         if reader.written and reader.key not in self._cache:
             # Memory was short, and will be again if all of it is computed anew at once.
             reader.written.clear()
@@ -131,7 +132,9 @@ class ModelDrafter(Generic[Logits]):
             return False
         reader.catch_up()
         token_ids = reader.text.draft_token_ids
-        if not token_ids or len(token_ids) + depth > self._context_length:
+        draft.depth = min(draft.depth, self._context_length - len(token_ids))
+        if not token_ids or draft.depth <= 0:
+            self._close(reader)
             return False
         if reader.key in self._cache and self._has_left(reader):
             self._cache.remove(reader.key)
@@ -142,6 +145,11 @@ class ModelDrafter(Generic[Logits]):
             reader.write(0, list(token_ids[:cached]))
         self._cache.commit(reader.key, token_ids, len(reader.written))
         return True
+
+    def _close(self, reader: DraftReader) -> None:
+        """Give back what a sequence holds that is not drafted for any more."""
+        self._cache.remove(reader.key)
+        reader.written.clear()
 
     def _has_left(self, reader: DraftReader) -> bool:
         """Whether a window has left behind what is read again, since tokens that were told have changed."""
