@@ -6,6 +6,8 @@ Knows which drafters there are; how they work is the engine's affair.
 from dataclasses import dataclass
 from typing import Any
 
+import structlog
+
 from helix_gateway.core.errors import ModelLoadError, OutOfMemoryError
 from helix_gateway.core.protocols import ModelRunner, VocabularyTranslation
 from helix_gateway.engine.acceptance import AcceptanceModel
@@ -19,6 +21,8 @@ from helix_gateway.engine.drafting import AdaptiveDrafting
 from helix_gateway.engine.kv_cache import PagedKVCache
 from helix_gateway.engine.step_costs import KNOTS, StepCosts, measure_costs
 from helix_gateway.service.settings import EngineSettings
+
+log = structlog.get_logger(__name__)
 
 PROFILED_ROWS = (1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048)
 """Numbers of rows whose cost is measured at the start, up to where costs are in proportion; the rest is read off between
@@ -78,11 +82,10 @@ def make_speculation(
         return _NONE
     row_counts = [rows for rows in PROFILED_ROWS if rows <= max_rows]
     acceptance = AcceptanceModel()
-    try:
-        costs = measure_costs(runner, row_counts)
-        draft_costs = None if draft_model is None else measure_costs(draft_model.runner, row_counts)
-    except OutOfMemoryError:  # the first request will be told; there is no room for drafts in any case
+    costs = _measured(runner, row_counts, whose="model")
+    if costs is None:  # the first request will be told; there is no room for drafts in any case
         return _NONE
+    draft_costs = None if draft_model is None else _measured(draft_model.runner, row_counts, whose="draft model")
     policy = AdaptiveDepth(costs, max_depth=settings.max_depth, min_depth=settings.min_depth, acceptance=acceptance)
     free = NoDrafter() if settings.speculation == "model" else SuffixDrafter()
     if draft_model is None or draft_costs is None or cache is None:
@@ -98,6 +101,15 @@ def make_speculation(
         catch_up_tokens=_catch_up_tokens(costs, draft_costs),
     )
     return Speculation(free, policy, CostlyDrafter(drafter, drafting))
+
+
+def _measured(runner: ModelRunner[Any], row_counts: list[int], *, whose: str) -> StepCosts | None:
+    """What its forwards cost; None where the device has no room for a single row, which is told once."""
+    try:
+        return measure_costs(runner, row_counts)
+    except OutOfMemoryError as error:
+        log.warning("no_memory_to_measure_speculation", whose=whose, reason=str(error))
+        return None
 
 
 def _catch_up_tokens(costs: StepCosts, draft_costs: StepCosts) -> int:
