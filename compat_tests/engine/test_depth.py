@@ -190,6 +190,7 @@ def test_a_least_depth_is_verified_whether_it_pays_or_not():
 def test_costs_beyond_the_table_go_on_in_proportion():
     costs = StepCosts({1: 0.01, 64: 0.1})
     assert costs.seconds_for(640) == pytest.approx(1.0)
+    assert costs.seconds_for(64_000) == pytest.approx(100.0)
 
 
 def test_the_costs_of_a_model_are_measured_over_its_pages():

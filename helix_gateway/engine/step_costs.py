@@ -64,8 +64,9 @@ class StepCosts:
         self.seconds: Float64s = self._shape.copy()
 
     def seconds_for(self, num_rows: int) -> float:
-        """What a step of so many rows is expected to take."""
-        return float(np.interp(num_rows, self.rows, self.seconds))
+        """What a step of so many rows is expected to take; in proportion to them beyond the last of `KNOTS`."""
+        beyond = max(1.0, num_rows / self.rows[-1])
+        return float(np.interp(num_rows, self.rows, self.seconds) * beyond)
 
     def observe(self, num_rows: int, seconds: float) -> None:
         """Take the time of a step that had decodes and verify windows only."""
