@@ -343,7 +343,8 @@ for bits in (32, 16):
 
 
 def run_first_product(package: Path, **environment: str) -> str:
-    variables = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"} | environment
+    elsewhere = ("NUMBA_CACHE_DIR", "HELIX_CACHE")
+    variables = {name: value for name, value in os.environ.items() if name not in elsewhere} | environment
     variables["PYTHONPATH"] = str(package)
     command = [sys.executable, "-c", FIRST_PRODUCT]
     return subprocess.run(command, env=variables, check=True, capture_output=True, text=True).stdout.strip()
