@@ -205,7 +205,8 @@ def _inverse(scales: npt.NDArray[np.float16]) -> npt.NDArray[np.float32]:
 
 def _unsigned(steps: npt.NDArray[Any]) -> Bytes:
     """int8 as the bytes of ``w + 128``."""
-    return steps.view(np.uint8) ^ np.uint8(_OFFSET8)
+    shifted: Bytes = steps.view(np.uint8) ^ np.uint8(_OFFSET8)
+    return shifted
 
 
 def _of_groups(halves: npt.NDArray[Any], count: int) -> Bytes:
