@@ -1,6 +1,7 @@
 """What gateway and service see of a tokenizer, on the default model."""
 
-import time
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,11 +12,21 @@ from helix_gateway.text.tokenizer import Tokenizer
 CHAT = [{"role": "user", "content": "Say hi"}]
 
 
+LOADING = """
+import sys, time
+from helix_gateway.text.tokenizer import Tokenizer
+started = time.process_time()
+Tokenizer.load(sys.argv[1])
+print(time.process_time() - started)
+"""
+
+
 def test_the_default_model_loads_within_a_second_and_a_half(smollm2_path):
-    # The processor's time, since what else the machine does is not the tokenizer's doing; measured: 0.4 s.
-    started = time.process_time()
-    Tokenizer.load(smollm2_path)
-    assert time.process_time() - started < 1.5
+    # The processor's time, since what else the machine does is not the tokenizer's doing, and in a process of its own,
+    # since among a thousand tests' objects collecting garbage takes a second by itself.  Measured: 0.4 s.
+    command = [sys.executable, "-c", LOADING, smollm2_path]
+    taken = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    assert float(taken) < 1.5
 
 
 def test_the_default_model_ends_its_answers_with_im_end(smollm2):
