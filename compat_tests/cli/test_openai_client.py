@@ -59,6 +59,26 @@ async def test_events_come_however_they_are_cut_and_whichever_line_ends_they_hav
     assert client.seen[0][:2] == ("/v1/chat/completions", "Bearer secret")
 
 
+async def test_a_server_that_ends_a_connection_after_its_answer_costs_no_request():
+    connections = []
+
+    async def answer(reader, writer):
+        connections.append(await reader.readuntil(b"\r\n\r\n"))
+        data = b"data: [DONE]\n\n"
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+        # Says nothing of closing, as llama.cpp's does, and closes.
+        writer.write(head + b"%x\r\n%s\r\n0\r\n\r\n" % (len(data), data))
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as served:
+        url = f"http://127.0.0.1:{served.sockets[0].getsockname()[1]}"
+        async with OpenAIClient(url) as client:
+            for _ in range(5):
+                assert await read(client) == []
+    assert len(connections) == 5
+
+
 async def test_plain_completions_are_read_too():
     async with server(b'data: {"choices":[{"text":"a","finish_reason":"stop"}]}\n\ndata: [DONE]\n\n') as client:
         (piece,) = await read(client, "completions")

@@ -117,7 +117,8 @@ class OpenAIClient:
         self._session = aiohttp.ClientSession(
             headers={"Content-Type": "application/json", **self._headers},
             timeout=self._timeout,
-            connector=aiohttp.TCPConnector(limit=0),
+            # A connection a request: llama.cpp's server ends a kept one as it is used again, which is no answer's fault.
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
             auto_decompress=True,
         )
         return self
