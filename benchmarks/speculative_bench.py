@@ -10,31 +10,19 @@ import argparse
 import ast
 import inspect
 import json
-import os
 import random
 import statistics
-import sys
 import textwrap
 import time
 from pathlib import Path
 
 import numpy as np
 import report
-
-from helix_gateway.runtime.cpu.threads import engine_environment
-from helix_gateway.runtime.model_source import resolve
+from loaded import in_engine_environment, load
 
 DATA = Path(__file__).resolve().parent / "data" / "spec_bench_dev.jsonl"
 CONCURRENCY = (1, 4, 16, 64)
 EDITS, PREDICTED = "edits", "edits with prediction"
-
-
-def in_engine_environment():
-    """Start over with what `helix serve` sets for its engine's threads; they read it once, when they start."""
-    if os.environ.get("HELIX_BENCH_CHILD"):
-        return
-    os.environ.update(engine_environment(), HELIX_BENCH_CHILD="1")
-    os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 def functions_of(module):
@@ -67,15 +55,9 @@ class Bench:
 
     def __init__(self, options):
         from helix_gateway.engine.step_costs import measure_costs
-        from helix_gateway.runtime.factory import load_runner
-        from helix_gateway.text.tokenizer import Tokenizer
 
-        path = resolve(options.model)
         self.options = options
-        self.tokenizer = Tokenizer.load(path)
-        self.runner = load_runner(
-            path, dtype=options.dtype, kv_cache_memory_bytes=2 << 30, max_tokens_in_use=10**6
-        ).runner
+        self.tokenizer, self.runner = load(options.model, options.dtype, kv_cache_memory_bytes=2 << 30)
         self.costs = measure_costs(self.runner, (1, 2, 4, 8, 12, 16, 32, 64))
 
     def engine(self, drafting):

@@ -4,6 +4,20 @@ import numpy as np
 import torch
 
 from helix_gateway.core.step import StepBatch
+from helix_gateway.runtime.cpu.layers import Angles
+
+
+def turn_wrongly_from(position, step_class, monkeypatch):
+    """Let a compiled step turn queries and keys by wrong angles from a position on."""
+    right = step_class._angles
+
+    def wrong(self, longest):
+        cosines, sines = right(self, longest)
+        cosines = cosines.copy()
+        cosines[position:] = 1
+        return Angles(cosines, sines)
+
+    monkeypatch.setattr(step_class, "_angles", wrong)
 
 
 class Feeder:

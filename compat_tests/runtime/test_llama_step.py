@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from compat_tests.runtime.paged import turn_wrongly_from
 from compat_tests.tiny_models import TINY_MODELS
 from helix_gateway.core.step import StepBatch
-from helix_gateway.runtime.cpu.layers import Angles
 from helix_gateway.runtime.cpu.linear import pack_linears
 from helix_gateway.runtime.cpu.llama import LlamaStep
 from helix_gateway.runtime.pool import make_runners
@@ -64,15 +64,7 @@ def test_what_does_not_fit_or_does_not_agree_goes_through_the_modules(name):
 
 @pytest.mark.parametrize("first_wrong", [17, 400])
 def test_a_step_that_is_wrong_at_far_positions_only_is_refused_at_load(monkeypatch, first_wrong):
-    right = LlamaStep._angles
-
-    def wrong(self, longest):
-        cosines, sines = right(self, longest)
-        cosines = cosines.copy()
-        cosines[first_wrong:] = 1
-        return Angles(cosines, sines)
-
-    monkeypatch.setattr(LlamaStep, "_angles", wrong)
+    turn_wrongly_from(first_wrong, LlamaStep, monkeypatch)
     assert not isinstance(make_runner("llama")._compute, LlamaStep)
 
 

@@ -9,13 +9,12 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from compat_tests.runtime.paged import Feeder, random_sequences
+from compat_tests.runtime.paged import Feeder, random_sequences, turn_wrongly_from
 from compat_tests.tiny_models import TINY_MODELS
 from helix_gateway.core.errors import ModelLoadError
 from helix_gateway.runtime.checkpoints.protocol import Blocks
 from helix_gateway.runtime.cpu import quantised_llama
 from helix_gateway.runtime.cpu.attention import CpuPagedAttention
-from helix_gateway.runtime.cpu.layers import Angles
 from helix_gateway.runtime.cpu.linear import PackedEmbedding, PackedLinear
 from helix_gateway.runtime.cpu.quantised_llama import QuantisedLlamaStep
 from helix_gateway.runtime.cpu.quantised_weights import Int4Weight, Int8Weight, QuantisedWeight
@@ -166,15 +165,7 @@ def test_a_step_that_is_wrong_gives_way_to_the_modules(monkeypatch):
 
 @pytest.mark.parametrize("first_wrong", [17, 400])
 def test_a_step_that_is_wrong_at_far_positions_only_gives_way_too(monkeypatch, first_wrong):
-    right = QuantisedLlamaStep._angles
-
-    def wrong(self, longest):
-        cosines, sines = right(self, longest)
-        cosines = cosines.copy()
-        cosines[first_wrong:] = 1
-        return Angles(cosines, sines)
-
-    monkeypatch.setattr(QuantisedLlamaStep, "_angles", wrong)
+    turn_wrongly_from(first_wrong, QuantisedLlamaStep, monkeypatch)
     assert not isinstance(make_runner("llama")._compute, QuantisedLlamaStep)
 
 

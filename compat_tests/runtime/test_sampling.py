@@ -40,7 +40,7 @@ def test_a_device_that_divides_integers_through_float_shifts_instead(monkeypatch
 
 def test_a_device_without_division_shifts_instead(monkeypatch):
     def missing(x, bits):
-        raise NotImplementedError
+        raise NotImplementedError("as a device says it of an operator that it lacks")
 
     monkeypatch.setattr(torch_sampler, "by_division", missing)
     assert torch_sampler.exact_shift(CPU) is torch_sampler.by_shift

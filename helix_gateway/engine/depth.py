@@ -17,7 +17,7 @@ from helix_gateway.engine.drafters.base import DraftTokens
 from helix_gateway.engine.sequence import Sequence, SequenceKey
 from helix_gateway.engine.step_costs import StepCosts
 
-_WORTH_IT = 1.02
+WORTH_IT = 1.02
 """Speculation must promise this much more: costs are estimates, and the plain step is known."""
 _PROMISES_PRIOR = 8.0
 """Tokens."""
@@ -135,7 +135,7 @@ class AdaptiveDepth:
         rows = np.arange(num_decodes, num_decodes * (1 + self._max_depth) + 1)
         seconds = np.interp(rows, self._costs.rows, self._costs.seconds)
         rates = rows / seconds
-        pays = rates.max() > rates[0] * _WORTH_IT
+        pays = rates.max() > rates[0] * WORTH_IT
         return _Prospect(
             deepest=-(-int(rates.argmax()) // num_decodes) if pays else 0,
             period=min(_LONGEST_PERIOD, -(-int(1e9 * num_decodes * DRAFTING_S) // int(1e9 * _VAIN_SHARE * seconds[0]))),
@@ -145,7 +145,7 @@ class AdaptiveDepth:
         """See `DepthPolicy`."""
         chances = self._acceptance.probabilities([sequence.key for sequence in sequences], drafts)
         believed = chances * min(1.0, max(_LEAST_BELIEVED, self._brought / self._promised))
-        depths = _best_depths(believed, num_decodes, self._costs.rows, self._costs.seconds, _WORTH_IT)
+        depths = _best_depths(believed, num_decodes, self._costs.rows, self._costs.seconds, WORTH_IT)
         for sequence, depth, promise in zip(sequences, depths, _promises(chances, depths), strict=True):
             if depth:
                 self._promises[sequence.key] = float(promise)

@@ -13,14 +13,13 @@ import numba
 import numpy as np
 
 from helix_gateway.engine.acceptance import AcceptanceModel, Float64s
+from helix_gateway.engine.depth import WORTH_IT
 from helix_gateway.engine.drafters.base import DraftTokens
 from helix_gateway.engine.sequence import Sequence
 from helix_gateway.engine.step_costs import StepCosts
 
 MODEL = "model"
 """The source of a draft model's drafts."""
-_WORTH_IT = 1.02
-"""As for depths: drafting must promise this much more than what is known without it."""
 _DEEPEST = 16
 """Tokens that are foreseen: a model is seldom right for longer, and each costs a forward."""
 _MOST_ROWS = 96
@@ -130,7 +129,7 @@ class AdaptiveDrafting:
             self._costs.seconds,
             self._draft_costs.rows,
             self._draft_costs.seconds,
-            _WORTH_IT,
+            WORTH_IT,
         )
         self._saved_s = 1 / rate_without - 1 / self._rate
         self._foreseen = dict(zip(keys, foreseen, strict=True))

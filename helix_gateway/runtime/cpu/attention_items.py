@@ -12,6 +12,8 @@ from numba.extending import overload
 from helix_gateway.runtime.cpu.attention_float_items import attend_float_item, write_float_rows
 from helix_gateway.runtime.cpu.attention_int8_items import attend_int8_item, write_int8_rows
 
+_COMPILED_ONLY = "numba puts what suits the arena's dtype in this place; Python itself has nothing to run here"
+
 
 def write_rows(*arguments: Any) -> None:
     """Keys and values of the rows first:last into their pages; from compiled code only.
@@ -27,7 +29,7 @@ def write_rows(*arguments: Any) -> None:
         key: (address, elements between rows, elements between heads).
         value: the same.
     """
-    raise NotImplementedError
+    raise NotImplementedError(_COMPILED_ONLY)
 
 
 @overload(write_rows)
@@ -54,7 +56,7 @@ def attend_item(*arguments: Any) -> None:
         out: address of [num_tokens, query heads, value_dim].
         work: float32, the thread's scratch.
     """
-    raise NotImplementedError
+    raise NotImplementedError(_COMPILED_ONLY)
 
 
 @overload(attend_item)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from llvmlite import ir
 
 from helix_gateway.runtime.cpu.emitter import I8, I16, I32, I32S, LANES, Emitter, call, constant
-from helix_gateway.runtime.cpu.instruction_sets import target_features
+from helix_gateway.runtime.cpu.integer_dot import DOTS, usable_dots
 
 _HALF = LANES // 2
 _I32_HALF = ir.VectorType(I32, _HALF)
@@ -76,29 +76,27 @@ class _Offset(DotProducts):
         return sums
 
 
-class Avx512Vnni(_Offset):
+class _ByBytes(_Offset):
+    """By a dot product of bytes, of which the activations are the same in every lane."""
+
+    dot: ClassVar[str]
+    """Its name in `DOTS`."""
+
+    def add_signed(self, emitter: Emitter, sums: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
+        """See `DotProducts`."""
+        return DOTS[self.dot](emitter, sums, weights, emitter.splat(x))
+
+
+class Avx512Vnni(_ByBytes):
     """``vpdpbusd`` on 512 bits; its activations come from memory, spread by the same instruction."""
 
-    registers = 32
-
-    def add_signed(self, emitter: Emitter, sums: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
-        """See `DotProducts`."""
-        return call(emitter.builder, "llvm.x86.avx512.vpdpbusd.512", I32S, sums, weights, emitter.splat(x))
+    dot, registers = "vnni512", 32
 
 
-class AvxVnni(_Offset):
+class AvxVnni(_ByBytes):
     """``vpdpbusd`` on 256 bits."""
 
-    registers = 8
-
-    def add_signed(self, emitter: Emitter, sums: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
-        """See `DotProducts`."""
-        spread = emitter.splat(x)
-        halves = [
-            call(emitter.builder, "llvm.x86.avx512.vpdpbusd.256", _I32_HALF, *(_half(emitter, v, n) for v in operands))
-            for n, operands in enumerate([(sums, weights, spread)] * 2)
-        ]
-        return _joined(emitter, halves)
+    dot, registers = "vnni256", 8
 
 
 class Avx2(DotProducts):
@@ -161,20 +159,10 @@ class Avx2(DotProducts):
         return _joined(emitter, [_pair_sums(emitter, _half(emitter, sums, number)) for number in range(2)])
 
 
-class Portable(_Offset):
+class Portable(_ByBytes):
     """Shifts, products and sums of 32 bits, which every processor has in some width."""
 
-    registers = 8
-
-    def add_signed(self, emitter: Emitter, sums: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
-        """See `DotProducts`."""
-        builder = emitter.builder
-        for byte in range(4):
-            shift = constant(I32S, 8 * byte)
-            weight = builder.and_(builder.lshr(weights, shift), constant(I32S, 0xFF))
-            signed = builder.ashr(builder.shl(x, ir.Constant(I32, 24 - 8 * byte)), ir.Constant(I32, 24))
-            sums = builder.add(sums, builder.mul(weight, emitter.splat(signed)))
-        return sums
+    dot, registers = "portable", 8
 
 
 def _half(emitter: Emitter, vector: ir.Value, number: int) -> ir.Value:
@@ -196,19 +184,12 @@ def _pair_sums(emitter: Emitter, pairs: ir.Value) -> ir.Value:
 
 
 DOT_PRODUCTS: tuple[DotProducts, ...] = (Avx512Vnni(), AvxVnni(), Avx2(), Portable())
-"""Best first."""
-_NEEDED = (
-    ({"avx512f", "avx512vnni"},),
-    ({"avx2", "avxvnni"}, {"avx512vl", "avx512vnni"}),
-    ({"avx2"},),
-    (set[str](),),
-)
+"""In the order of `DOTS`, best first."""
 
 
 def usable_dot_products() -> list[int]:
     """Places in `DOT_PRODUCTS` of those that the processor can run, best first."""
-    features = target_features()
-    return [place for place, choices in enumerate(_NEEDED) if any(needed <= features for needed in choices)]
+    return [place for place, name in enumerate(DOTS) if name in usable_dots()]
 
 
 HOST_DOT = usable_dot_products()[0]

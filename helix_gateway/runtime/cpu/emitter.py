@@ -117,6 +117,18 @@ class Emitter:
         is_nan = builder.fcmp_unordered("uno", value, value)
         return builder.trunc(builder.select(is_nan, builder.or_(high, constant(wide, 0x40)), nearest), narrow)
 
+    def for_each_number(self, number: ir.Value, most: int, body: Callable[[int], None]) -> None:
+        """Code of its own for each value that ``number`` may have, 1 to ``most``; nothing is done for any other."""
+        done = self.builder.append_basic_block("done")
+        choice = self.builder.switch(number, done)
+        for n in range(1, most + 1):
+            block = self.builder.append_basic_block(f"rows{n}")
+            choice.add_case(ir.Constant(I64, n), block)
+            self.builder.position_at_end(block)
+            body(n)
+            self.builder.branch(done)
+        self.builder.position_at_end(done)
+
     def count(self, stop: ir.Value, start: Sequence[ir.Value], body: Body) -> list[ir.Value]:
         """A loop ``i = 0 .. stop - 1`` (at least once) that carries values; returns the last ones."""
         builder = self.builder

@@ -20,20 +20,25 @@ Dot = Callable[[Emitter, ir.Value, ir.Value, ir.Value], ir.Value]
 _HALF = LANES // 2
 _BYTES = 4
 _EVEN = 0x00FF00FF
-# Best first.
-_NEEDED = (
-    ("vnni512", {"avx512f", "avx512vnni"}),
-    ("vnni256", {"avx2", "avxvnni"}),
-    ("avx2", {"avx2"}),
-    ("portable", set[str]()),
-)
+_NEEDED: dict[str, tuple[set[str], ...]] = {
+    "vnni512": ({"avx512f", "avx512vnni"},),
+    "vnni256": ({"avx2", "avxvnni"}, {"avx512vl", "avx512vnni"}),
+    "avx2": ({"avx2"},),
+    "portable": (set(),),
+}
+"""What each needs, any one of the sets; best first."""
 
 
 @cache
-def host_dot() -> str:
-    """The name in `DOTS` of what suits the instructions that code is compiled for."""
+def usable_dots() -> tuple[str, ...]:
+    """The names in `DOTS` of what the instructions that code is compiled for can do, best first."""
     features = target_features()
-    return next(name for name, needed in _NEEDED if needed <= features)
+    return tuple(name for name, choices in _NEEDED.items() if any(needed <= features for needed in choices))
+
+
+def host_dot() -> str:
+    """The best of them."""
+    return usable_dots()[0]
 
 
 def _bytes_of(emitter: Emitter, words: ir.Value) -> ir.Value:

@@ -215,17 +215,13 @@ def multiply_tile(  # type: ignore[no-untyped-def]
     kind, most, held = _TILES[bits.literal_value], max_rows.literal_value, registers.literal_value
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        emitter, count, operands = Emitter(builder), args[3], _TileOperands(*args[4:])
-        done = builder.append_basic_block("done")
-        choice = builder.switch(count, done)
-        for n in range(1, most + 1):
-            block = builder.append_basic_block(f"rows{n}")
-            choice.add_case(ir.Constant(I64, n), block)
-            builder.position_at_end(block)
+        emitter, operands = Emitter(builder), _TileOperands(*args[4:])
+
+        def rows(n: int) -> None:
             for vectors in ((0, 1),) if 2 * n + 3 <= held else ((0,), (1,)):
                 _emit_rows(emitter, kind, n, vectors, operands)
-            builder.branch(done)
-        builder.position_at_end(done)
+
+        emitter.for_each_number(args[3], most, rows)
         return context.get_dummy_value()
 
     return types.void(*literals, *[types.int64] * 11), emit

@@ -266,13 +266,9 @@ def multiply_quantised_tile(  # type: ignore[no-untyped-def]
     most = max_rows.literal_value
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        emitter, count, operands = Emitter(builder), args[3], _Operands(*args[4:])
-        done = builder.append_basic_block("done")
-        choice = builder.switch(count, done)
-        for n in range(1, most + 1):
-            block = builder.append_basic_block(f"rows{n}")
-            choice.add_case(ir.Constant(I64, n), block)
-            builder.position_at_end(block)
+        emitter, operands = Emitter(builder), _Operands(*args[4:])
+
+        def rows(n: int) -> None:
             records = [
                 emitter.offset(operands.x, builder.mul(operands.x_stride, ir.Constant(I64, r))) for r in range(n)
             ]
@@ -280,8 +276,8 @@ def multiply_quantised_tile(  # type: ignore[no-untyped-def]
             for number, vectors in enumerate(passes):
                 lines = range(number * _LINE_BYTES, kind.group_bytes, len(passes) * _LINE_BYTES)
                 _emit_pass(kind, products, _Rows(emitter, records, operands.groups), operands, lines, vectors)
-            builder.branch(done)
-        builder.position_at_end(done)
+
+        emitter.for_each_number(args[3], most, rows)
         return context.get_dummy_value()
 
     return types.void(*literals, *[types.intp] * 11), emit
