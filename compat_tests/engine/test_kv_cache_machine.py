@@ -186,6 +186,21 @@ def test_what_is_put_wrong_on_purpose_is_found(corrupt):
         assert_found(corrupt, cache, tokens, Dice(seed))
 
 
+def test_a_fork_that_goes_another_way_within_a_block_that_its_parent_filled_is_no_fault():
+    cache = PagedKVCache(ONE_GROUP, 20)
+    size = ONE_GROUP[0].tokens_per_block
+    parent, child = [1] * size, [1, *[2] * size]
+    cache.add("parent", parent)
+    cache.reserve("parent", 0, size)
+    cache.commit("parent", parent, size)
+    cache.fork("parent", "child", 1)
+    cache.check({"parent": parent, "child": child})
+    ((source, own),) = cache.reserve("child", 1, len(child))
+    assert source != own
+    cache.commit("child", child, len(child))
+    cache.check({"parent": parent, "child": child})
+
+
 class CacheMachine(RuleBasedStateMachine):
     """Random admit, append, fork, roll back, cancel and eviction, against a plain model of the pages' contents."""
 

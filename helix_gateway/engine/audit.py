@@ -42,8 +42,9 @@ def token_faults(
             chain = _chain(table, token_ids[sequence])
             if table.keys != chain[: len(table.keys)]:
                 yield f"the keys of {sequence} in group {table.group.name} are not those of its tokens"
-            # A fork may hold a block of which it reads only the beginning; what its parent made of the rest is not its own.
-            full = zip(table.blocks, chain[table.num_released :], strict=False)
+            # Only what it has computed: of a block that it holds since a fork it may read no more than the beginning, and
+            # the tokens that it is yet to compute need not be those that its parent put there.
+            full = zip(table.blocks, chain[table.num_released : len(table.keys)], strict=False)
             if any(index.holds(block) and index.key_of(block) != key for block, key in full):
                 yield f"a block of {sequence} in group {table.group.name} can be found under another content's key"
 
