@@ -172,7 +172,8 @@ def measure(options):
         said = answer(target, sampler, prompts, temperature, options.tokens)
         kept = {(name, rule): [] for name in drafts for rule in RULES}
         agreeing = []
-        for seed, (prompt, tokens) in enumerate(zip(prompts, said, strict=True)):
+        answers = report.tracked(zip(prompts, said, strict=True), f"Answers at temperature {temperature}")
+        for seed, (prompt, tokens) in enumerate(answers):
             along = logits_along(target, prompt, tokens)
             agreeing.append(counted(sampler, along, tokens, temperature, len(prompt), seed).mean())
             for name, model in drafts.items():

@@ -167,7 +167,7 @@ def main():
     if options.prototype is not None:
         sides["prototype"] = Prototype(options.prototype)
     results = {}
-    for case, spans in CASES.items():
+    for case, spans in report.tracked(CASES.items(), "Cases"):
         tables = tables_of(spans, options.scattered)
         runs = {name: side.case(spans, tables) for name, side in sides.items()}
         results[case] = take_turns(runs, options.repeats if len(spans) * spans[0][1] < 100 else 8)

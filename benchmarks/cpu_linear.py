@@ -8,6 +8,7 @@ median of passes.  A step of many rows computes its logits for few of them: the 
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import time
@@ -19,7 +20,7 @@ from helix_gateway.runtime.cpu.threads import configure_threads, engine_environm
 os.environ.update(engine_environment())
 
 import torch
-from report import RESULTS, print_table, save
+from report import RESULTS, print_table, save, tracked
 from torch import nn
 
 from helix_gateway.runtime.cpu.linear import PackedLinear
@@ -117,8 +118,7 @@ def run(rows_list=ROWS, passes=3, folder=RESULTS):
     torch.set_num_threads(threads)
     figures = [
         figure
-        for dtype_name in DTYPES
-        for shape in SHAPES
+        for dtype_name, shape in tracked(itertools.product(DTYPES, SHAPES), "Shapes")
         for figure in measure_shape(dtype_name, shape, rows_list, passes)
     ]
     summaries = [step_rows_summary(figures, dtype_name, rows) for dtype_name in DTYPES for rows in rows_list]

@@ -195,7 +195,7 @@ def main():
         run_gateway(options.run_gateway)
     options.model = resolve(options.model)
     paced, flooded = [], []
-    for _ in range(options.repeats):
+    for _ in report.tracked(range(options.repeats), "Paced, then flooded"):
         paced.append(measure(options, options.step_ms, 32, 0.4))
         flooded.append(measure(options, FLOOD_STEP_MS, 512, 0.0))
     first = sorted(value for run in paced for value in run["first_token_ms"])

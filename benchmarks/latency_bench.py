@@ -59,7 +59,7 @@ async def measure(url, options):
     async with OpenAIClient(base_url, timeout_s=600) as client:
         asked = RequestOptions(model=await client.only_model(None), max_tokens=options.tokens, ignore_eos=True)
         prompts = synthetic(options.seed)
-        for streams in STREAMS:
+        for streams in report.tracked(STREAMS, "Numbers of streams"):
             limit = Limit(requests=max(options.requests, streams * 3))
             session = Session(client, Plan(asked, [Concurrency(streams)], limit), prompts)
             waits_s = []

@@ -13,7 +13,6 @@ import statistics
 from pathlib import Path
 
 import report
-from rich.progress import Progress
 
 from helix_gateway.core.request import Request, SamplingParams
 from helix_gateway.runtime.model_source import resolve
@@ -39,13 +38,12 @@ def submit(host, number, length):
     assert refused is None, refused
 
 
-def run(settings, num_requests, bar, label):
+def run(settings, num_requests, advance):
     """Serve the requests; answer, for each step, sequences running and, while all run at once, the shares of slots in use."""
     host = EngineHost(settings)
     engine = host.engine
     for number in range(num_requests):
         submit(host, number, PROMPT_TOKENS[number % len(PROMPT_TOKENS)])
-    task = bar.add_task(label, total=num_requests)
     running, use = [], []
     while host.has_work:
         ended = sum(event.finish_reason is not None for event in host.step())
@@ -55,7 +53,7 @@ def run(settings, num_requests, bar, label):
         running.append(len(tables))
         if len(tables) == min(num_requests, settings.max_num_seqs):
             use.append(tokens / (len(blocks) * settings.block_size))
-        bar.advance(task, ended)
+        advance(ended)
     return running, use, engine.num_preemptions
 
 
@@ -82,9 +80,10 @@ def main():
         enable_prefix_caching=False,
         speculation="off",
     )
-    with Progress() as bar:
-        _, use, _ = run(roomy, len(PROMPT_TOKENS), bar, "Requests, roomy")
-        running, _, preemptions = run(tight, 3 * len(PROMPT_TOKENS), bar, "Requests, tight")
+    with report.progress("Requests, roomy", len(PROMPT_TOKENS)) as advance:
+        _, use, _ = run(roomy, len(PROMPT_TOKENS), advance)
+    with report.progress("Requests, tight", 3 * len(PROMPT_TOKENS)) as advance:
+        running, _, preemptions = run(tight, 3 * len(PROMPT_TOKENS), advance)
     assert use, "the requests never ran all at once"
     results = {
         "use_median": statistics.median(use),

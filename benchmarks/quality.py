@@ -112,7 +112,7 @@ def main():
     results, reference = {}, None
     for name in options.candidates:
         loaded = load_runner(path, device="cpu", max_tokens_in_use=2 * options.length, **CANDIDATES[name])
-        reading = read(loaded.runner, windows)
+        reading = read(loaded.runner, report.tracked(windows, name))
         reference = reference or reading
         results[name] = compare(reading, reference)
     keys = ("perplexity", "perplexity_change_percent", "standard_error_percent", "greedy_agreement", "tokens")

@@ -6,12 +6,16 @@ Knows nothing about what is measured.
 import json
 import platform
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 RESULTS = Path(__file__).resolve().parent / "results"
+
+T = TypeVar("T")
 
 
 def machine() -> dict[str, Any]:
@@ -50,6 +54,34 @@ def revision() -> str:
     command = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     return result.stdout.strip() or "unknown"
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, where that is a terminal, moved on by what it yields.
+
+    Painted only when it is moved, so that nothing runs beside what is measured.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), auto_refresh=False, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(label, total=total)
+
+        def advance(done: int) -> None:
+            bar.advance(task, done)
+            bar.refresh()
+
+        yield advance
+
+
+def tracked(items: Iterable[T], label: str) -> Iterator[T]:
+    """The same items, with a `progress` bar that moves on after each."""
+    known = list(items)
+    with progress(label, len(known)) as advance:
+        for item in known:
+            yield item
+            advance(1)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

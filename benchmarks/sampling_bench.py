@@ -19,6 +19,7 @@ from helix_gateway.runtime.cpu.threads import engine_environment
 os.environ.update(engine_environment())
 
 import numpy as np
+import report
 import torch
 
 from helix_gateway.core.step import LogitEdits, SamplingRows
@@ -128,7 +129,7 @@ def measure(vocab_size, counts):
     for count in counts:
         random = np.random.default_rng(count)
         logits = torch.from_numpy((random.normal(size=(count, vocab_size)) * 3).astype(np.float32))
-        for name, compiled, plain in pairs(logits, vocab_size, random):
+        for name, compiled, plain in report.tracked(pairs(logits, vocab_size, random), f"Sampling {count} rows"):
             results.append({"what": name, "rows": count} | compare(compiled, plain))
     return results
 

@@ -48,8 +48,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=report.RESULTS)
     options = parser.parse_args()
-    first = start_once()
-    later = [start_once() for _ in range(options.repeats)]
+    first, *later = [start_once() for _ in report.tracked(range(1 + options.repeats), "Starts")]
     ready = statistics.median(seconds for seconds, _ in later)
     answered = statistics.median(seconds for _, seconds in later)
     rows = [["the first start measured", *first], [f"median of {len(later)} later", ready, answered]]

@@ -121,11 +121,11 @@ def measure(dtype, options):
     with HelixEngine(options.model, dtype=dtype, kv_cache_memory_bytes=2 << 30, speculation="off") as engine:
         helix_times(engine, 4, 8, dice)
         peer.times(1, 4, dice)
-        for _ in range(options.repeats):
-            for streams in STREAMS:
-                helix[streams].append(helix_times(engine, streams, options.tokens, dice))
-                if streams in PEER_STREAMS:
-                    loop[streams].append(peer.times(streams, options.tokens, dice))
+        turns = [streams for _ in range(options.repeats) for streams in STREAMS]
+        for streams in report.tracked(turns, f"Throughput, {dtype}"):
+            helix[streams].append(helix_times(engine, streams, options.tokens, dice))
+            if streams in PEER_STREAMS:
+                loop[streams].append(peer.times(streams, options.tokens, dice))
     peer.close()
     return {
         "dtype": dtype,
