@@ -1,10 +1,14 @@
-"""Who drafts where the device has no room to measure what drafting costs."""
+"""Who drafts where the device has no room to measure what drafting costs, and what is remembered of such measurements."""
+
+import pytest
 
 from compat_tests.engine.toy import ONE_GROUP, VOCAB, ToyRunner
 from helix_gateway.core.errors import OutOfMemoryError
+from helix_gateway.engine import step_costs
 from helix_gateway.engine.drafters.none import NoDrafter
 from helix_gateway.engine.drafters.suffix import SuffixDrafter
 from helix_gateway.engine.kv_cache import PagedKVCache
+from helix_gateway.runtime.remembered import Remembered
 from helix_gateway.service.settings import EngineSettings
 from helix_gateway.service.speculation import DraftModel, make_speculation
 
@@ -45,3 +49,46 @@ def test_a_model_without_room_goes_without_drafts_and_that_is_told(capsys):
     made = speculation(Full, ToyRunner)
     assert isinstance(made.drafter, NoDrafter)
     assert capsys.readouterr().out.count("no_memory_to_measure_speculation") == 1
+
+
+class Counted(ToyRunner):
+    """A toy whose steps take some time a row, and are counted."""
+
+    passed_s = 0.0
+    seconds_a_row = 0.001
+    seconds_a_step = 0.0
+
+    def forward(self, batch):
+        type(self).passed_s += self.seconds_a_step + self.seconds_a_row * len(batch.token_ids)
+        return super().forward(batch)
+
+
+def start(remembered, kind=Counted):
+    """The costs that a start arrives at, and the numbers of rows of its steps."""
+    runner = kind(ONE_GROUP, 20)
+    made = make_speculation(EngineSettings(model_path="target"), runner, 64, remembered=remembered)
+    return made.depth_policy._costs, [len(batch.token_ids) for batch in runner.batches]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(step_costs, "perf_counter", lambda: Counted.passed_s)
+
+
+def test_a_second_start_takes_the_known_costs_brought_to_the_machines_present_speed(clock, monkeypatch, tmp_path):
+    measured, rows = start(Remembered({}, tmp_path))
+    assert max(rows) > 32
+    monkeypatch.setattr(Counted, "seconds_a_row", 0.002)
+    rescaled, rows = start(Remembered({}, tmp_path))
+    assert set(rows) == {1, 8}
+    assert rescaled.seconds_for(48) == pytest.approx(2 * measured.seconds_for(48))
+
+
+def test_costs_of_another_shape_than_the_known_ones_are_measured_anew(clock, monkeypatch, tmp_path):
+    start(Remembered({}, tmp_path))
+    monkeypatch.setattr(Counted, "seconds_a_step", 0.1)
+    costs, rows = start(Remembered({}, tmp_path))
+    assert max(rows) > 32
+    assert costs.seconds_for(48) == pytest.approx(0.148)
+    _, rows = start(Remembered({}, tmp_path))
+    assert set(rows) == {1, 8}

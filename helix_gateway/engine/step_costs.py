@@ -6,7 +6,7 @@ back to the shape.  Each is believed within bounds: a machine that is busy for a
 while, and leaves nothing behind.  Knows nothing about drafts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from time import perf_counter
 
 import numba
@@ -40,6 +40,11 @@ _IN_PROPORTION = 0.9
 """Of what twice the rows would cost at twice the price: from there on `StepCosts` needs no more figures."""
 _SURE_FROM = 64
 """Rows below which that may be the step from one kernel to another."""
+_FEW_ROWS = 8
+"""Rows up to which steps are made again when costs are known already."""
+_REPEATS = 3
+_SAME_SHAPE = 1.5
+"""How much more the cost of few rows may have changed than that of one, for known costs to be believed."""
 _WIDTH = 0.1
 """How far, in doublings of rows, a step tells of its neighbours."""
 
@@ -91,7 +96,31 @@ def _observe(rows, shape, local, costs, scale, num_rows, seconds):  # type: igno
 
 
 def measure_costs(runner: ModelRunner[Logits], row_counts: Sequence[int], repeats: int = 1) -> StepCosts:
-    """The costs of a model that nobody uses yet: each row a sequence of one token, written to page 0.
+    """The costs of a model that nobody uses yet; see `measure_seconds`."""
+    return StepCosts(measure_seconds(runner, row_counts, repeats))
+
+
+def rescaled(known_s: Mapping[int, float], runner: ModelRunner[Logits]) -> dict[int, float] | None:
+    """Seconds that were measured at another time, brought to what this machine does now by a few steps.
+
+    Args:
+        known_s: seconds for some numbers of rows.
+
+    Returns:
+        the same in proportion; None where the steps disagree on the proportion, so that the shape is another one.
+
+    Raises:
+        OutOfMemoryError: there is no room for these steps.
+    """
+    tried = [rows for rows in known_s if rows <= _FEW_ROWS]
+    ratios = [min(_seconds(runner, rows) for _ in range(_REPEATS)) / known_s[rows] for rows in (tried[0], tried[-1])]
+    if max(ratios) > _SAME_SHAPE * min(ratios):
+        return None
+    return {rows: seconds * float(np.mean(ratios)) for rows, seconds in known_s.items()}
+
+
+def measure_seconds(runner: ModelRunner[Logits], row_counts: Sequence[int], repeats: int = 1) -> dict[int, float]:
+    """Seconds of some steps of a model that nobody uses yet: each row a sequence of one token, written to page 0.
 
     Args:
         row_counts: ascending; those that the device has no room for are left out, and those behind which costs are in
@@ -111,7 +140,7 @@ def measure_costs(runner: ModelRunner[Logits], row_counts: Sequence[int], repeat
         half = max((rows for rows in measured if 2 * rows <= count), default=None)
         if half and count >= _SURE_FROM and measured[count] > _IN_PROPORTION * measured[half] * count / half:
             break
-    return StepCosts(measured)
+    return measured
 
 
 def _seconds(runner: ModelRunner[Logits], num_rows: int) -> float:

@@ -3,6 +3,7 @@
 The one place that ties loading, products, attention and sampling together.  Knows nothing about requests.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict
@@ -17,6 +18,13 @@ from helix_gateway.runtime.kv_format import kv_dtype
 from helix_gateway.runtime.loading import load_model, resolve_dtype
 from helix_gateway.runtime.pool import make_runners
 from helix_gateway.runtime.promises import Promises
+from helix_gateway.runtime.remembered import (
+    NothingRemembered,
+    Remembered,
+    file_identities,
+    remembered_folder,
+    surroundings,
+)
 from helix_gateway.runtime.runner import TransformersRunner
 
 if TYPE_CHECKING:
@@ -99,6 +107,9 @@ def load_runners(paths: Sequence[str], **options: Unpack[LoadOptions]) -> list[L
                 block_size=options.get("block_size", 16),
                 kv_memory_bytes=memory,
                 max_tokens=None if asked else options["max_tokens_in_use"],
+                remembered=_remembered(
+                    paths, models, where, [quantisation, str(stored), options.get("block_size", 16)]
+                ),
             )
         except OutOfMemoryError as error:
             raise ModelLoadError(_does_not_fit(memory, where, error)) from error
@@ -147,6 +158,30 @@ def _load_packed(path: str, device: torch.device, dtype: torch.dtype) -> "PreTra
         return_freed_blocks()
         pack_linears(model)
     return model
+
+
+def _remembered(
+    paths: Sequence[str], models: Sequence["PreTrainedModel"], device: torch.device, settings: Sequence[object]
+) -> list[Remembered]:
+    """What is known of each model as it is served here; of other devices than CPUs nothing is remembered."""
+    if device.type != "cpu":
+        return [NothingRemembered() for _ in models]
+    around = surroundings()
+    circumstances = [
+        {
+            "files": file_identities(path),
+            # transformers' own sources, should they have been edited in place.
+            "modules": [type(model).__name__, file_identities(inspect.getfile(type(model)))],
+            "config": model.config.to_json_string(use_diff=False),
+            "dtype": str(model.dtype),
+            "settings": settings,
+            **around,
+        }
+        for path, model in zip(paths, models, strict=True)
+    ]
+    # Models of one pool share its pages: how these lie is the target's affair.
+    pool = [{"place": place, "target": circumstances[0]["files"], **own} for place, own in enumerate(circumstances)]
+    return [Remembered(own, remembered_folder()) for own in pool]
 
 
 def _does_not_fit(asked_bytes: int, device: torch.device, error: OutOfMemoryError) -> str:

@@ -14,7 +14,8 @@ from helix_gateway.runtime.cpu.attention import CPU_KV_DTYPES, CpuPagedAttention
 from helix_gateway.runtime.device import memory_errors_named
 from helix_gateway.runtime.groups import group_layers
 from helix_gateway.runtime.pages import Arena, lay_out_pages, pages_in
-from helix_gateway.runtime.probe import ModelProbe, find_attention_layers
+from helix_gateway.runtime.probe import ModelProbe, known_attention_layers
+from helix_gateway.runtime.remembered import NothingRemembered, Remembered
 from helix_gateway.runtime.runner import ModelPages, TransformersRunner
 from helix_gateway.runtime.torch_attention import TorchPagedAttention
 
@@ -31,6 +32,7 @@ def make_runners(
     kv_memory_bytes: int | None = None,
     max_tokens: int | None = None,
     attention: AttentionKind | None = None,
+    remembered: Sequence[Remembered] | None = None,
 ) -> list[TransformersRunner]:
     """Runners of some models over one pool of pages, in the models' order.
 
@@ -42,12 +44,16 @@ def make_runners(
         kv_memory_bytes: memory that the arena may take, where ``num_pages`` is None.
         max_tokens: more pages than so many tokens of each model need are never taken, where ``num_pages`` is None.
         attention: how pages lie and are attended over; None: what is fastest on the device.
+        remembered: what is known of each model; None: nothing.
 
     Raises:
         ModelLoadError: a model does something that paged attention cannot serve.
         OutOfMemoryError: the arena does not fit the device, or not one page fits ``kv_memory_bytes``.
     """
-    probes = [find_attention_layers(model.train(mode=False)) for model in models]
+    remembered = remembered or [NothingRemembered() for _ in models]
+    probes = [
+        known_attention_layers(model.train(mode=False), known) for model, known in zip(models, remembered, strict=True)
+    ]
     names = [f"model{place}" for place in range(len(models))]
     shapes = [[layer.shape for layer in probe.layers] for probe in probes]
     groups = [group for name, own in zip(names, shapes, strict=True) for group in group_layers(name, own)]
@@ -58,8 +64,8 @@ def make_runners(
     with memory_errors_named():
         arena = kind.new_arena(layout, num_pages, device)
         return [
-            TransformersRunner(model, probe, _pages_of(name, kind, arena, probe))
-            for name, model, probe in zip(names, models, probes, strict=True)
+            TransformersRunner(model, probe, _pages_of(name, kind, arena, probe), known)
+            for name, model, probe, known in zip(names, models, probes, remembered, strict=True)
         ]
 
 

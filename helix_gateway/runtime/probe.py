@@ -8,7 +8,7 @@ refused by what they do, not by a list of names.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +17,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from helix_gateway.core.errors import ModelLoadError
 from helix_gateway.runtime.groups import LayerShape
+from helix_gateway.runtime.remembered import Remembered
 
 _NAME = "helix_probe"
+_REMEMBERED_AS = "attention_layers"
 # Arguments of an attention function that change nothing here: no training, no cache, positions already applied.
 _HARMLESS = frozenset({"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions"})
 _HONOURED = frozenset({"scaling", "softcap", "sliding_window"})
@@ -82,6 +84,26 @@ def find_attention_layers(model: PreTrainedModel) -> ModelProbe:
     _check_rows_alone(name, calls, others)
     layers = tuple(AttentionLayer(call.module, _shape_of(name, call), call.query.shape[1]) for call in calls)
     return ModelProbe(layers, int(logits.shape[-1]))
+
+
+def known_attention_layers(model: PreTrainedModel, remembered: Remembered) -> ModelProbe:
+    """As `find_attention_layers`, without trying where it is known already."""
+    known = _named_layers(model, remembered.get(_REMEMBERED_AS))
+    if known is not None:
+        return known
+    probe = find_attention_layers(model)
+    names = {module: name for name, module in model.named_modules()}
+    layers = [[names[layer.module], layer.heads, asdict(layer.shape)] for layer in probe.layers]
+    remembered.put(_REMEMBERED_AS, {"layers": layers, "vocab_size": probe.vocab_size})
+    return probe
+
+
+def _named_layers(model: PreTrainedModel, known: Any) -> ModelProbe | None:
+    modules = dict(model.named_modules())
+    if known is None or not all(name in modules for name, *_ in known["layers"]):
+        return None
+    layers = [AttentionLayer(modules[name], LayerShape(**shape), heads) for name, heads, shape in known["layers"]]
+    return ModelProbe(tuple(layers), known["vocab_size"])
 
 
 def _probe(name: str, model: PreTrainedModel, token_ids: list[int]) -> tuple[list[_Call], torch.Tensor]:

@@ -48,7 +48,12 @@ class EngineHost:
             enable_prefix_caching=settings.enable_prefix_caching,
         )
         speculation = make_speculation(
-            settings, loaded.runner, limits.max_num_batched_tokens, cache=cache, draft_model=draft_model
+            settings,
+            loaded.runner,
+            limits.max_num_batched_tokens,
+            cache=cache,
+            draft_model=draft_model,
+            remembered=loaded.runner.remembered,
         )
         self._engine = Engine(
             loaded.runner,
@@ -146,7 +151,10 @@ def _load(settings: EngineSettings, tokenizer: Tokenizer) -> tuple[LoadedRunner,
         kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
         max_tokens_in_use=settings.max_num_seqs * (settings.max_model_len or 2**20),
     )
-    return target, next((DraftModel(draft.runner, draft.context_length, translation) for draft in drafts), None)
+    draft_models = [
+        DraftModel(draft.runner, draft.context_length, translation, draft.runner.remembered) for draft in drafts
+    ]
+    return target, next(iter(draft_models), None)
 
 
 def _limits(settings: EngineSettings, loaded: LoadedRunner) -> EngineLimits:

@@ -3,7 +3,7 @@
 Knows which drafters there are; how they work is the engine's affair.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
@@ -19,7 +19,8 @@ from helix_gateway.engine.drafters.none import NoDrafter
 from helix_gateway.engine.drafters.suffix import SuffixDrafter
 from helix_gateway.engine.drafting import AdaptiveDrafting
 from helix_gateway.engine.kv_cache import PagedKVCache
-from helix_gateway.engine.step_costs import KNOTS, StepCosts, measure_costs
+from helix_gateway.engine.step_costs import KNOTS, StepCosts, measure_seconds, rescaled
+from helix_gateway.runtime.remembered import NothingRemembered, Remembered
 from helix_gateway.service.settings import EngineSettings
 
 log = structlog.get_logger(__name__)
@@ -27,6 +28,7 @@ log = structlog.get_logger(__name__)
 PROFILED_ROWS = (1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048)
 """Numbers of rows whose cost is measured at the start, up to where costs are in proportion; the rest is read off between
 them."""
+_REMEMBERED_AS = "step_seconds"
 _LEAST_CATCH_UP = 16
 _MOST_CATCH_UP = 256
 
@@ -38,6 +40,8 @@ class DraftModel:
     runner: ModelRunner[Any]
     context_length: int
     translation: VocabularyTranslation | None
+    remembered: Remembered = field(default_factory=NothingRemembered)
+    """What is known of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,21 +75,27 @@ def make_speculation(
     *,
     cache: PagedKVCache | None = None,
     draft_model: DraftModel | None = None,
+    remembered: Remembered | None = None,
 ) -> Speculation:
     """The drafters and the policies that the settings ask for; what steps and drafts cost is measured for the latter.
 
     Args:
         max_rows: tokens that a step may compute.
         cache: of the pool that both models' pages are from, where there is a draft model.
+        remembered: what is known of the target; None: nothing.
     """
     if settings.speculation == "off" or not settings.max_depth:
         return _NONE
     row_counts = [rows for rows in PROFILED_ROWS if rows <= max_rows]
     acceptance = AcceptanceModel()
-    costs = _measured(runner, row_counts, whose="model")
+    costs = _costs(runner, row_counts, remembered or NothingRemembered(), whose="model")
     if costs is None:  # the first request will be told; there is no room for drafts in any case
         return _NONE
-    draft_costs = None if draft_model is None else _measured(draft_model.runner, row_counts, whose="draft model")
+    draft_costs = (
+        None
+        if draft_model is None
+        else _costs(draft_model.runner, row_counts, draft_model.remembered, whose="draft model")
+    )
     policy = AdaptiveDepth(costs, max_depth=settings.max_depth, min_depth=settings.min_depth, acceptance=acceptance)
     free = NoDrafter() if settings.speculation == "model" else SuffixDrafter()
     if draft_model is None or draft_costs is None or cache is None:
@@ -103,13 +113,26 @@ def make_speculation(
     return Speculation(free, policy, CostlyDrafter(drafter, drafting))
 
 
-def _measured(runner: ModelRunner[Any], row_counts: list[int], *, whose: str) -> StepCosts | None:
+def _costs(runner: ModelRunner[Any], row_counts: list[int], remembered: Remembered, *, whose: str) -> StepCosts | None:
     """What its forwards cost; None where the device has no room for a single row, which is told once."""
     try:
-        return measure_costs(runner, row_counts)
+        return StepCosts(_known_seconds(runner, row_counts, remembered) or _measured(runner, row_counts, remembered))
     except OutOfMemoryError as error:
         log.warning("no_memory_to_measure_speculation", whose=whose, reason=str(error))
         return None
+
+
+def _known_seconds(runner: ModelRunner[Any], row_counts: list[int], remembered: Remembered) -> dict[int, float] | None:
+    known = remembered.get(_REMEMBERED_AS)
+    if known is None or known["row_counts"] != row_counts:
+        return None
+    return rescaled({int(rows): seconds for rows, seconds in known["seconds"].items()}, runner)
+
+
+def _measured(runner: ModelRunner[Any], row_counts: list[int], remembered: Remembered) -> dict[int, float]:
+    seconds = measure_seconds(runner, row_counts)
+    remembered.put(_REMEMBERED_AS, {"row_counts": row_counts, "seconds": seconds})
+    return seconds
 
 
 def _catch_up_tokens(costs: StepCosts, draft_costs: StepCosts) -> int:
