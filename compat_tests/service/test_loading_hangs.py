@@ -8,7 +8,7 @@ import stat
 import pytest
 
 from helix_gateway.core.errors import ModelLoadError
-from helix_gateway.service import process
+from helix_gateway.service import launch, process
 from helix_gateway.service.settings import EngineSettings
 
 
@@ -27,7 +27,7 @@ async def test_a_load_that_hangs_is_told_about_until_it_ends(tmp_path, monkeypat
     hanging = tmp_path / "python"
     hanging.write_text("#!/bin/sh\nexec sleep 60\n")
     hanging.chmod(hanging.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr(process.sys, "executable", str(hanging))
+    monkeypatch.setattr(launch, "ENGINE_COMMAND", (str(hanging),))
     monkeypatch.setattr(process, "LOADING_TOLD_EVERY_S", 0.05)
     monkeypatch.setattr(process, "log", log := Log())
     link = await process._start_engine(EngineSettings(model_path="none"))

@@ -92,20 +92,26 @@ def _effective(flags: dict[str, Any], config: str | None) -> "Effective":
 
 
 def _run(engine: EngineSettings, gateway: GatewaySettings, sockets: "Sequence[socket]", model_name: str) -> int:
+    from helix_gateway.service.launch import EngineProcess
+    from helix_gateway.telemetry.logging import configure_logging
+
+    configure_logging(engine.log)
+    typer.echo(f"Loading {model_name}", err=True)
+    # First of all: it has more to import than this process, and does so meanwhile.
+    launched = EngineProcess()
+
     from helix_gateway.cli.first_start import telling_of_compilation
     from helix_gateway.gateway.app import create_app
     from helix_gateway.gateway.server import run
     from helix_gateway.service.observer import EngineObserver
     from helix_gateway.service.process import ProcessService
-    from helix_gateway.telemetry.logging import configure_logging
     from helix_gateway.telemetry.metrics import Metrics
     from helix_gateway.text.tokenizer import Tokenizer
 
-    configure_logging(engine.log)
-    typer.echo(f"Loading {model_name}", err=True)
     name = gateway.served_model_names[0]
     metrics, tracer = Metrics(), _tracer(gateway.otlp_endpoint)
-    service = ProcessService(engine, Tokenizer.load(engine.model_path), EngineObserver(metrics, name))
+    observer = EngineObserver(metrics, name)
+    service = ProcessService(engine, Tokenizer.load(engine.model_path), observer, launched=launched)
     app = create_app(gateway, dict.fromkeys(gateway.served_model_names, service), metrics, tracer)
 
     async def stop(_app: object) -> None:
@@ -137,7 +143,8 @@ def _tracer(endpoint: str | None) -> "Tracer | None":
 
 
 def _render_once(tokenizer: "Tokenizer") -> None:
-    """Let happen now what the first conversation would have to wait for: imports, and the template's compilation."""
+    """Let happen now what the first request would wait for: imports, the template's compilation, the encoder's proof."""
+    tokenizer.encode(".")
     # A model without a template, or whose template wants something else, is served all the same.
     with contextlib.suppress(InvalidRequestError):
         tokenizer.render_chat([{"role": "user", "content": "."}])

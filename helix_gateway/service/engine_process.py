@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -60,9 +62,17 @@ def main() -> None:
     # Ctrl-C, and a service manager's SIGTERM, reach the whole group; when to stop is the gateway's decision, which comes as the end of the pipe.
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
-    assignment = msgspec.json.decode(sys.stdin.buffer.readline(), type=Assignment)
-    configure_engine_logging(assignment.settings.log)
+    # What takes longest goes on while nobody has said yet what to load.
+    imports = threading.Thread(target=_import_what_is_heavy, name="imports", daemon=True)
+    imports.start()
+    line = sys.stdin.buffer.readline()
+    if not line:
+        os._exit(_EXIT_ORPHANED)
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+    # Two threads never import at once: what imports in a circle would be seen half made.
+    imports.join()
+    assignment = msgspec.json.decode(line, type=Assignment)
+    configure_engine_logging(assignment.settings.log)
     context: zmq.Context[Socket] = zmq.Context.instance()
     commands, replies = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     for socket in (commands, replies):
@@ -74,6 +84,12 @@ def main() -> None:
     if not _serve(assignment.settings, commands, replies):
         context.destroy(linger=_LINGER_MS)
         sys.exit(1)
+
+
+def _import_what_is_heavy() -> None:
+    # What goes wrong here goes wrong again where the parent can be told.
+    with suppress(Exception):
+        import_module("helix_gateway.service.host")
 
 
 def _end_with_parent() -> None:

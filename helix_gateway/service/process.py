@@ -6,9 +6,6 @@ end with an error, and later ones are refused until a new engine is ready; the g
 
 import asyncio
 import contextlib
-import os
-import sys
-from asyncio.subprocess import PIPE, Process
 
 import msgspec
 import psutil
@@ -17,10 +14,10 @@ import zmq
 import zmq.asyncio
 
 from helix_gateway.core.errors import EngineUnavailableError, ModelLoadError
-from helix_gateway.runtime.cpu.threads import engine_environment
 from helix_gateway.service.backlog import Backlog
 from helix_gateway.service.client import EngineClient
 from helix_gateway.service.engine_process import Assignment
+from helix_gateway.service.launch import EngineProcess
 from helix_gateway.service.messages import Command, LoadFailed, Ready, Reply, Submit
 from helix_gateway.service.observer import EngineObserver
 from helix_gateway.service.requests_in_flight import Sink
@@ -30,8 +27,6 @@ from helix_gateway.text.tokenizer import Tokenizer
 
 log = structlog.get_logger(__name__)
 
-ENGINE_COMMAND = (sys.executable, "-m", "helix_gateway.service.engine_process_main")
-"""What is started; it is told what to do on its standard input."""
 HEARTBEAT_TIMEOUT_S = 60.0
 """A ready engine that has said nothing for so long hangs; the longest step must be shorter."""
 LOADING_TOLD_EVERY_S = 30.0
@@ -48,6 +43,7 @@ class ProcessService(EngineClient):
         tokenizer: the model's, for this side.
         observer: keeps the figures; None where nobody will ask for them.
         heartbeat_timeout_s: after how long a silence an engine is ended and replaced.
+        launched: the first engine's process, where it was started before this service was made; None: `start` does.
     """
 
     def __init__(
@@ -57,9 +53,11 @@ class ProcessService(EngineClient):
         observer: EngineObserver | None = None,
         *,
         heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S,
+        launched: EngineProcess | None = None,
     ) -> None:
         super().__init__(settings, tokenizer, observer)
         self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._launched = launched
         self._link: _EngineLink | None = None
         self._keeper: asyncio.Task[None] | None = None
 
@@ -74,7 +72,8 @@ class ProcessService(EngineClient):
         Raises:
             ModelLoadError: it cannot be loaded; in one line, why.
         """
-        self._link, ready = await _started_engine(self._settings)
+        launched, self._launched = self._launched, None
+        self._link, ready = await _started_engine(self._settings, launched)
         self._receive(ready)
         self._keeper = asyncio.create_task(self._keep())
 
@@ -147,7 +146,7 @@ class _EngineLink:
     """One engine process and the sockets to it."""
 
     def __init__(
-        self, process: Process, commands: "zmq.Socket[bytes]", replies: zmq.asyncio.Socket, endpoints: Endpoints
+        self, process: EngineProcess, commands: "zmq.Socket[bytes]", replies: zmq.asyncio.Socket, endpoints: Endpoints
     ) -> None:
         self.process = process
         self._commands = commands
@@ -202,9 +201,9 @@ class _EngineLink:
     async def close(self) -> None:
         """End the process and remove the sockets."""
         if self.process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.kill()
+            self.process.kill()
         await self._ended
+        self.process.close()
         self._commands.close(linger=0)
         self._replies.close(linger=0)
         self._endpoints.close()
@@ -224,9 +223,11 @@ def _how_it_ended(code: int) -> str:
     return f"signal {-code} ended it" if code < 0 else f"exit code {code}"
 
 
-async def _started_engine(settings: EngineSettings) -> "tuple[_EngineLink, Ready]":
+async def _started_engine(
+    settings: EngineSettings, launched: EngineProcess | None = None
+) -> "tuple[_EngineLink, Ready]":
     """A new engine that has loaded its model."""
-    link = await _start_engine(settings)
+    link = await _start_engine(settings, launched)
     try:
         return link, await link.first_reply()
     except BaseException:
@@ -234,7 +235,7 @@ async def _started_engine(settings: EngineSettings) -> "tuple[_EngineLink, Ready
         raise
 
 
-async def _start_engine(settings: EngineSettings) -> _EngineLink:
+async def _start_engine(settings: EngineSettings, launched: EngineProcess | None = None) -> _EngineLink:
     endpoints = Endpoints()
     commands: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
     replies: zmq.asyncio.Socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
@@ -244,17 +245,14 @@ async def _start_engine(settings: EngineSettings) -> _EngineLink:
     commands.bind(endpoints.commands)
     replies.bind(endpoints.replies)
     try:
-        process = await asyncio.create_subprocess_exec(
-            *ENGINE_COMMAND, stdin=PIPE, stdout=sys.stderr, env={**os.environ, **engine_environment()}
-        )
+        process = launched or EngineProcess()
     except BaseException:  # no memory, no disk: it is tried again, and again
         commands.close(linger=0)
         replies.close(linger=0)
         endpoints.close()
         raise
-    assert process.stdin is not None
     assignment = Assignment(settings, _bound_to(commands), _bound_to(replies))
-    process.stdin.write(msgspec.json.encode(assignment) + b"\n")
+    process.assign(msgspec.json.encode(assignment))
     return _EngineLink(process, commands, replies, endpoints)
 
 

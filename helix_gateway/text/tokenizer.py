@@ -8,6 +8,7 @@ or models.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import ascii_letters
+from threading import Lock
 from typing import Any
 
 from helix_gateway.core.errors import ModelLoadError
@@ -31,7 +32,10 @@ class Tokenizer:
     def __init__(self, definition: TokenizerDefinition) -> None:
         self._backend = definition.backend
         self._token_bytes: TokenBytes | None = find_token_bytes(definition.backend)
-        self._fast_path: TiktokenFastPath | None = find_fast_path(definition)
+        self._unproven: TokenizerDefinition | None = definition
+        """Until somebody encodes."""
+        self._proven_fast_path: TiktokenFastPath | None = None
+        self._proof = Lock()
         self._template = (
             ChatTemplate(definition.chat_template, definition.special_tokens)
             if definition.chat_template is not None
@@ -64,6 +68,15 @@ class Tokenizer:
     def has_fast_path(self) -> bool:
         """Whether tiktoken encodes, rather than the reference."""
         return self._fast_path is not None
+
+    @property
+    def _fast_path(self) -> TiktokenFastPath | None:
+        # Proving it takes the better part of a second, and whoever only decodes never needs it.
+        with self._proof:
+            if self._unproven is not None:
+                self._proven_fast_path = find_fast_path(self._unproven)
+                self._unproven = None
+            return self._proven_fast_path
 
     @property
     def token_bytes_table(self) -> TokenBytes | None:

@@ -1,0 +1,67 @@
+"""An engine's process from its launch on, and what the process beside it need not import."""
+
+import asyncio
+import json
+import subprocess
+import sys
+
+import pytest
+
+from helix_gateway.core.errors import ModelLoadError
+from helix_gateway.service import launch
+from helix_gateway.service.launch import EngineProcess
+from helix_gateway.service.process import ProcessService
+from helix_gateway.service.settings import EngineSettings
+
+HEAVY = ("torch", "numba", "scipy", "transformers.modeling_utils")
+"""Not transformers itself: chat templates are written in its sandbox."""
+
+
+async def test_a_process_that_is_told_nothing_ends_when_nobody_is_left_to_tell_it():
+    process = EngineProcess()
+    assert process.returncode is None
+    process.close()
+    assert await asyncio.wait_for(process.wait(), 60) == 3
+    assert process.returncode == 3
+    process.kill()
+
+
+async def test_one_that_is_killed_says_so():
+    process = EngineProcess()
+    process.kill()
+    assert await asyncio.wait_for(process.wait(), 60) == -9
+    process.assign(b"{}")
+    process.close()
+
+
+async def test_a_service_takes_the_process_that_was_launched_before_it_and_no_other(monkeypatch):
+    launched = EngineProcess()
+    monkeypatch.setattr(launch, "ENGINE_COMMAND", ("/no/such/program",))
+    service = ProcessService(EngineSettings(model_path="/no/such/model"), None, launched=launched)
+    with pytest.raises(ModelLoadError, match="no model at /no/such/model"):
+        await asyncio.wait_for(service.start(), 120)
+    assert launched.returncode is not None
+    with pytest.raises(FileNotFoundError):
+        await service.start()
+
+
+def test_a_gateway_imports_nothing_that_computes(smollm2_path):
+    """All that `helix serve` imports and does until it is ready, in a process of its own."""
+    program = f"""
+import json, sys
+import helix_gateway.cli.main, helix_gateway.cli.serve, helix_gateway.service.launch
+from helix_gateway.cli import first_start
+from helix_gateway.cli.serve import _render_once, _tracer
+from helix_gateway.gateway import app, server
+from helix_gateway.service import observer, process
+from helix_gateway.telemetry import logging, metrics
+from helix_gateway.text.tokenizer import Tokenizer
+tokenizer = Tokenizer.load({smollm2_path!r})
+assert "tiktoken" in sys.modules
+_tracer(None)
+_render_once(tokenizer)
+assert tokenizer.has_fast_path
+print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))
+"""
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert json.loads(said.stdout.splitlines()[-1]) == []

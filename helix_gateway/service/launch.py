@@ -1,0 +1,67 @@
+"""Starts an engine's process, and waits for its end, from the earliest moment on: no event loop is needed for that.
+
+What takes longest in a new process, importing what models are made of, it does before it is told what to load.  Imports
+nothing heavy itself.  Knows nothing about what an engine is told or answers.
+"""
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+
+from helix_gateway.runtime.cpu.threads import engine_environment
+
+ENGINE_COMMAND = (sys.executable, "-m", "helix_gateway.service.engine_process_main")
+"""What is started; it is told what to do on its standard input."""
+
+
+class EngineProcess:
+    """A process that waits for its assignment on its standard input, and ends with it.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            ENGINE_COMMAND, stdin=subprocess.PIPE, stdout=sys.stderr, env={**os.environ, **engine_environment()}
+        )
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """As `subprocess.Popen` has it; None while the process lives."""
+        return self._process.poll()
+
+    def assign(self, line: bytes) -> None:
+        """Say what to do; whether anybody still reads it shows in the process's end."""
+        assert self._process.stdin is not None
+        with suppress(OSError):
+            self._process.stdin.write(line + b"\n")
+            self._process.stdin.flush()
+
+    def kill(self) -> None:
+        """End it at once; nothing happens where it has ended."""
+        self._process.kill()
+
+    async def wait(self) -> int:
+        """Wait for its end; the return code."""
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[int] = loop.create_future()
+
+        def wait() -> None:
+            code = self._process.wait()
+            with suppress(RuntimeError):  # the loop has been closed meanwhile
+                loop.call_soon_threadsafe(lambda: None if ended.done() else ended.set_result(code))
+
+        # Not one of the loop's own threads: those are waited for when the loop ends.
+        threading.Thread(target=wait, name="engine-watch", daemon=True).start()
+        return await ended
+
+    def close(self) -> None:
+        """Let go of the pipe; a process that waits for its assignment ends."""
+        if self._process.stdin is not None:
+            with suppress(OSError):
+                self._process.stdin.close()
