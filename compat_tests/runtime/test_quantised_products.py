@@ -12,6 +12,7 @@ import torch
 from numba import njit
 
 from helix_gateway.runtime.cpu.dot_products import usable_dot_products
+from helix_gateway.runtime.cpu.layers import gate_row
 from helix_gateway.runtime.cpu.quantised_kernels import (
     INT4,
     INT8,
@@ -19,7 +20,7 @@ from helix_gateway.runtime.cpu.quantised_kernels import (
     multiply_quantised_tile,
 )
 from helix_gateway.runtime.cpu.quantised_products import quantise_rows
-from helix_gateway.runtime.cpu.quantised_rows import num_groups, record_bytes
+from helix_gateway.runtime.cpu.quantised_rows import num_groups, quantise_gated_row, quantise_row, record_bytes
 from helix_gateway.runtime.cpu.quantised_weights import Int4Weight, Int8Weight
 
 FORMATS = [Int8Weight, Int4Weight]
@@ -214,3 +215,28 @@ def test_a_lesser_processor_passes_the_same_tests(name, tmp_path):
     probe = "from helix_gateway.runtime.cpu.dot_products import *; print(type(DOT_PRODUCTS[HOST_DOT]).__name__)"
     told = subprocess.run([sys.executable, "-c", probe], env=environment, cwd=root, capture_output=True, text=True)
     assert told.stdout.strip() == {"avx2": "Avx2", "nothing": "Portable"}[name]
+
+
+@njit
+def _gated(row, gate_and_up, groups, into, record):
+    gate_row(into, gate_and_up, groups * 32, into)
+    quantise_row(row, record, groups)
+
+
+@njit
+def _gated_at_once(gate_and_up, groups, record):
+    quantise_gated_row(gate_and_up, record, groups)
+
+
+def test_a_gated_row_is_rounded_as_if_it_had_been_written_down_first():
+    groups = 48
+    both = random_matrix(2, 32 * groups, seed=5) * torch.tensor([[6.0], [2.0]])
+    both[0, :8] = torch.tensor([0.0, -0.0, 90.0, -90.0, -87.4, 200.0, -200.0, 1e-30])
+    records = torch.zeros(2, record_bytes(groups), dtype=torch.uint8)
+    wide = np.zeros(32 * groups, np.float32)
+    _gated(wide.ctypes.data, both.data_ptr(), groups, wide, records[0].data_ptr())
+    _gated_at_once(both.data_ptr(), groups, records[1].data_ptr())
+    assert torch.equal(records[0], records[1])
+    assert records[0].any()
+    exact = torch.nn.functional.silu(both[0].double()) * both[1].double()
+    assert np.allclose(wide, exact, rtol=1e-5, atol=1e-30)

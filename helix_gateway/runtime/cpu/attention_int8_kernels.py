@@ -29,7 +29,8 @@ from helix_gateway.runtime.cpu.emitter import (
     constant,
 )
 from helix_gateway.runtime.cpu.integer_dot import DOTS, host_dot
-from helix_gateway.runtime.cpu.math import EXP_MIN, EXP_TERMS, LN2_HIGH, LN2_LOW, LOG2_E, ROUND
+from helix_gateway.runtime.cpu.math import ROUND
+from helix_gateway.runtime.cpu.vector_math import exponential
 
 MANY_ROWS, MANY_SUMS = (6, 24) if host_dot() == "vnni512" else (2, 6)
 """Most rows of one call, and most vectors of sums that registers hold."""
@@ -352,22 +353,6 @@ def sum_bytes(typing_context, address, blocks):  # type: ignore[no-untyped-def]
     return types.int32(types.intp, types.intp), emit
 
 
-def _exp(emitter: Emitter, x: ir.Value) -> ir.Value:
-    """``math.exp_f32`` of numbers that are not above 0."""
-    builder, shift = emitter.builder, constant(F32S, float(ROUND))
-    shifted = emitter.fma(x, constant(F32S, float(LOG2_E)), shift)
-    n = builder.fsub(shifted, shift)
-    r = emitter.fma(n, constant(F32S, -float(LN2_HIGH)), x)
-    r = emitter.fma(n, constant(F32S, -float(LN2_LOW)), r)
-    p = constant(F32S, EXP_TERMS[0])
-    for term in EXP_TERMS[1:]:
-        p = emitter.fma(p, r, constant(F32S, term))
-    p = builder.fadd(emitter.fma(p, builder.fmul(r, r), r), constant(F32S, 1.0))
-    exponent = builder.shl(builder.bitcast(shifted, I32S), constant(I32S, 23))
-    y = builder.bitcast(builder.add(builder.bitcast(p, I32S), exponent), F32S)
-    return builder.select(builder.fcmp_ordered("<", x, constant(F32S, float(EXP_MIN))), constant(F32S, 0.0), y)
-
-
 def _seen(emitter: Emitter, first: ir.Value, last: ir.Value, column: ir.Value) -> ir.Value:
     """Which of the 16 columns from ``column`` on are in first:last."""
     builder = emitter.builder
@@ -399,7 +384,7 @@ def weigh_scores(typing_context, scores, scales, first, last, begin, blocks, top
             column = builder.add(begin, builder.mul(index, ir.Constant(I64, LANES)))
             seen, place = _seen(emitter, first, last, column), emitter.offset(scores, column, F32_BYTES)
             raw = builder.fsub(emitter.load(place, F32S), highest)
-            share = builder.select(seen, _exp(emitter, raw), zero)
+            share = builder.select(seen, exponential(emitter, raw), zero)
             scaled = builder.fmul(share, emitter.load(emitter.offset(scales, column, F32_BYTES), F32S))
             weight = builder.select(seen, scaled, zero)
             emitter.store(weight, place)

@@ -28,7 +28,7 @@ EXP_TERMS = tuple(float(term) for term in (_P5, _P4, _P3, _P2, _P1, _P0))
 """The polynomial p of `exp_f32`, highest power first, for whoever writes it out as vector code."""
 # The least and greatest arguments whose result is a normal number by adding to the exponent field.
 EXP_MIN = np.float32(-87.33)
-_EXP_MAX = np.float32(88.37)
+EXP_MAX = np.float32(88.37)
 
 _ONE = np.float32(1.0)
 _ZERO = np.float32(0.0)
@@ -45,7 +45,7 @@ def exp_f32(x):  # type: ignore[no-untyped-def]
 
     Below -87.33 the result is 0 (also for -inf), above 88.37 it stays at ``exp(88.37)``, about 2.4e38; NaN stays NaN.
     """
-    capped = _EXP_MAX if x > _EXP_MAX else x
+    capped = EXP_MAX if x > EXP_MAX else x
     rounded = fma(capped, LOG2_E, ROUND)
     n = rounded - ROUND
     r = fma(n, -LN2_LOW, fma(n, -LN2_HIGH, capped))

@@ -29,6 +29,7 @@ from helix_gateway.runtime.cpu.emitter import (
     constant,
 )
 from helix_gateway.runtime.cpu.quantised_kernels import GROUP_FIELDS, GROUP_INPUTS
+from helix_gateway.runtime.cpu.vector_math import exponential
 
 _LARGEST = 127.0
 # A group whose numbers are all smaller than this becomes zeros: the inverse of its scale might not be finite.
@@ -116,6 +117,25 @@ def _quantise_scaled_row(typing_context, row, factor, weights, record, groups): 
         return context.get_dummy_value()
 
     return types.void(types.intp, types.float32, types.intp, types.intp, types.intp), emit
+
+
+@intrinsic
+def quantise_gated_row(typing_context, row, record, groups):  # type: ignore[no-untyped-def]
+    """The record of ``silu(gate) * up`` (Shazeer 2020); row: address of the gates, float32 [32 * groups], then the ups."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        emitter, (row, record, groups) = Emitter(builder), args
+        ups = emitter.offset(row, groups, GROUP_INPUTS * F32_BYTES)
+
+        def load(index: ir.Value) -> ir.Value:
+            gate, up = (emitter.load(emitter.offset(at, index, VECTOR_BYTES), F32S) for at in (row, ups))
+            below = builder.fadd(constant(F32S, 1.0), exponential(emitter, builder.fneg(gate)))
+            return builder.fmul(builder.fdiv(gate, below), up)
+
+        _emit_record(emitter, load, record, groups)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp), emit
 
 
 @intrinsic

@@ -10,18 +10,23 @@ is; how threads share them out is `work_sharing.py`'s affair.  Nothing is alloca
 from typing import NamedTuple
 
 import numpy as np
-from numba import carray, njit, prange
+from numba import njit, prange
 
 from helix_gateway.core.step import Float32s, Int32s
 from helix_gateway.runtime.cpu.attention import NO_SOFTCAP
 from helix_gateway.runtime.cpu.attention_items import attend_item
 from helix_gateway.runtime.cpu.attention_shape import KEY_DIM
 from helix_gateway.runtime.cpu.emitter import F32_BYTES
-from helix_gateway.runtime.cpu.layers import gate_row, place_rows
-from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS, float32s_at
+from helix_gateway.runtime.cpu.layers import place_rows
+from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS
 from helix_gateway.runtime.cpu.quantised_kernels import GROUP_INPUTS
 from helix_gateway.runtime.cpu.quantised_products import multiply_tiles, read_row
-from helix_gateway.runtime.cpu.quantised_rows import quantise_normed_row, quantise_row, sum_rows
+from helix_gateway.runtime.cpu.quantised_rows import (
+    quantise_gated_row,
+    quantise_normed_row,
+    quantise_row,
+    sum_rows,
+)
 from helix_gateway.runtime.cpu.work_sharing import finish_stage, take_share
 from helix_gateway.runtime.pages import Int64s
 
@@ -139,12 +144,11 @@ def _norm_wanted_row(place, model, fields, rows, scratch, record):  # type: igno
 
 
 @njit(cache=True)
-def _gate(kind, row, fields, scratch, record):  # type: ignore[no-untyped-def]
-    """The record of ``silu(gate) * up`` of a row, which is left over the gate."""
+def _gate(row, fields, scratch, record):  # type: ignore[no-untyped-def]
+    """The record of ``silu(gate) * up`` of a row."""
     channels = fields[2 * MATRIX_FIELDS + _CHANNELS]
-    address, count = scratch.product.ctypes.data + row * channels * F32_BYTES, channels // 2
-    gate_row(kind, address, count, carray(float32s_at(address), (count,)))
-    quantise_row(address, record, count // GROUP_INPUTS)
+    address = scratch.product.ctypes.data + row * channels * F32_BYTES
+    quantise_gated_row(address, record, channels // 2 // GROUP_INPUTS)
 
 
 @njit(cache=True)
@@ -207,7 +211,7 @@ def _do_items(thread, stage, number, first, last, model, plan, pages, rows, scra
                 attended = scratch.attended
                 quantise_row(attended[row].ctypes.data, record, attended.shape[1] // GROUP_INPUTS)
             elif stage == GATE:
-                _gate(scratch.product, row, fields, scratch, record)
+                _gate(row, fields, scratch, record)
             elif stage == NORM_HEAD:
                 _norm_wanted_row(row, model, fields, rows, scratch, record)
             else:
