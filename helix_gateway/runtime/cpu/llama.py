@@ -26,6 +26,7 @@ from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS
 from helix_gateway.runtime.cpu.packed import PackedWeight
 from helix_gateway.runtime.cpu.products import host_shape
 from helix_gateway.runtime.cpu.threads import configure_threads
+from helix_gateway.runtime.cpu.weight_memory import WeightMemory
 from helix_gateway.runtime.heap import return_freed_blocks
 from helix_gateway.runtime.rotary import RotaryTable
 
@@ -217,12 +218,15 @@ def _is_silu(activation: Any) -> bool:
     return torch.equal(activation(x), nn.functional.silu(x))
 
 
-def join_tiles(parts: Sequence[PackedLinear]) -> torch.Tensor:
-    """Tiles of several products one after another; each part goes on as a view of them, so nothing is held twice."""
+def join_tiles(parts: Sequence[PackedLinear], memory: WeightMemory | None = None) -> torch.Tensor:
+    """Tiles of several products one after another; each part goes on as a view of them, so nothing is held twice.
+
+    Where there is a memory for weights, they are moved there.
+    """
     weights: list[PackedWeight] = [part.weight_tiles for part in parts]
-    if len(weights) == 1:
-        return weights[0].tiles
-    joined = torch.cat([weight.tiles for weight in weights])
+    joined = weights[0].tiles if len(weights) == 1 else torch.cat([weight.tiles for weight in weights])
+    if memory is not None:
+        joined = memory.move(joined)
     first = 0
     for weight in weights:
         weight.tiles = joined[first : first + len(weight.tiles)]

@@ -26,6 +26,7 @@ from helix_gateway.runtime.cpu.quantised_step import (
 )
 from helix_gateway.runtime.cpu.quantised_weights import QuantisedWeight
 from helix_gateway.runtime.cpu.threads import configure_threads
+from helix_gateway.runtime.cpu.weight_memory import WeightMemory, room_for
 from helix_gateway.runtime.cpu.work_sharing import new_counts
 from helix_gateway.runtime.heap import return_freed_blocks
 from helix_gateway.runtime.pages import Int64s
@@ -59,6 +60,9 @@ class QuantisedLlamaStep:
         self._rotary = rotary
         self._kept: list[torch.Tensor] = []
         """Memory that the compiled step knows by address only."""
+        matrices = [parts for layer in base.layers for parts in products_of(layer)]
+        tiles = [part.weight_tiles.tiles for parts in (*matrices, (head,)) for part in parts]
+        self._weights = WeightMemory(sum(map(room_for, tiles)))
         layers = np.array([self._describe(layer) for layer in base.layers], np.int64)
         return_freed_blocks()
         last = np.zeros(FIELDS, np.int64)
@@ -78,7 +82,7 @@ class QuantisedLlamaStep:
 
     def _matrix(self, parts: tuple[PackedLinear, ...]) -> list[int]:
         """The fields of a matrix, that of some linear layers joined."""
-        tiles = self._kept_tensor(join_tiles(parts))
+        tiles = self._kept_tensor(join_tiles(parts, self._weights))
         kind, _, tile_bytes, groups, _ = parts[0].weight_tiles.operand  # type: ignore[attr-defined]
         bias = self._keep(torch.cat([part.bias_values for part in parts]))
         return [kind, tiles.data_ptr(), tile_bytes, groups, sum(part.out_features for part in parts), bias]
