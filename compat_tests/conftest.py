@@ -6,10 +6,14 @@ import pytest
 from hypothesis import settings
 
 from compat_tests.effort import DEEP
+from helix_gateway.runtime.cpu.threads import _SPIN_COUNT
 from helix_gateway.runtime.model_source import resolve
 
 # What whoever runs the tests has configured for themselves does not reach them.
 os.environ.setdefault("HELIX_CONFIG", "")
+# As the engine's own process is started: OpenMP's threads look for work for 300,000 turns before they sleep, which takes
+# three quarters of the processor's time where a model has a few thousand weights.  Read when the library is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", str(_SPIN_COUNT))
 
 DEEP_TIMEOUT_S = 2 * 3600
 

@@ -202,11 +202,48 @@ def test_trouble_is_one_line_and_a_failing_exit_code(capsys):
     assert capsys.readouterr().err == "error: the disk is full\n"
 
 
+def only(check, monkeypatch, commands, compiling="pass"):
+    """Let `check.py` run those commands and nothing else."""
+    monkeypatch.setattr(check, "linters", lambda python: commands)
+    monkeypatch.setattr(check, "compiling", lambda python: [sys.executable, "-c", compiling])
+    monkeypatch.setattr(check, "tests", lambda python: {})
+
+
+def test_kernels_are_compiled_beside_the_linters_and_trouble_with_them_is_told(tmp_path, monkeypatch, capfd):
+    import check
+
+    # Each waits for the other: that ends only where they run at once.
+    waiting = "import pathlib, sys, time\nmine, other = map(pathlib.Path, {!r})\nmine.touch()\n"
+    waiting += "while not other.exists(): time.sleep(0.01)\n"
+    ours, theirs = str(tmp_path / "a"), str(tmp_path / "b")
+    linter = [sys.executable, "-c", waiting.format((ours, theirs))]
+    only(check, monkeypatch, {"linter": linter}, waiting.format((theirs, ours)) + "sys.exit('no compiler')")
+    monkeypatch.setattr(check.environment, "ensure", lambda extras: Path(sys.executable))
+    monkeypatch.setattr(check.chromium, "ensure", lambda python: "no browser here")
+    monkeypatch.setattr(sys, "argv", ["check.py"])
+    assert check.main() == 1
+    out = capfd.readouterr().out
+    assert "=== linter: passed" in out
+    assert "no compiler\n=== kernels: FAILED (exit code 1)" in out
+
+
+def test_every_test_is_run_once(monkeypatch):
+    import check
+
+    monkeypatch.setattr(check.os, "cpu_count", lambda: 1)
+    one_by_one = check.tests(Path("python"))
+    monkeypatch.setattr(check.os, "cpu_count", lambda: 2)
+    beside = check.tests(Path("python"))
+    assert [command[-2:] for command in beside.values()] == [["-m", "not alone"], ["-m", "alone"]]
+    assert beside["tests, alone"] == one_by_one["tests, alone"]
+    assert beside["tests"] == [*one_by_one["tests"][:-2], "-n", "2", "--dist", "loadfile", "-m", "not alone"]
+
+
 def test_the_checks_go_on_after_one_that_fails(tmp_path, monkeypatch, capfd):
     import check
 
     commands = {"first": [sys.executable, "-c", "exit(3)"], "second": [sys.executable, "-c", "print('ran')"]}
-    monkeypatch.setattr(check, "checks", lambda python: commands)
+    only(check, monkeypatch, commands)
     monkeypatch.setattr(check.environment, "ensure", lambda extras: Path(sys.executable))
     monkeypatch.setattr(check.chromium, "ensure", lambda python: "no browser here")
     monkeypatch.setattr(sys, "argv", ["check.py"])
@@ -221,7 +258,7 @@ def test_web_pages_that_are_not_tested_are_said_so_aloud(missing, monkeypatch, c
     import check
 
     monkeypatch.setattr(check, "BROWSER_TESTS", "--version")
-    monkeypatch.setattr(check, "checks", lambda python: {})
+    only(check, monkeypatch, {})
     monkeypatch.setattr(check.environment, "ensure", lambda extras: Path(sys.executable))
     monkeypatch.setattr(check.chromium, "ensure", lambda python: missing)
     monkeypatch.setattr(sys, "argv", ["check.py"])
@@ -264,7 +301,7 @@ def test_deep_checks_are_the_same_checks_at_a_higher_setting(arguments, told, mo
 
     monkeypatch.delenv("HELIX_TEST_DEEP", raising=False)
     show = [sys.executable, "-c", "import os; print('deep:', os.environ.get('HELIX_TEST_DEEP'))"]
-    monkeypatch.setattr(check, "checks", lambda python: {"only": show})
+    only(check, monkeypatch, {"only": show})
     monkeypatch.setattr(check.environment, "ensure", lambda extras: Path(sys.executable))
     monkeypatch.setattr(check.chromium, "ensure", lambda python: "no browser here")
     monkeypatch.setattr(sys, "argv", ["check.py", *arguments])

@@ -1,27 +1,33 @@
 """Everything that must hold before a change lands: ``python3 scripts/check.py [--deep]``.
 
 Sets up ``.venv`` with the development extras, then runs the linters, the types, the layers and the tests, each
-under its own heading; goes on after one that failed, and exits with 1 if any did.  The web pages are looked at in a
-Chromium, which is fetched where there is none; where none can be had, that part is left out, and the end says so.  ``--deep`` runs the same tests
-at a higher setting (more examples, more architectures, longer soaks).  Knows nothing about what the tools check:
-that is in ``pyproject.toml`` and ``setup.cfg``.
+under its own heading; goes on after one that failed, and exits with 1 if any did.  Kernels are compiled beside the
+linters, which use one core.  Tests run two files at a time, but for those marked ``alone``, which come after.  The web
+pages are looked at in a Chromium, which is fetched where there is none; where none can be had, that part is left out,
+and the end says so.  ``--deep`` runs the same tests at a higher setting (more examples, more architectures, longer
+soaks).  Knows nothing about what the tools check: that is in ``pyproject.toml`` and ``setup.cfg``.
 """
 
 import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import chromium
 import environment
 
 BROWSER_TESTS = "compat_tests/browser"
+WORKERS = 2
+"""Processes that run tests side by side: each holds torch and a model or two, some 2 GB."""
 
 
-def checks(python: Path) -> dict[str, list[str]]:
-    """The commands, in the order in which they fail fastest."""
+def linters(python: Path) -> dict[str, list[str]]:
+    """The commands that run no test, in the order in which they fail fastest."""
     module = [str(python), "-m"]
     # Types as the oldest Python sees them; from 3.12 on, numpy's own need newer syntax than that.
     oldest = ["--python-version", "3.10"] if sys.version_info < (3, 12) else []
@@ -30,8 +36,20 @@ def checks(python: Path) -> dict[str, list[str]]:
         "black": [*module, "black", "--check", "."],
         "import-linter": [str(python.with_name("lint-imports")), "--no-cache", "--no-logo", "pyproject.toml"],
         "mypy": [*module, "mypy", "--strict", *oldest],
-        "pytest": [*module, "pytest", "--durations=15", f"--ignore={BROWSER_TESTS}"],
     }
+
+
+def compiling(python: Path) -> list[str]:
+    """The command that leaves the kernels of the default model compiled in the cache: to load it and answer."""
+    return [str(python), "scripts/model_load_check.py", "--max-tokens", "3"]
+
+
+def tests(python: Path) -> dict[str, list[str]]:
+    """The commands that run the tests, the web pages' aside."""
+    pytest = [str(python), "-m", "pytest", "--durations=15", f"--ignore={BROWSER_TESTS}"]
+    # Files, not tests: what a file sets up for all its tests is set up once.
+    beside = ["-n", str(WORKERS), "--dist", "loadfile"] if (os.cpu_count() or 1) >= WORKERS else []
+    return {"tests": [*pytest, *beside, "-m", "not alone"], "tests, alone": [*pytest, "-m", "alone"]}
 
 
 def browser_check(python: Path) -> dict[str, list[str]]:
@@ -43,14 +61,52 @@ def browser_check(python: Path) -> dict[str, list[str]]:
     return {}
 
 
-def run(name: str, command: list[str], variables: dict[str, str]) -> tuple[bool, float]:
-    """Run one check under its heading; whether it passed, and its seconds."""
+Result = tuple[bool, float]
+"""Whether a check passed, and its seconds."""
+
+
+def run(name: str, command: list[str], variables: dict[str, str]) -> Result:
+    """Run one check under its heading."""
     print(f"\n=== {name}", flush=True)
     start = time.monotonic()
     code = subprocess.call(command, cwd=environment.ROOT, env={**os.environ, **variables}, stdin=subprocess.DEVNULL)
-    elapsed_s = time.monotonic() - start
+    return told(name, code, time.monotonic() - start)
+
+
+def told(name: str, code: int, elapsed_s: float) -> Result:
+    """Say what came of a check."""
     print(f"=== {name}: {'passed' if code == 0 else f'FAILED (exit code {code})'} in {elapsed_s:.1f} s", flush=True)
     return code == 0, elapsed_s
+
+
+@dataclass
+class Meanwhile:
+    """A check that runs beside others; what it prints is shown under its own heading once it is waited for."""
+
+    name: str
+    command: list[str]
+    variables: dict[str, str]
+    _output: IO[bytes] = field(default_factory=tempfile.TemporaryFile)
+
+    def __post_init__(self) -> None:
+        self._start_s = time.monotonic()
+        self._process = subprocess.Popen(
+            self.command,
+            cwd=environment.ROOT,
+            env={**os.environ, **self.variables},
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+        )
+
+    def result(self) -> Result:
+        """Wait for its end."""
+        print(f"\n=== {self.name}", flush=True)
+        code = self._process.wait()
+        with self._output as output:
+            output.seek(0)
+            print(output.read().decode(errors="replace"), end="", flush=True)
+        return told(self.name, code, time.monotonic() - self._start_s)
 
 
 def main() -> int:
@@ -59,7 +115,10 @@ def main() -> int:
     parser.add_argument("--deep", action="store_true", help="the same tests at a higher setting: takes hours")
     variables = {"HELIX_TEST_DEEP": "1"} if parser.parse_args().deep else {}
     python = environment.ensure(["dev"])
-    results = {name: run(name, command, variables) for name, command in checks(python).items()}
+    kernels = Meanwhile("kernels", compiling(python), variables)
+    results = {name: run(name, command, variables) for name, command in linters(python).items()}
+    results["kernels"] = kernels.result()
+    results.update({name: run(name, command, variables) for name, command in tests(python).items()})
     pages = {name: run(name, command, variables) for name, command in browser_check(python).items()}
     results.update(pages)
     print("\n" + "\n".join(f"{'ok' if ok else 'FAILED':7} {s:8.1f} s  {name}" for name, (ok, s) in results.items()))

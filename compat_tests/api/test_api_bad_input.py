@@ -13,6 +13,8 @@ from fake_service import FakeService
 from helix_gateway.gateway import long_bodies
 from helix_gateway.gateway.body import LONG_BYTES
 
+pytestmark = pytest.mark.alone
+
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MB = 10**6
 

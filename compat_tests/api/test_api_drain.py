@@ -6,6 +6,7 @@ import time
 from contextlib import asynccontextmanager
 
 import aiohttp
+import pytest
 from conftest import Gateway, chat_body, events_of, until
 from fake_service import FakeService
 
@@ -13,6 +14,8 @@ from helix_gateway.gateway.app import create_app
 from helix_gateway.gateway.server import _drain, bind, serve
 from helix_gateway.gateway.settings import GatewaySettings
 from helix_gateway.gateway.state import DRAIN
+
+pytestmark = pytest.mark.alone
 
 CHAT = "/v1/chat/completions"
 

@@ -20,6 +20,8 @@ from helix_gateway.gateway.limits.bucket import Bucket
 from helix_gateway.gateway.server import bind, serve
 from helix_gateway.gateway.settings import GatewaySettings
 
+pytestmark = pytest.mark.alone
+
 CHAT = "/v1/chat/completions"
 
 

@@ -12,6 +12,8 @@ from fake_service import FakeService, logprobs_of, metrics_of
 from helix_gateway.gateway.turns import quick_turns
 from helix_gateway.service.api import TextDelta
 
+pytestmark = pytest.mark.alone
+
 CHAT, COMPLETIONS, GENERATE = "/v1/chat/completions", "/v1/completions", "/generate"
 MB = 10**6
 LIMIT_S = 0.015

@@ -11,6 +11,8 @@ from fake_service import FakeService
 from helix_gateway.core.errors import EngineUnavailableError, QueueFullError
 from helix_gateway.service.api import TextDelta
 
+pytestmark = pytest.mark.alone
+
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 STREAMS = pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 

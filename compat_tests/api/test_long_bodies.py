@@ -19,6 +19,8 @@ from helix_gateway.gateway.envelope import Envelope, JsonError, Overlong, Wanted
 from helix_gateway.gateway.envelope_process import LENGTH_BYTES, Contents
 from helix_gateway.gateway.long_bodies import LongBodies
 
+pytestmark = pytest.mark.alone
+
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 PADDING = "x" * LONG_BYTES
 

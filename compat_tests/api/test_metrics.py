@@ -11,6 +11,8 @@ from fake_service import FakeService
 
 from compat_tests.scraping import Scrape
 
+pytestmark = pytest.mark.alone
+
 WIRE_NAMES = {
     "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "kv_blocks_referenced", "kv_blocks_cached",
     "kv_blocks_total", "prefix_cache_queries_total", "prefix_cache_hits_total", "prompt_tokens_total",

@@ -11,6 +11,8 @@ import pytest
 from jsonschema import Draft202012Validator
 from langchain_openai import ChatOpenAI
 
+pytestmark = pytest.mark.alone
+
 QUESTIONS = [f"Write one sentence about the number {n}." for n in range(16)]
 OPTIONS = {"model": "smollm2", "temperature": 0, "max_tokens": 24}
 

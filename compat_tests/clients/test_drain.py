@@ -5,8 +5,11 @@ import threading
 import time
 
 import httpx
+import pytest
 
 from compat_tests.serving import start_server
+
+pytestmark = pytest.mark.alone
 
 BODY = {"messages": [{"role": "user", "content": "Count."}], "stream": True, "ignore_eos": True, "max_tokens": 80}
 

@@ -17,6 +17,8 @@ from helix_gateway.service.process import ProcessService
 from helix_gateway.service.settings import EngineSettings
 from helix_gateway.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture
 def own_server(smollm2_path):

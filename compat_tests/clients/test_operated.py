@@ -15,6 +15,8 @@ from compat_tests.clients.test_engine_death import children_of
 from compat_tests.scraping import Scrape
 from compat_tests.serving import start_server, stop_server
 
+pytestmark = pytest.mark.alone
+
 SECRET = "The marmalade protocol of Ulan Bator"
 
 

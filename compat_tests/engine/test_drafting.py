@@ -148,6 +148,7 @@ def test_costs_of_drafts_are_learned():
     assert drafting.ask([sequence()], [NOTHING], [8], 1) == [0]
 
 
+@pytest.mark.alone
 def test_asking_takes_a_hundredth_of_a_step():
     """Of 25 ms, at sixteen sequences: planned once, and looked at again before each of four forwards."""
     drafting, _ = adaptive()

@@ -21,6 +21,8 @@ from helix_gateway.service.api import GenerationCall
 from helix_gateway.service.in_process import InProcessService
 from helix_gateway.service.settings import EngineSettings
 
+pytestmark = pytest.mark.alone
+
 BOUND_BYTES = 200_000
 KERNEL_BUFFER_BYTES = 16 * 1024
 CONTEXT = 8192

@@ -9,6 +9,8 @@ from compat_tests.serving import start_server, stop_server
 from compat_tests.soak.asks import save_tiny_model
 from compat_tests.soak.soak import Soak
 
+pytestmark = pytest.mark.alone
+
 SECONDS = deeply(20, 3600)
 # Kills in the first half, so that the second one shows whether memory grows.
 KILL_AT = deeply([0.4], [share / 100 for share in range(5, 50, 5)])

@@ -81,6 +81,7 @@ def test_without_stop_strings_text_passes_at_once():
     assert filtered.flush() == ""
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", ["nearly", "random"])
 def test_the_most_and_longest_stop_strings_cost_microseconds_a_token(kind):
     rng = random.Random(0)
@@ -96,6 +97,7 @@ def test_the_most_and_longest_stop_strings_cost_microseconds_a_token(kind):
     assert elapsed / len(pieces) < 1e-3
 
 
+@pytest.mark.alone
 def test_a_megabyte_at_once_is_searched_once():
     filtered = StopStringFilter(["a" * 1023 + "b", "end"])
     started = time.perf_counter()
