@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -116,8 +117,18 @@ def test_a_cpu_index_that_fails_midway_leads_to_the_ordinary_one(pip_calls, monk
 
 
 def test_an_index_whose_name_is_never_found_costs_no_more_than_the_timeout(monkeypatch):
-    monkeypatch.setattr(environment.urllib.request, "urlopen", lambda *_, **__: __import__("time").sleep(30))
+    given_up, ended = threading.Event(), threading.Event()
+
+    def look_up(*_, **__):
+        given_up.wait(30)
+        ended.set()
+        raise OSError("the name is not known")
+
+    monkeypatch.setattr(environment.urllib.request, "urlopen", look_up)
     assert environment.reachable("https://index.invalid", timeout_s=0.05) is False
+    # Whoever looks the name up must not outlive the test, and trouble some other.
+    given_up.set()
+    assert ended.wait(30)
 
 
 def test_a_second_run_installs_nothing(pip_calls):
