@@ -1,5 +1,6 @@
 """A second model drafts: the answers are the target's own, and its memory is nobody else's trouble."""
 
+import itertools
 import random
 
 import numpy as np
@@ -308,6 +309,47 @@ def test_a_device_without_room_for_drafts_costs_drafts_only(call):
     assert as_told(answers) == wanted_of(each)
     assert engine._budget.tokens == 64
     assert answers["r", 0].last.metrics.draft_tokens > 0
+
+
+def test_shortages_far_apart_are_each_the_first():
+    """A device without room for drafts now and then: what was drafted between two shortages ends the longer rests."""
+    each = request("r", [1, 2, 3], max_tokens=150, ignore_eos=True)
+    engine, draft, _ = engine_with_draft_model(budget=64)
+    works, calls, failed_at = draft.forward, [], []
+
+    def full_now_and_then(batch):
+        calls.append(batch)
+        if len(calls) % 10 == 0:
+            failed_at.append(steps)
+            raise OutOfMemoryError("no room")
+        return works(batch)
+
+    draft.forward = full_now_and_then
+    engine.submit(each)
+    steps = 0
+    while engine.has_work():
+        engine.step()
+        steps += 1
+    gaps = [later - earlier for earlier, later in itertools.pairwise(failed_at)]
+    assert len(gaps) > 2
+    assert max(gaps) - min(gaps) <= 2
+
+
+def test_a_sequence_that_lost_its_drafts_memory_and_has_it_again_is_left_alone_no_longer_the_next_time():
+    engine, _, drafter = engine_with_draft_model(budget=64)
+    engine.submit(request("r", [1, 2, 3], max_tokens=190, ignore_eos=True))
+    rests = []
+    for _ in range(3):
+        engine.step()
+        (reader,) = drafter._readers.values()
+        assert engine.cache.evict_guest()
+        without = 0
+        while reader.key not in engine.cache:
+            engine.step()
+            without += 1
+        rests.append(without)
+    assert len(set(rests)) == 1
+    drain(engine)
 
 
 def test_where_drafting_cannot_pay_nothing_of_the_draft_model_runs():

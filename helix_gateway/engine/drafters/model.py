@@ -209,6 +209,8 @@ class ModelDrafter(Generic[Logits]):
             confidences = np.exp(self._runner.logprobs(logits, every, token_ids, 0).logprobs)
             for draft, token_id, confidence in zip(drawing, token_ids.tolist(), confidences.tolist(), strict=True):
                 draft.append(token_id, confidence)
+                draft.reader.rest.forget()
+            self._rest.forget()
         self._policy.observe(len(batch.token_ids), perf_counter() - began)
 
     def _rows(self, drafts: list[GrowingDraft]) -> SamplingRows:
