@@ -119,6 +119,17 @@ def test_a_sequence_that_drafts_are_in_vain_for_is_drafted_for_seldom_where_draf
     assert policy.most(sequence, 16) > 0
 
 
+def test_steps_in_which_a_drafter_only_read_are_not_held_against_it():
+    policy = AdaptiveDepth(StepCosts({1: 0.001, 64: 0.0011, 4096: 0.01}), max_depth=8)
+    sequence = SimpleNamespace(key="a")
+    for _ in range(50):
+        assert policy.most(sequence, 16) > 0
+        policy.excuse(sequence)
+    asked = [policy.most(sequence, 16) > 0 for _ in range(30)]
+    assert asked[:4] == [True] * 4
+    assert sum(asked[4:]) < 3
+
+
 def test_where_steps_are_long_every_step_may_draft():
     policy = AdaptiveDepth(StepCosts({1: 0.03, 64: 0.031, 4096: 0.04}), max_depth=8)
     assert all(policy.most(SimpleNamespace(key="a"), 4) for _ in range(100))

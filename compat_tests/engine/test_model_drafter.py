@@ -228,6 +228,30 @@ def test_a_long_prompt_is_caught_up_with_over_several_steps_and_drafted_for_then
     assert min(max(each) for each in proposed) == 3
 
 
+def test_a_draft_model_reads_on_at_every_step_though_no_draft_comes_of_it():
+    """Where steps are so short that drafts in vain would be tried at a few of them only."""
+    acceptance = AcceptanceModel()
+    costs = {1: 0.001, 64: 0.0011, 4096: 0.01}
+    engine, draft, drafter = engine_with_draft_model(
+        budget=200,
+        depth_policy=AdaptiveDepth(StepCosts(costs), max_depth=8, acceptance=acceptance),
+        drafting=AdaptiveDrafting(StepCosts(costs), StepCosts({1: 1e-5, 64: 1.1e-5, 4096: 1e-4}), acceptance),
+        catch_up_tokens=10,
+        num_pages=400,
+        max_model_len=400,
+    )
+    for policy in (engine._decoder._depth_policy, drafter._policy):
+        policy.observe = lambda *_: None  # the toy's own time says nothing
+    for number in range(8):
+        engine.submit(request(f"r{number}", range(number, 48), max_tokens=100, ignore_eos=True))
+    for _ in range(45):
+        before = len(draft.batches)
+        engine.step()
+        assert len(draft.batches) > before
+    assert engine.stats().drafts["model"].num_accepted_tokens > 0
+    drain(engine)
+
+
 def test_what_one_answer_was_drafted_from_is_found_for_the_next():
     engine, draft, _ = engine_with_draft_model(budget=64)
     answer = answers_of(engine, [request("a", range(1, 25), max_tokens=8, ignore_eos=True)])["a", 0]

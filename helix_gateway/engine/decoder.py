@@ -101,6 +101,9 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
             return drafts
         sequences = [plan.scheduled[index].sequence for index in wanted]
         proposed = self._drafter.propose(sequences, [plan.scheduled[index].depth for index in wanted], plan.num_decodes)
+        for sequence, draft in zip(sequences, proposed, strict=True):
+            if draft.is_reading:
+                self._depth_policy.excuse(sequence)
         given = [place for place, draft in enumerate(proposed) if len(draft.token_ids)]
         depths = self._depth_policy.choose(
             [sequences[place] for place in given], [proposed[place] for place in given], plan.num_decodes

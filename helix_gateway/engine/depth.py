@@ -52,6 +52,9 @@ class DepthPolicy(Protocol):
             num_decodes: sequences that get a token in this step, drafted for or not.
         """
 
+    def excuse(self, sequence: Sequence) -> None:
+        """Hear that a drafter only read of the sequence in this step, which tells nothing of what its drafts are worth."""
+
     def learn(self, sequence: Sequence, draft: DraftTokens, choices: Int32s) -> None:
         """Hear what a sequence got where a draft had been proposed, verified or not."""
 
@@ -79,6 +82,9 @@ class FixedDepth:
     def choose(self, sequences: Ordered[Sequence], drafts: Ordered[DraftTokens], num_decodes: int) -> list[int]:
         """All of it."""
         return [len(draft.token_ids) for draft in drafts]
+
+    def excuse(self, sequence: Sequence) -> None:
+        """Nothing is held against anybody."""
 
     def learn(self, sequence: Sequence, draft: DraftTokens, choices: Int32s) -> None:
         """Nothing changes it."""
@@ -156,6 +162,10 @@ class AdaptiveDepth:
         least = [min(self._min_depth, len(draft.token_ids)) for draft in drafts]
         return [max(int(depth), floor) for depth, floor in zip(depths, least, strict=True)]
 
+    def excuse(self, sequence: Sequence) -> None:
+        """See `DepthPolicy`."""
+        self._patience.setdefault(sequence.key, _Patience()).excuse()
+
     def learn(self, sequence: Sequence, draft: DraftTokens, choices: Int32s) -> None:
         """See `DepthPolicy`."""
         self._acceptance.learn(sequence.key, draft, choices)
@@ -206,6 +216,10 @@ class _Patience:
             return False
         self.waited = 0
         return True
+
+    def excuse(self) -> None:
+        """Take the last turn back: nothing was drafted at it, and there is another at the next step."""
+        self.fruitless = max(0, self.fruitless - 1)
 
 
 @numba.njit(cache=True)

@@ -4,7 +4,7 @@ A drafter may be wrong at will: whatever it proposes, the text is the same.  It 
 """
 
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -26,13 +26,18 @@ class DraftTokens:
     never acceptance."""
     beside: "DraftTokens | None" = None
     """What another drafter proposed in the same place: never verified, but what it was worth is learned from."""
+    is_reading: bool = False
+    """Whether it is empty because the drafter only read of the sequence at this step, to draft at a later one."""
 
     def first(self, count: int) -> "DraftTokens":
         """The first ``count`` of them."""
-        return DraftTokens(self.source, self.token_ids[:count], self.confidences[:count])
+        return DraftTokens(
+            self.source, self.token_ids[:count], self.confidences[:count], is_reading=self.is_reading
+        )
 
 
 NOTHING = DraftTokens("none", np.empty(0, np.int32), np.empty(0, np.float32))
+READING = replace(NOTHING, is_reading=True)
 
 
 class Drafter(Protocol):

@@ -68,4 +68,6 @@ class DraftChain:
 
 
 def _beside(draft: DraftTokens, other: DraftTokens) -> DraftTokens:
-    return replace(draft, beside=other) if len(draft.token_ids) and len(other.token_ids) else draft
+    if not len(draft.token_ids):
+        return other if other.is_reading else draft
+    return replace(draft, beside=other) if len(other.token_ids) else draft

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from helix_gateway.core.protocols import TranslatedSequence
-from helix_gateway.engine.drafters.base import NOTHING, DraftTokens
+from helix_gateway.engine.drafters.base import NOTHING, READING, DraftTokens
 from helix_gateway.engine.drafting import MODEL
 from helix_gateway.engine.sequence import Sequence
 
@@ -86,6 +86,8 @@ class GrowingDraft:
     """Tokens behind which nothing can follow."""
     token_ids: list[int] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
+    has_read: bool = False
+    """Whether tokens of the sequence were read for it."""
 
     @property
     def position(self) -> int:
@@ -114,7 +116,7 @@ class GrowingDraft:
     def proposal(self) -> DraftTokens:
         """In the target's tokens."""
         if not self.token_ids:
-            return NOTHING
+            return READING if self.has_read else NOTHING
         told = self.reader.text.to_target(self.token_ids)
         bounds = [0, *told.rests_on]
         confidences = [np.prod(self.confidences[a:b]) for a, b in pairwise(bounds)]

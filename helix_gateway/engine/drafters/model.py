@@ -202,6 +202,7 @@ class ModelDrafter(Generic[Logits]):
         logits = self._runner.forward(batch)
         for part in parts:
             part.draft.reader.write(part.start, part.token_ids)
+            part.draft.has_read = True
         drawing = [part.draft for part in parts if part.draws]
         if drawing:
             token_ids = self._runner.sample(logits, self._rows(drawing))
