@@ -113,6 +113,25 @@ def test_one_sequence_that_drafts_suit_is_asked_for_where_another_is_not():
     assert bad == 0
 
 
+@pytest.mark.parametrize("num_others", [0, 3, 15])
+def test_who_cannot_be_drafted_for_is_in_the_costs_of_the_plan_only(num_others):
+    """As one that gets a token beside: what is expected of the step, and what is asked for the others, is the same."""
+    one, other = adaptive()[0], adaptive()[0]
+    others, rows = [sequence(number) for number in range(num_others)], num_others + 1
+    depths = one.ask([sequence(), *others], [NOTHING] * rows, [8] + [0] * num_others, rows)
+    assert depths[1:] == [0] * num_others
+    assert depths[:1] == other.ask([sequence()], [NOTHING], [8], rows)
+    assert (one._rate, one._saved_s, one._num_rows) == (other._rate, other._saved_s, other._num_rows)
+
+
+def test_where_nobody_can_be_drafted_for_nothing_is_asked_nor_forgotten():
+    drafting, acceptance = adaptive()
+    acceptance.learn("a", draft([0.9], source=MODEL), np.array([7], np.int32))
+    before = acceptance.foreseen(MODEL, ["a"], 4)
+    assert drafting.ask([sequence(), sequence("b")], [NOTHING, NOTHING], [0, 0], 2) == [0, 0]
+    assert (acceptance.foreseen(MODEL, ["a"], 4) == before).all()
+
+
 def test_drafting_ends_where_the_drafter_is_unsure():
     drafting, acceptance = adaptive()
     for number in range(200):

@@ -32,6 +32,17 @@ DRAFT_GROUPS = {
 }
 
 
+class Recorded(AlwaysDrafting):
+    """Remembers what it was told can be drafted: depths by request, for each step."""
+
+    def __init__(self):
+        self.told = []
+
+    def ask(self, sequences, drafts, depths, num_decodes):
+        self.told.append({s.request.request_id: depth for s, depth in zip(sequences, depths, strict=True)})
+        return super().ask(sequences, drafts, depths, num_decodes)
+
+
 class Opposite(ToyRunner):
     """The least likely token for the likeliest."""
 
@@ -448,6 +459,30 @@ def test_beyond_the_draft_models_context_nothing_is_drafted():
     assert as_told(answers_of(engine, [each])) == wanted_of(each)
     assert draft.batches
     assert max(batch.positions.max() for batch in draft.batches) < 32
+
+
+def test_nobody_reckons_with_drafts_for_those_that_cannot_have_any():
+    """Too long for the draft model, switched off after a fault, resting since memory was short."""
+
+    class Fragile(ToyRunner):
+        def forward(self, batch):
+            if 49 in batch.token_ids:
+                raise RuntimeError("not this one")
+            return super().forward(batch)
+
+    drafting = Recorded()
+    engine, _, drafter = engine_with_draft_model(Fragile, budget=100, context_length=32, drafting=drafting)
+    engine.submit(request("long", range(1, 40), max_tokens=40, ignore_eos=True))
+    engine.submit(request("bad", [49, 6, 7], max_tokens=40, ignore_eos=True))
+    engine.submit(request("good", [5, 6, 7], max_tokens=20, ignore_eos=True, logit_bias={49: -100.0}))
+    for _ in range(3):
+        engine.step()
+    assert drafting.told[-1] == {"long": 0, "bad": 0, "good": 3}
+    assert engine.cache.evict_guest()
+    engine.step()
+    assert drafting.told[-1] == {"long": 0, "bad": 0, "good": 0}
+    drain(engine)
+    assert drafter._step == len(drafting.told)
 
 
 def test_what_is_longer_than_the_draft_models_context_holds_none_of_its_blocks():

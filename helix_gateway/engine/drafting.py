@@ -42,7 +42,7 @@ class DraftingPolicy(Protocol):
 
         Args:
             sequences, drafts: those that may have drafts, and what is drafted for them already, which may be nothing.
-            depths: most draft tokens that each may have.
+            depths: most draft tokens that can be drafted for each; 0 where none can, who costs its row all the same.
             num_decodes: sequences that get a token in this step, drafted for or not.
         """
 
@@ -118,6 +118,8 @@ class AdaptiveDrafting:
         self, sequences: Ordered[Sequence], drafts: Ordered[DraftTokens], depths: Ordered[int], num_decodes: int
     ) -> list[int]:
         """See `DraftingPolicy`."""
+        if not any(depths):
+            return [0] * len(depths)
         keys = [sequence.key for sequence in sequences]
         foreseen = self._acceptance.foreseen(MODEL, keys, min(_DEEPEST, max(depths)))
         foreseen[np.arange(foreseen.shape[1])[None, :] >= np.array(depths)[:, None]] = 0.0

@@ -48,3 +48,13 @@ class Drafter(Protocol):
 
     def retire(self, sequence: Sequence) -> None:
         """Forget a sequence, which has ended; nothing happens if it was never drafted for."""
+
+
+class ChoosyDrafter(Drafter, Protocol):
+    """One that cannot draft for everybody at every step, and says so before anybody reckons with its drafts."""
+
+    def begin_step(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> list[int]:
+        """Most tokens, up to ``depths[i]``, that it could draft for ``sequences[i]`` at this step; 0: it cannot.
+
+        Called once at each step, with all that may have drafts, before `propose` is called for some of them or none.
+        """

@@ -6,8 +6,8 @@ Each sequence goes on with the draft that is expected to bring it more.  Knows n
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, replace
 
-from helix_gateway.engine.drafters.base import NOTHING, Drafter, DraftTokens
-from helix_gateway.engine.drafters.guarded import GuardedDrafter
+from helix_gateway.engine.drafters.base import NOTHING, ChoosyDrafter, Drafter, DraftTokens
+from helix_gateway.engine.drafters.guarded import GuardedChoosyDrafter, GuardedDrafter
 from helix_gateway.engine.drafting import DraftingPolicy
 from helix_gateway.engine.sequence import Sequence
 
@@ -16,7 +16,7 @@ from helix_gateway.engine.sequence import Sequence
 class CostlyDrafter:
     """A drafter that computes something, and who says when it is asked."""
 
-    drafter: Drafter
+    drafter: ChoosyDrafter
     policy: DraftingPolicy
 
 
@@ -31,7 +31,7 @@ class DraftChain:
 
     def __init__(self, free: Drafter, costly: CostlyDrafter | None, vocab_size: int) -> None:
         self._free = GuardedDrafter(free, vocab_size)
-        self._costly = costly and CostlyDrafter(GuardedDrafter(costly.drafter, vocab_size), costly.policy)
+        self._costly = costly and CostlyDrafter(GuardedChoosyDrafter(costly.drafter, vocab_size), costly.policy)
 
     def propose(self, sequences: Ordered[Sequence], depths: Ordered[int], num_decodes: int) -> list[DraftTokens]:
         """As `Drafter` has it, in a step in which so many sequences get a token."""
@@ -48,7 +48,8 @@ class DraftChain:
         free: list[DraftTokens],
         num_decodes: int,
     ) -> list[DraftTokens]:
-        asked = costly.policy.ask(sequences, free, depths, num_decodes)
+        able = costly.drafter.begin_step(sequences, depths)
+        asked = costly.policy.ask(sequences, free, able, num_decodes)
         chosen = [index for index, depth in enumerate(asked) if depth]
         if not chosen:
             return free

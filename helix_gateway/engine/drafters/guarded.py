@@ -8,7 +8,7 @@ from collections.abc import Sequence as Ordered
 import structlog
 
 from helix_gateway.core.errors import OutOfMemoryError
-from helix_gateway.engine.drafters.base import NOTHING, Drafter, DraftTokens
+from helix_gateway.engine.drafters.base import NOTHING, ChoosyDrafter, Drafter, DraftTokens
 from helix_gateway.engine.sequence import Sequence, SequenceKey
 
 log = structlog.get_logger(__name__)
@@ -72,3 +72,17 @@ class GuardedDrafter:
             self._drafter.retire(sequence)
         except Exception:
             log.exception("drafter_failed_to_forget", request_id=sequence.request.request_id)
+
+
+class GuardedChoosyDrafter(GuardedDrafter):
+    """`ChoosyDrafter` around another, which cannot draft for those either for whom it is switched off."""
+
+    def __init__(self, drafter: ChoosyDrafter, vocab_size: int) -> None:
+        super().__init__(drafter, vocab_size)
+        self._choosy = drafter
+
+    def begin_step(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> list[int]:
+        """See `ChoosyDrafter`."""
+        able = self._choosy.begin_step(sequences, depths)
+        pairs = zip(sequences, able, strict=True)
+        return [0 if sequence.key in self._switched_off else depth for sequence, depth in pairs]

@@ -38,7 +38,7 @@ _NEAR = 8
 
 
 class ModelDrafter(Generic[Logits]):
-    """`engine.drafters.base.Drafter` over a model of its own.
+    """`engine.drafters.base.ChoosyDrafter` over a model of its own.
 
     Args:
         runner: the draft model, over pages of the cache's pool.
@@ -74,11 +74,15 @@ class ModelDrafter(Generic[Logits]):
         self._step = 0
         self._rest = Rest()
 
-    def propose(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> list[DraftTokens]:
-        """See `Drafter`."""
+    def begin_step(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> list[int]:
+        """See `ChoosyDrafter`."""
         self._step += 1
         if self._step < self._rest.until:
-            return [NOTHING] * len(sequences)
+            return [0] * len(sequences)
+        return [min(depth, self._room(sequence)) for sequence, depth in zip(sequences, depths, strict=True)]
+
+    def propose(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> list[DraftTokens]:
+        """See `Drafter`."""
         try:
             return self._propose(sequences, depths)
         except (OutOfMemoryError, MemoryError) as error:
@@ -121,15 +125,26 @@ class ModelDrafter(Generic[Logits]):
             reader = self._readers[sequence.key] = DraftReader(sequence, self._translation.begin())
         return GrowingDraft(reader, depth, sequence.stop_ids if self._translation.shares_ids else frozenset())
 
-    def _is_open(self, draft: GrowingDraft) -> bool:
-        """Whether a sequence has tables, which are brought up to date; not while it is left alone, or too long."""
-        reader = draft.reader
+    def _room(self, sequence: Sequence) -> int:
+        """Tokens that could be drafted for a sequence, if it were read: none while it is left alone, or too long."""
+        num_unread = len(sequence.token_ids) if self._translation.shares_ids else 0
+        reader = self._readers.get(sequence.key)
+        if reader is None:
+            return max(0, self._context_length - num_unread)
         if reader.written and reader.key not in self._cache:
             # Memory was short, and will be again if all of it is computed anew at once.
             reader.written.clear()
             reader.rest.begin(self._step)
         if self._step < reader.rest.until:
-            return False
+            return 0
+        room = self._context_length - max(num_unread, len(reader.text.draft_token_ids))
+        if room <= 0:
+            self._close(reader)
+        return max(0, room)
+
+    def _is_open(self, draft: GrowingDraft) -> bool:
+        """Whether a sequence has tables, which are brought up to date; not one that turns out to be too long."""
+        reader = draft.reader
         reader.catch_up()
         token_ids = reader.text.draft_token_ids
         draft.depth = min(draft.depth, self._context_length - len(token_ids))
