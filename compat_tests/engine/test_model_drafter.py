@@ -77,6 +77,25 @@ class LackingTokens(SameTokens):
         return super().extend([token for token in token_ids if token != 49])
 
 
+class Heard(SameVocabulary):
+    """Remembers how many tokens each sequence was told at a time."""
+
+    def __init__(self):
+        super().__init__(VOCAB, VOCAB)
+        self.told = []
+
+    def begin(self):
+        tokens = HeardTokens(VOCAB)
+        tokens.told = self.told
+        return tokens
+
+
+class HeardTokens(SameTokens):
+    def extend(self, token_ids):
+        self.told.append(len(token_ids))
+        return super().extend(token_ids)
+
+
 RUNNERS = {"right": ToyRunner, "opposite": Opposite, "by chance": Blurred}
 
 
@@ -88,6 +107,7 @@ def engine_with_draft_model(
     depth_policy=None,
     drafting=None,
     catch_up_tokens=16,
+    read_tokens=500,
     draft_vocab_size=VOCAB,
     context_length=1000,
     translation=None,
@@ -108,6 +128,7 @@ def engine_with_draft_model(
         context_length=context_length,
         translation=translation,
         catch_up_tokens=catch_up_tokens,
+        read_tokens=read_tokens,
     )
     compute = drafter._compute
 
@@ -200,6 +221,7 @@ def test_a_crowd_with_a_draft_model_and_little_memory_gets_what_each_gets_alone(
         drafter=SuffixDrafter() if data.draw(st.booleans()) else None,
         budget=data.draw(st.integers(4, 40)),
         catch_up_tokens=data.draw(st.integers(1, 40)),
+        read_tokens=data.draw(st.integers(1, 40)),
         caching=data.draw(st.booleans()),
     )
     wanted = {}
@@ -237,6 +259,62 @@ def test_a_long_prompt_is_caught_up_with_over_several_steps_and_drafted_for_then
     assert of_long[:3] == [0, 0, 0]
     assert of_long[4:] == [3, 3, 3, 3]
     assert min(max(each) for each in proposed) == 3
+
+
+def test_long_prompts_are_translated_a_bounded_part_at_a_step():
+    """All together; and only then is anything of them computed."""
+    translation = Heard()
+    engine, *_ = engine_with_draft_model(
+        budget=200, read_tokens=12, max_model_len=200, translation=translation, num_pages=400
+    )
+    for number in range(3):
+        engine.submit(request(f"long {number}", range(number, 45), max_tokens=60, ignore_eos=True))
+    engine.submit(request("short", [1, 2, 3], max_tokens=150, ignore_eos=True))
+    proposed = []
+    for _ in range(30):
+        del translation.told[:]
+        engine.step()
+        far = [count for count in translation.told if count > 8]
+        assert sum(far) <= 12
+        outputs = engine.last_output.step.outputs
+        proposed.append({o.scheduled.sequence.request.request_id: o.num_draft_tokens for o in outputs})
+    assert all(each["short"] == 3 for each in proposed[2:])
+    assert proposed[2]["long 0"] == 0
+    assert set(proposed[-1].values()) == {3}
+    drain(engine)
+
+
+class Thrifty(AlwaysDrafting):
+    """Nothing longer is worth reading."""
+
+    def __init__(self, most_tokens):
+        self.most_tokens = most_tokens
+
+    def worth_catching_up(self, sequence, num_tokens):
+        return num_tokens <= self.most_tokens
+
+
+def test_a_prompt_that_is_not_worth_drafting_for_is_not_even_translated():
+    translation = Heard()
+    engine, draft, _ = engine_with_draft_model(budget=200, drafting=Thrifty(30), translation=translation)
+    answers_of(engine, [request("r", range(45), max_tokens=20, ignore_eos=True)])
+    assert not translation.told
+    assert not draft.batches
+
+
+def test_a_prompt_whose_beginning_is_cached_counts_as_short():
+    """What was computed for an earlier request need not be again, so drafting is soon worth its while."""
+    translation, drafting = Heard(), Thrifty(100)
+    engine, draft, _ = engine_with_draft_model(
+        budget=200, drafting=drafting, translation=translation, catch_up_tokens=100
+    )
+    answers_of(engine, [request("first", range(45), max_tokens=20, ignore_eos=True)])
+    drafting.most_tokens = 10
+    del translation.told[:], draft.batches[:]
+    answer = answers_of(engine, [request("again", range(45), max_tokens=20, ignore_eos=True)])["again", 0]
+    assert translation.told[0] == 45
+    assert len(draft.batches[0].token_ids) <= 10
+    assert answer.last.metrics.accepted_tokens > 0
 
 
 def test_a_draft_model_reads_on_at_every_step_though_no_draft_comes_of_it():

@@ -31,9 +31,7 @@ class DraftTokens:
 
     def first(self, count: int) -> "DraftTokens":
         """The first ``count`` of them."""
-        return DraftTokens(
-            self.source, self.token_ids[:count], self.confidences[:count], is_reading=self.is_reading
-        )
+        return DraftTokens(self.source, self.token_ids[:count], self.confidences[:count], is_reading=self.is_reading)
 
 
 NOTHING = DraftTokens("none", np.empty(0, np.int32), np.empty(0, np.float32))

@@ -58,11 +58,24 @@ class DraftReader:
         """Tokens that have no KV yet; at least one where there is any token."""
         return len(self.text.draft_token_ids) - len(self.written)
 
-    def catch_up(self) -> None:
-        """Read the tokens that came since, and keep of what is written as much as still stands."""
+    @property
+    def num_unread(self) -> int:
+        """Of the target's tokens, those that it was not told yet."""
+        return len(self.sequence.token_ids) - self.num_read
+
+    @property
+    def num_lacking(self) -> int:
+        """About how many tokens are to be computed before it drafts, as far as that is known before it has read all.
+
+        Of what the target found in the cache the draft model's own will mostly be found too.
+        """
+        return len(self.sequence.token_ids) - max(len(self.written), self.sequence.num_cached_tokens)
+
+    def read(self, count: int) -> None:
+        """Take the next ``count`` of the target's tokens, and keep of what is written as much as still stands."""
         known = len(self.text.draft_token_ids)
-        stands = self.text.extend(self.sequence.token_ids[self.num_read :])
-        self.num_read = len(self.sequence.token_ids)
+        stands = self.text.extend(self.sequence.token_ids[self.num_read : self.num_read + count])
+        self.num_read += count
         token_ids = self.text.draft_token_ids
         count = min(len(self.written), known, stands)
         while count < min(len(self.written), len(token_ids)) and self.written[count] == token_ids[count]:
