@@ -94,7 +94,7 @@ def plot(levels):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=None, help="as for helix serve; left out, the default model")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--tokens", type=int, default=64, help="tokens out of each request")
     parser.add_argument("--requests", type=int, default=16, help="requests of a level, at least")
     parser.add_argument("--seed", type=int, default=0)

@@ -26,7 +26,8 @@ CONTIGUOUS_SEQUENCES = 2
 PROMPT_TOKENS = [40, 75, 120, 260, 33, 510, 90, 180, 64, 300, 47, 820, 150, 222, 28, 410] * 2
 NEW_TOKENS = 128
 """Enough that all requests run at once for a while: a step computes a few hundred tokens of their prompts."""
-BYTES_PER_TOKEN = {"float32": 30 * 2 * 3 * 64 * 4, "bfloat16": 30 * 2 * 3 * 64 * 2}
+BYTES_PER_TOKEN = {"auto": 30 * 2 * 3 * (64 + 4), "float32": 30 * 2 * 3 * 64 * 4, "bfloat16": 30 * 2 * 3 * 64 * 2}
+"""Of keys and values of the default model; ``auto``: on a processor int8, with a scale a token and head."""
 
 
 def submit(host, number, length):
@@ -86,6 +87,7 @@ def main():
         running, _, preemptions = run(tight, 3 * len(PROMPT_TOKENS), advance)
     assert use, "the requests never ran all at once"
     results = {
+        "dtype": options.dtype,
         "use_median": statistics.median(use),
         "use_least": min(use),
         "use_steps": len(use),

@@ -27,8 +27,11 @@ CANDIDATES = {
     "file's weights": {"quantization": "auto", "kv_cache_dtype": "float32"},
     "int8 weights": {"quantization": "int8", "kv_cache_dtype": "float32"},
     "file's weights, int8 KV": {"quantization": "auto", "kv_cache_dtype": "int8"},
+    "int8 weights, int8 KV": {"quantization": "int8", "kv_cache_dtype": "int8"},
+    "int4 weights": {"quantization": "int4", "kv_cache_dtype": "float32"},
 }
-"""What `load_runner` is told; the first is the reference."""
+"""What `load_runner` is told; the first is the reference.  "file's weights, int8 KV" is the default for a GGUF, "int8 weights,
+int8 KV" for other files."""
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,7 @@ def main():
     in_engine_environment()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=None, help="as for helix serve; left out, the default model")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--dtype", default="float32", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--streams", type=int, action="append", help="may be given several times")
     parser.add_argument("--tokens", type=int, default=96, help="most tokens out of each request")
     parser.add_argument("--groups", type=int, default=5, help="pairs of runs in each cell")

@@ -189,7 +189,7 @@ def main():
     in_engine_environment()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=None, help="as for helix serve; left out, the default model")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--dtype", default="float32", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64, help="out of each sequence")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each case, in turn")

@@ -4,7 +4,8 @@ Helix runs as a library (`HelixEngine`) in this process, transformers as a loop 
 another, in a process of its own, so that their threads do not meet; the two in turn, in every repeat, greedily, on
 prompts of the same length.  All prompts of a level are there at its beginning: what a prompt of the loop waits for its
 turn counts to its first token, as it does for Helix's.  No prompt is used twice, so nothing is found in a cache, and
-speculation is off: what that brings `speculative_bench.py` tells.
+speculation is off: what that brings `speculative_bench.py` tells.  With dtype ``auto`` Helix computes as `helix serve` does
+by default, on a processor with quantised weights, keys and values; transformers, which has no such thing, in float32.
 """
 
 import argparse
@@ -116,7 +117,8 @@ def figures(runs):
 
 def measure(dtype, options):
     dice = random.Random(options.seed)
-    peer = Peer(options.model, dtype)
+    peer_dtype = "float32" if dtype == "auto" else dtype
+    peer = Peer(options.model, peer_dtype)
     helix, loop = {streams: [] for streams in STREAMS}, {streams: [] for streams in PEER_STREAMS}
     with HelixEngine(options.model, dtype=dtype, kv_cache_memory_bytes=2 << 30, speculation="off") as engine:
         helix_times(engine, 4, 8, dice)
@@ -129,6 +131,7 @@ def measure(dtype, options):
     peer.close()
     return {
         "dtype": dtype,
+        "transformers_dtype": peer_dtype,
         "transformers_threads": peer.threads,
         "helix": {streams: figures(runs) for streams, runs in helix.items()},
         "transformers": {streams: figures(runs) for streams, runs in loop.items()},
@@ -176,13 +179,13 @@ def plot(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=None, help="as for helix serve; left out, the default model")
-    parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"])
+    parser.add_argument("--dtype", action="append", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--tokens", type=int, default=64, help="tokens out of each stream")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=report.RESULTS)
     options = parser.parse_args()
-    results = [measure(dtype, options) for dtype in options.dtype or ["float32", "bfloat16"]]
+    results = [measure(dtype, options) for dtype in options.dtype or ["auto", "float32", "bfloat16"]]
     show(results)
     report.save("throughput", {"results": results, "tokens": options.tokens}, plot(results), folder=options.out)
 

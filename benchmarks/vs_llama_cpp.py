@@ -69,8 +69,8 @@ HELIX = [
     for name, flags in (
         ("float32", ("--dtype", "float32")),
         ("bfloat16", ("--dtype", "bfloat16")),
-        ("int8", ("--quantization", "int8")),
-        ("Q4_1", ("--quantization", "auto")),
+        ("int8, KV int8", ("--quantization", "int8", "--kv-cache-dtype", "int8")),
+        ("Q4_1, KV float32", ("--quantization", "auto", "--kv-cache-dtype", "float32")),
         ("Q4_1, KV int8", ("--quantization", "auto", "--kv-cache-dtype", "int8")),
     )
     for speculation in ("off", "auto")

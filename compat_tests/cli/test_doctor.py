@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from helix_gateway.cli.doctor import checks, examination
 from helix_gateway.cli.main import app
+from helix_gateway.runtime.cpu.compile_cache import use_compile_cache
 from helix_gateway.runtime.hardware import Gpu, Hardware, inspect_hardware
 from helix_gateway.service.findings import Finding
 from helix_gateway.service.self_test import SMOLLM2_ANSWER, SMOLLM2_PROMPT, TINY_ANSWER, TINY_PROMPT
@@ -43,6 +44,7 @@ def greedy(path, prompt_ids, new_tokens):
 
 
 def test_a_machine_without_the_default_model_is_examined_with_a_tiny_one(tmp_path):
+    use_compile_cache()  # where other tests' kernels are, since the folder named next has none
     environment = {**os.environ, "HELIX_CACHE": str(tmp_path)}
     command = [sys.executable, "-m", "helix_gateway", "doctor", "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)

@@ -12,6 +12,8 @@ from gguf import GGMLQuantizationType as Kind
 from helix_gateway.core.errors import ModelLoadError
 from helix_gateway.runtime.checkpoints.gguf_file import GGUFFile, TensorInfo
 from helix_gateway.runtime.checkpoints.gguf_tensors import read_tensor
+from helix_gateway.runtime.cpu.quantised_weights import Int4Weight, Int8Weight
+from helix_gateway.runtime.factory import load_runner
 from helix_gateway.runtime.loading import load_model, model_config, resolve_dtype
 
 CPU = torch.device("cpu")
@@ -248,6 +250,33 @@ def test_the_dtype_is_float32_unless_the_file_is_bfloat16(kind, auto, tmp_path):
     rounded = load_model(path, device=CPU, dtype=torch.bfloat16)
     exact = load_model(path, device=CPU, dtype=torch.float32)
     assert all(torch.equal(value, exact.get_parameter(name).bfloat16()) for name, value in rounded.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "kind, weights",
+    [
+        (Kind.Q4_0, Int4Weight),
+        (Kind.Q4_1, Int4Weight),
+        (Kind.Q8_0, Int8Weight),
+        (Kind.Q5_0, Int8Weight),
+        (Kind.Q5_1, Int8Weight),
+        (Kind.F16, Int8Weight),
+        (Kind.BF16, Int8Weight),
+        (Kind.F32, Int8Weight),
+    ],
+)
+def test_served_by_default_blocks_stay_what_they_are_and_other_kinds_become_int8(kind, weights, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", "llama", make_model("Llama"), kind=kind)
+    runner = load_runner(path, device="cpu", max_tokens_in_use=100).runner
+    exact = load_model(path, device=CPU, dtype=torch.float32).model.layers[1].mlp.down_proj.weight
+    served = runner._model.model.layers[1].mlp.down_proj.weight_tiles
+    assert type(served) is weights
+    assert runner._pages.arena.layout.dtype == torch.int8
+    groups = exact.view(len(exact), -1, 32)
+    step = groups.abs().amax(2, keepdim=True) / 127
+    off = (served.unpacked().view_as(groups) - groups).abs()
+    kept = kind in (Kind.Q4_0, Kind.Q4_1, Kind.Q8_0)
+    assert (off <= (0 if kept else 0.6 * step)).all()
 
 
 @pytest.mark.parametrize("kind", sorted(gguf.quants._type_traits, key=lambda kind: kind.name))

@@ -101,7 +101,8 @@ async def test_nobody_is_served_once_it_is_closed(smollm2_path, tokenizer):
 def test_a_small_cache_lowers_the_context_and_still_finishes_everybody(smollm2_path, tokenizer):
     """A pool of 1.2 contexts, sixteen requests."""
     context = 256
-    token_bytes = 30 * 2 * 3 * 64 * 4
+    # Keys and values of 64 bytes and a scale of four each, in 30 layers of three heads.
+    token_bytes = 30 * 3 * 2 * (64 + 4)
     service = InProcessService(
         EngineSettings(
             model_path=smollm2_path, max_model_len=context, kv_cache_memory_bytes=int(1.2 * context * token_bytes)

@@ -126,9 +126,13 @@ class ServeSettings(BaseModel):
         metavar="NAME",
         unset="the model's own name",
     )
-    dtype: DTypeName = _setting(_ENGINE.dtype, "What weights are computed in.")
+    dtype: DTypeName = _setting(
+        _ENGINE.dtype,
+        "What weights are computed in; auto takes the fastest: on a CPU what --quantization says, else the file's own.",
+    )
     quantization: QuantizationName = _setting(
-        _ENGINE.quantization, "What weights become on a CPU; auto keeps a file's own blocks, else takes int8."
+        _ENGINE.quantization,
+        "What weights become on a CPU; auto keeps a GGUF's blocks, else takes int8, unless --dtype asks for another.",
     )
     device: DeviceName = _setting(_ENGINE.device, "Where to compute; auto takes the best there is.")
     max_model_len: int | None = _setting(
@@ -150,7 +154,8 @@ class ServeSettings(BaseModel):
         ge=1,
     )
     kv_cache_dtype: KVDTypeName = _setting(
-        _ENGINE.kv_cache_dtype, "What keys and values are stored in; auto takes what weights are computed in."
+        _ENGINE.kv_cache_dtype,
+        "What keys and values are stored in; auto takes what --dtype asks for, else int8 beside quantised weights.",
     )
     enable_prefix_caching: bool = _setting(
         _ENGINE.enable_prefix_caching, "Find the KV of prompts that begin alike instead of computing it again."

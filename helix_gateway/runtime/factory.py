@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict
 
+import structlog
 import torch
 from typing_extensions import Required, Unpack
 
@@ -17,7 +18,7 @@ from helix_gateway.runtime.heap import return_freed_blocks, returning_freed_memo
 from helix_gateway.runtime.kv_format import kv_dtype
 from helix_gateway.runtime.loading import load_model, resolve_dtype
 from helix_gateway.runtime.pool import make_runners
-from helix_gateway.runtime.promises import Promises
+from helix_gateway.runtime.promises import NotQuantisableError, Promises
 from helix_gateway.runtime.remembered import (
     NothingRemembered,
     Remembered,
@@ -30,7 +31,10 @@ from helix_gateway.runtime.runner import TransformersRunner
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+log = structlog.get_logger(__name__)
+
 QuantizationName: TypeAlias = Literal["auto", "int8", "int4", "none"]
+Quantisation: TypeAlias = Literal["file", "int8", "int4"]
 
 _KV_SHARE = 0.5
 """Of the memory that is free once the weights are there; the rest is for activations and for everybody else."""
@@ -56,9 +60,10 @@ class LoadOptions(TypedDict, total=False):
     dtype: str
     """As `resolve_dtype` takes it; by default "auto", for each model by itself."""
     quantization: QuantizationName
-    """"none" by default: weights are computed with in their dtype; else as `resolve_quantisation` takes it."""
+    """As `resolve_quantisation` takes it; "auto" by default."""
     kv_cache_dtype: str
-    """As `kv_format.kv_dtype` takes it; by default "auto", that of the target's weights."""
+    """As `kv_format.kv_dtype` takes it; by default "auto": the dtype that is asked for; where none is, int8 beside
+    quantised weights of the target, and its weights' own dtype beside others."""
     block_size: int
     """Tokens of the target's largest KV group in a page; 16 by default."""
     kv_cache_memory_bytes: int | None
@@ -85,18 +90,21 @@ def load_runners(paths: Sequence[str], **options: Unpack[LoadOptions]) -> list[L
     """
     where = get_device(options.get("device", "auto"))
     dtype = options.get("dtype", "auto")
-    quantisation = resolve_quantisation(where, dtype, options.get("quantization", "none"))
-    # What is rounded to int8 is float32 before and after.
-    dtypes = [torch.float32 if quantisation else resolve_dtype(path, dtype) for path in paths]
-    stored = kv_dtype(options.get("kv_cache_dtype", "auto"), dtypes[0])
+    requested = options.get("quantization", "auto")
+    quantisation = resolve_quantisation(where, dtype, requested)
+    stored = kv_dtype(options.get("kv_cache_dtype", "auto"))
     if where.type == "cpu":
         # torch's own team of threads, spinning beside ours, makes a product of 50 µs take 8 ms; it is not even started.
         torch.set_num_threads(1)
     with returning_freed_memory():
         if quantisation is None:
-            models = [_load_packed(path, where, own) for path, own in zip(paths, dtypes, strict=True)]
+            loaded = [_load_packed(path, where, resolve_dtype(path, dtype)) for path in paths]
+        elif requested == "auto":
+            loaded = [_load_quantised_or_packed(path, where, quantisation) for path in paths]
         else:
-            models = [_load_quantised(path, where, quantisation) for path in paths]
+            loaded = [_load_quantised(path, where, quantisation) for path in paths]
+        models = [each.model for each in loaded]
+        stored = stored or _kv_beside(loaded[0], dtype)
         asked = options.get("kv_cache_memory_bytes")
         memory = asked or int(free_memory_bytes(where) * _KV_SHARE)
         try:
@@ -117,9 +125,7 @@ def load_runners(paths: Sequence[str], **options: Unpack[LoadOptions]) -> list[L
     return [LoadedRunner(runner, runner.context_length, step_tokens) for runner in runners]
 
 
-def resolve_quantisation(
-    device: torch.device, dtype: str, requested: QuantizationName
-) -> Literal["file", "int8", "int4"] | None:
+def resolve_quantisation(device: torch.device, dtype: str, requested: QuantizationName) -> Quantisation | None:
     """How weights are quantised, None where they are not.
 
     ``auto`` quantises on a CPU, where no dtype is asked for: a GGUF's own blocks where there are kernels for them,
@@ -139,25 +145,47 @@ def resolve_quantisation(
     return requested
 
 
-def _load_quantised(
-    path: str, device: torch.device, quantisation: Literal["file", "int8", "int4"]
-) -> "PreTrainedModel":
+@dataclass(frozen=True, slots=True)
+class _LoadedModel:
+    model: "PreTrainedModel"
+    dtype: torch.dtype
+    """What it computes in."""
+    is_quantised: bool
+
+
+def _kv_beside(target: _LoadedModel, dtype: str) -> torch.dtype:
+    """What keys and values are stored in where nobody says so; a dtype that was asked for is meant for them too."""
+    return torch.int8 if target.is_quantised and dtype == "auto" else target.dtype
+
+
+def _load_quantised_or_packed(path: str, device: torch.device, quantisation: Quantisation) -> _LoadedModel:
+    """Quantised where that can be, since nobody asked for it by name; else as its file has it, and said so."""
+    try:
+        return _load_quantised(path, device, quantisation)
+    except NotQuantisableError as error:
+        log.warning("not_quantised", model=path, reason=str(error))
+        return _load_packed(path, device, resolve_dtype(path, "auto"))
+
+
+def _load_quantised(path: str, device: torch.device, quantisation: Quantisation) -> _LoadedModel:
     from helix_gateway.runtime.cpu.quantising import quantise_model
 
     def quantise(model: "PreTrainedModel", promises: Promises) -> None:
         quantise_model(model, quantisation, promises)
 
-    return load_model(path, device=device, dtype=torch.float32, quantise=quantise)
+    # What is rounded to int8 is float32 before and after.
+    model = load_model(path, device=device, dtype=torch.float32, quantise=quantise)
+    return _LoadedModel(model, torch.float32, is_quantised=True)
 
 
-def _load_packed(path: str, device: torch.device, dtype: torch.dtype) -> "PreTrainedModel":
+def _load_packed(path: str, device: torch.device, dtype: torch.dtype) -> _LoadedModel:
     model = load_model(path, device=device, dtype=dtype)
     if device.type == "cpu":
         from helix_gateway.runtime.cpu.linear import pack_linears
 
         return_freed_blocks()
         pack_linears(model)
-    return model
+    return _LoadedModel(model, dtype, is_quantised=False)
 
 
 def _remembered(

@@ -21,14 +21,14 @@ TOP = 127
 _NAMES = {"int8": torch.int8, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def kv_dtype(name: str, weights: torch.dtype) -> torch.dtype:
-    """The dtype of keys and values: ``"auto"`` is that of the weights.
+def kv_dtype(name: str) -> torch.dtype | None:
+    """The dtype of keys and values that is asked for, None for ``"auto"``.
 
     Raises:
         ModelLoadError: there is none of that name.
     """
     if name == "auto":
-        return weights
+        return None
     if name not in _NAMES:
         raise ModelLoadError(f"There is no KV cache dtype {name!r} here: use auto, {', '.join(_NAMES)}.")
     return _NAMES[name]

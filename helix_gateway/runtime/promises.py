@@ -11,6 +11,10 @@ from helix_gateway.core.errors import ModelLoadError
 from helix_gateway.runtime.checkpoints.protocol import StoredTensor
 
 
+class NotQuantisableError(ModelLoadError):
+    """A model's matrices cannot be read one by one; it can be served unquantised."""
+
+
 class Promises:
     """The matrices that one model's parameters only stand for, in float32."""
 
@@ -32,11 +36,11 @@ class Promises:
         """Make sure that nobody has computed with what only stands for a matrix.
 
         Raises:
-            ModelLoadError: somebody has, so that numbers without meaning may be in the model.
+            NotQuantisableError: somebody has, so that numbers without meaning may be in the model.
         """
         there = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         if not self._stored.keys() <= there:
-            raise ModelLoadError(
+            raise NotQuantisableError(
                 f"{type(model).__name__} cannot be quantised: transformers rearranges its weights as they are loaded. "
                 "Load it with --quantization none."
             )

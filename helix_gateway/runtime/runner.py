@@ -149,6 +149,10 @@ class TransformersRunner:
         What agreed at an earlier start, and still answers bit by bit as it did then, agrees.
         """
         step = find_llama_step(self._model, self._pages.attention, self._rotary)
+        if step is None:
+            log.info(
+                "no_compiled_step", model=type(self._model).__name__, served_by="transformers' modules, more slowly"
+            )
         steps = self._trial_steps()
         if step is not None and self._answers_as_before(step, steps):
             return

@@ -26,10 +26,10 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     model_path: str
     """A GGUF file, or a folder in Hugging Face layout: always local, whatever the user named."""
     dtype: DTypeName = "auto"
-    quantization: QuantizationName = "none"
+    quantization: QuantizationName = "auto"
     """What a CPU holds weights in; "auto": a file's own blocks, else int8, where no dtype is asked for."""
     kv_cache_dtype: KVDTypeName = "auto"
-    """auto: what weights are computed in."""
+    """auto: the dtype that is asked for; where none is, int8 beside quantised weights, else what weights are computed in."""
     device: DeviceName = "auto"
     max_model_len: int | None = None
     """None: the model's own context length, or what the pool holds if that is less."""

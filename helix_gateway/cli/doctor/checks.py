@@ -14,7 +14,7 @@ from helix_gateway.service.findings import Finding
 
 _GB = 10**9
 LEAST_MEMORY_BYTES = 2 * _GB
-"""What the default model takes in float32, its cache included."""
+"""What the default model takes, even in float32, its cache included."""
 LEAST_DISK_BYTES = _GB // 2
 _TORCH_BUILDS = {"nvidia": "CUDA", "amd": "ROCm (on Windows: DirectML)"}
 
@@ -55,7 +55,7 @@ def check_memory(hardware: Hardware) -> Finding:
     said = f"{_gb(hardware.available_bytes)} of {_gb(hardware.memory_bytes)} could be had"
     if hardware.available_bytes >= LEAST_MEMORY_BYTES:
         return Finding("memory", "ok", said)
-    advice = "End other programs, or serve with --dtype bfloat16 and a small --kv-cache-memory such as 256MiB."
+    advice = "End other programs, or serve with a small --kv-cache-memory such as 256MiB."
     return Finding("memory", "warning", said, advice)
 
 
