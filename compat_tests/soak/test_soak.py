@@ -20,7 +20,8 @@ GROWTH = deeply(0.05, 0.02)
 
 @pytest.mark.timeout(SECONDS + 300)
 def test_a_server_that_everybody_mistreats_serves_on(tmp_path):
-    server = start_server(save_tiny_model(tmp_path), "--kv-cache-memory", "1MiB", "--log-level", "warning")
+    # 2,048 tokens: 2 layers of 2 heads, keys and values of 16 bytes and a scale each.
+    server = start_server(save_tiny_model(tmp_path), "--kv-cache-memory", "320KiB", "--log-level", "warning")
     try:
         report = asyncio.run(Soak(server, seconds=SECONDS, kill_at=KILL_AT).run())
     finally:
