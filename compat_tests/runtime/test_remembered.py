@@ -98,7 +98,7 @@ def test_whatever_could_change_the_verdict_has_it_made_anew(cache, folder, check
     assert not is_checked_anew(checks, lambda: load(folder))
 
 
-@pytest.mark.parametrize("options", [{"quantization": "int4"}, {"kv_cache_dtype": "int8"}, {"block_size": 8}])
+@pytest.mark.parametrize("options", [{"quantization": "int4"}, {"kv_cache_dtype": "float32"}, {"block_size": 8}])
 def test_other_settings_have_verdicts_of_their_own(cache, folder, checks, options):
     load(folder)
     assert is_checked_anew(checks, lambda: load(folder, **options))
