@@ -34,7 +34,7 @@ def run_gateway(model):
     from helix_gateway.gateway.app import create_app
     from helix_gateway.gateway.server import bind, run
     from helix_gateway.gateway.settings import GatewaySettings
-    from helix_gateway.service import process
+    from helix_gateway.service import launch, process
     from helix_gateway.service.observer import EngineObserver
     from helix_gateway.service.settings import EngineSettings
     from helix_gateway.telemetry.logging import configure_logging
@@ -43,7 +43,7 @@ def run_gateway(model):
     from helix_gateway.text.tokenizer import Tokenizer
 
     configure_logging(LogSettings())
-    process.ENGINE_COMMAND = (sys.executable, str(HERE / "fake_engine.py"))
+    launch.ENGINE_COMMAND = (sys.executable, str(HERE / "fake_engine.py"))
     settings = EngineSettings(model_path=model)
     metrics = Metrics()
     service = process.ProcessService(settings, Tokenizer.load(model), EngineObserver(metrics, "fake"))

@@ -73,8 +73,9 @@ class EngineObserver:
     def _take_metrics(self, metrics: SequenceMetrics, finish_reason: str | None) -> None:
         if finish_reason in ("stop", "length") and metrics.total_time_s is not None:
             self._observe(catalogue.E2E_LATENCY, metrics.total_time_s)
-        steps = np.unique(metrics.token_times_s)
-        self._metrics.histogram(catalogue.INTER_TOKEN_LATENCY).observe(self._labels, np.diff(steps))
+        gaps = np.diff(np.sort(metrics.token_times_s))
+        # Tokens of one step came at once.
+        self._metrics.histogram(catalogue.INTER_TOKEN_LATENCY).observe(self._labels, gaps[gaps > 0])
 
     def _observe(self, definition: catalogue.Definition, value: float) -> None:
         self._metrics.histogram(definition).observe_one(self._labels, value)

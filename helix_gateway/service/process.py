@@ -6,6 +6,8 @@ end with an error, and later ones are refused until a new engine is ready; the g
 
 import asyncio
 import contextlib
+import time
+from collections.abc import Callable
 
 import msgspec
 import psutil
@@ -115,10 +117,7 @@ class ProcessService(EngineClient):
         if link is None:
             return
         try:
-            while True:
-                self._receive(await link.reply(self._heartbeat_timeout_s))
-                # A reply that is there already is had without waiting: let those read who wait for it.
-                await asyncio.sleep(0)
+            await link.listen(self._receive, self._heartbeat_timeout_s)
         except Exception as gone:  # noqa: BLE001 - an engine whose replies make no sense is as good as gone
             log.error("engine_gone", reason=str(gone), kind=type(gone).__name__, requests=len(self._in_flight))
         self._link = None
@@ -153,6 +152,8 @@ class _EngineLink:
         self._replies = replies
         self._endpoints = endpoints
         self._ended = asyncio.ensure_future(process.wait())
+        self._heard_s = 0.0
+        """When the last reply came, on `time.monotonic`."""
 
     def send(self, command: Command) -> bool:
         """Pass a command on, without waiting; False if that is not possible."""
@@ -177,12 +178,39 @@ class _EngineLink:
         assert isinstance(reply, Ready), reply
         return reply
 
-    async def reply(self, timeout_s: float) -> Reply:
-        """The next reply.  Raises EngineGone."""
-        reply = await self._next(timeout_s)
-        if reply is None:
-            raise EngineGone(f"it has said nothing for {timeout_s:.0f} s")
-        return reply
+    async def listen(self, take: Callable[[Reply], None], silence_s: float) -> None:
+        """Give every reply to ``take``.
+
+        A task of its own does so and nothing else: what is looked after beside it (an end, a silence) then costs no
+        turn of the loop between a reply's arrival and its reader.
+
+        Raises:
+            EngineGone: it ended, or has said nothing for ``silence_s``.
+        """
+        self._heard_s = time.monotonic()
+        passing = asyncio.ensure_future(self._pass_on(take))
+        try:
+            while True:
+                left_s = max(0.0, self._heard_s + silence_s - time.monotonic())
+                await asyncio.wait({passing, self._ended}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+                if passing.done():
+                    passing.result()
+                if await self._replies.poll(0):  # whatever has come is passed on first
+                    await asyncio.sleep(0)
+                elif self._ended.done():
+                    raise EngineGone(_how_it_ended(self._ended.result()))
+                elif time.monotonic() - self._heard_s >= silence_s:
+                    raise EngineGone(f"it has said nothing for {silence_s:.0f} s")
+        finally:
+            passing.cancel()
+            await asyncio.gather(passing, return_exceptions=True)
+
+    async def _pass_on(self, take: Callable[[Reply], None]) -> None:
+        while True:
+            take(reply_decoder.decode(await self._replies.recv()))
+            self._heard_s = time.monotonic()
+            # A reply that is there already is had without waiting: let those read who wait for it.
+            await asyncio.sleep(0)
 
     async def _next(self, timeout_s: float) -> Reply | None:
         """The next reply; None where none comes in time.  Raises EngineGone where none will ever come."""

@@ -53,6 +53,7 @@ async def end(*tasks: "asyncio.Future[Any] | None") -> None:
     for task in tasks:
         if task is not None:
             task.cancel()
-            await asyncio.wait({task})
+            if not task.done():
+                await asyncio.wait({task})
             if not task.cancelled():
                 task.exception()  # looked at, so that asyncio does not report it as lost
