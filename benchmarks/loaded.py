@@ -26,3 +26,14 @@ def load(model, dtype, kv_cache_memory_bytes):
     path = resolve(model)
     loaded = load_runner(path, dtype=dtype, kv_cache_memory_bytes=kv_cache_memory_bytes, max_tokens_in_use=10**6)
     return Tokenizer.load(path), loaded.runner
+
+
+def load_with_draft(model, draft_path, kv_cache_memory_bytes, **how):
+    """The tokenizer, the loaded target and the loaded draft model over one pool; None for a draft where no path is."""
+    from helix_gateway.runtime.factory import load_runners
+    from helix_gateway.text.tokenizer import Tokenizer
+
+    path = resolve(model)
+    paths = [path] if draft_path is None else [path, draft_path]
+    target, *drafts = load_runners(paths, kv_cache_memory_bytes=kv_cache_memory_bytes, max_tokens_in_use=10**6, **how)
+    return Tokenizer.load(path), target, drafts[0] if drafts else None

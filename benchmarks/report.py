@@ -102,8 +102,12 @@ def save(
     *,
     folder: Path = RESULTS,
     size: tuple[float, float] = (7, 4.5),
+    facets: tuple[int, int] = (1, 1),
 ) -> None:
-    """Write ``name.json``, and ``name.png``, ``size`` in inches, as ``plot`` draws it on matplotlib's axes."""
+    """Write ``name.json``, and ``name.png``, ``size`` in inches, as ``plot`` draws it on matplotlib's axes.
+
+    Of several ``facets`` (rows, columns) ``plot`` gets the array.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "benchmark": name,
@@ -117,6 +121,6 @@ def save(
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=size)
-        plot(figure.subplots())
+        plot(figure.subplots(*facets))
         figure.tight_layout()
         figure.savefig(folder / f"{name}.png", dpi=110)

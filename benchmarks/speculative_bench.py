@@ -1,27 +1,47 @@
-"""What speculation brings: output tokens a second with it over without it, by kind of text and by load.
+"""What speculation brings: output tokens a second with it over without it, by drafter, kind of text and load.
 
 Spec-Bench's six categories, edits (a file is to be written again with a name changed, so most of the answer is a copy),
-and the same edits with a right ``prediction``.  One model, two engines over it in turn, the same prompts in both, so
-that a ratio is of neighbours in time; no prefix cache, so every prompt is new.  Greedy answers must be the same token
-for token, and the benchmark ends if they are not.  Intervals are bootstrapped over pairs.
+and the same edits with a right ``prediction``.  Drafters: ``auto`` (all there are), ``suffix`` and ``model`` each alone, the
+latter the target's weights rounded to 4 bits, made anew where none is named.  One model, an engine for each drafter and
+one without over it in turn, the same prompts in all, so that a ratio is of neighbours in time.  The target's prompts are
+cached, since only steps that do nothing but decode count; a draft model's are not, and what it reads counts.  What is
+learned of costs and acceptance is kept from group to group, as a server keeps it; earlier answers are not.  Greedy
+answers must be the same token for token, and the benchmark ends if they are not.  Intervals are Student's, over groups.
 """
 
 import argparse
 import ast
 import inspect
 import json
+import math
 import random
 import statistics
+import subprocess
+import sys
+import tempfile
 import textwrap
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
 import report
-from loaded import in_engine_environment, load
+from loaded import in_engine_environment, load_with_draft
 
 DATA = Path(__file__).resolve().parent / "data" / "spec_bench_dev.jsonl"
+MAKE_DRAFT_MODELS = Path(__file__).resolve().parent.parent / "scripts" / "make_draft_models.py"
 CONCURRENCY = (1, 4, 16, 64)
+DRAFTERS = ("auto", "suffix", "model")
+GROUPS = {1: 4}
+TOKENS = {1: 40, 4: 40, 16: 32, 64: 20}
+"""By streams, so that all of it takes minutes; otherwise:"""
+FEWEST_GROUPS, FEWEST_TOKENS = 3, 32
+FEWEST_PREDICTED_TOKENS = 64
+"""The first 33 may come with the prompt's own step, which does not count."""
+MOST_PROMPTS = 24
+"""Of a category; many streams share them."""
+POOL_BYTES = 3 << 30
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+"""Its 97.5 % quantiles by degrees of freedom, from 1; with more the last is taken, which is too wide by a little."""
 EDITS, PREDICTED = "edits", "edits with prediction"
 
 
@@ -50,40 +70,100 @@ def spec_bench(count, dice):
     return {name: dice.sample(conversations, count) for name, conversations in categories.items()}
 
 
+class Draft:
+    """A draft model's runner, what its forwards cost, and its context."""
+
+    def __init__(self, loaded):
+        from helix_gateway.engine.step_costs import measure_costs
+
+        self.runner, self.context_length = loaded.runner, loaded.context_length
+        self.costs = measure_costs(self.runner, PROFILED)
+
+
+PROFILED = (1, 2, 4, 8, 12, 16, 32, 64, 128, 256)
+
+
+def fresh(costs):
+    """Costs as they were measured, with nothing learned since."""
+    from helix_gateway.engine.step_costs import StepCosts
+
+    return StepCosts(dict(zip(costs.rows.astype(int).tolist(), costs.seconds.tolist(), strict=True)))
+
+
+class Policies:
+    """What one drafter's engines learn, one after the other."""
+
+    def __init__(self, bench, name):
+        from helix_gateway.engine.acceptance import AcceptanceModel
+        from helix_gateway.engine.depth import AdaptiveDepth
+        from helix_gateway.engine.drafting import AdaptiveDrafting
+
+        acceptance, costs = AcceptanceModel(), fresh(bench.costs)
+        self.draft = bench.draft if name != "suffix" else None
+        self.reads_text = name != "model"
+        self.depth = AdaptiveDepth(costs, max_depth=32, acceptance=acceptance)
+        self.drafting = self.draft and AdaptiveDrafting(costs, fresh(self.draft.costs), acceptance)
+
+
 class Bench:
     """One loaded model, and engines over it that differ in how they draft."""
 
-    def __init__(self, options):
+    def __init__(self, options, draft_path):
         from helix_gateway.engine.step_costs import measure_costs
 
         self.options = options
-        self.tokenizer, self.runner = load(options.model, options.dtype, kv_cache_memory_bytes=2 << 30)
-        self.costs = measure_costs(self.runner, (1, 2, 4, 8, 12, 16, 32, 64))
+        how = {"dtype": options.dtype} if options.quantization == "none" else {"quantization": options.quantization}
+        self.tokenizer, target, draft = load_with_draft(
+            options.model, draft_path, kv_cache_memory_bytes=POOL_BYTES, **how
+        )
+        self.runner = target.runner
+        self.costs = measure_costs(self.runner, PROFILED)
+        self.draft = draft and Draft(draft)
+        self.drafters = [name for name in options.drafters if name != "model" or draft]
+        self.policies = {name: Policies(self, name) for name in self.drafters}
+        runners = [self.runner, *([self.draft.runner] if draft else [])]
+        self.cache = cold_for_drafts([group for runner in runners for group in runner.kv_groups], self.runner.num_pages)
 
-    def engine(self, drafting):
-        from helix_gateway.engine.depth import AdaptiveDepth
-        from helix_gateway.engine.drafters.suffix import SuffixDrafter
+    def engine(self, name):
+        """An engine with a drafter, or without for ``off``."""
         from helix_gateway.engine.engine import Engine, EngineLimits
-        from helix_gateway.engine.step_costs import StepCosts
 
         limits = EngineLimits(max_model_len=8192, max_num_seqs=64, max_num_batched_tokens=256, max_queue_len=1000)
-        known = dict(zip(self.costs.rows.astype(int).tolist(), self.costs.seconds.tolist(), strict=True))
-        speculation = (
-            {"drafter": SuffixDrafter(), "depth_policy": AdaptiveDepth(StepCosts(known), max_depth=32)}
-            if drafting
-            else {}
+        return Engine(
+            self.runner,
+            limits,
+            eos_token_ids=frozenset(self.tokenizer.eos_token_ids),
+            cache=self.cache,
+            **({} if name == "off" else self.speculation(self.policies[name])),
         )
-        eos = frozenset(self.tokenizer.eos_token_ids)
-        return Engine(self.runner, limits, eos_token_ids=eos, enable_prefix_caching=False, **speculation)
 
-    def request(self, name, messages, prediction=()):
+    def speculation(self, policies):
+        from helix_gateway.engine.drafters.chain import CostlyDrafter
+        from helix_gateway.engine.drafters.model import ModelDrafter
+        from helix_gateway.engine.drafters.none import NoDrafter
+        from helix_gateway.engine.drafters.suffix import SuffixDrafter
+
+        free = SuffixDrafter() if policies.reads_text else NoDrafter()
+        chosen = {"drafter": free, "depth_policy": policies.depth}
+        if policies.draft:
+            drafter = ModelDrafter(
+                policies.draft.runner,
+                self.cache,
+                policies.drafting,
+                target_vocab_size=self.runner.vocab_size,
+                context_length=policies.draft.context_length,
+            )
+            chosen["costly_drafter"] = CostlyDrafter(drafter, policies.drafting)
+        return chosen
+
+    def request(self, name, messages, tokens, prediction=()):
         from helix_gateway.core.request import Request, SamplingParams
 
         text = self.tokenizer.render_chat(messages, add_generation_prompt=True)
         return Request(
             request_id=name,
             prompt_token_ids=self.tokenizer.encode(text, add_special_tokens=False),
-            sampling=SamplingParams(temperature=self.options.temperature, max_tokens=self.options.tokens, seed=1),
+            sampling=SamplingParams(temperature=self.options.temperature, max_tokens=tokens, seed=1),
             prediction_token_ids=list(prediction),
         )
 
@@ -114,6 +194,8 @@ class Bench:
                     running -= 1
                     drafted += event.metrics.draft_tokens
                     accepted += event.metrics.accepted_tokens
+        if not steps:
+            raise SystemExit("Every token came with a prompt: there is nothing to measure. Give more --tokens.")
         return answers, {
             "tokens_per_s": tokens / seconds,
             "tokens_per_step": tokens / steps / min(streams, len(requests)),
@@ -123,11 +205,25 @@ class Bench:
         }
 
 
-def interval(ratios, dice):
-    """95 % interval of the mean of the logarithms, as a ratio."""
-    logs = np.log(ratios)
-    means = [statistics.fmean(dice.choices(logs.tolist(), k=len(logs))) for _ in range(2000)]
-    return [float(np.exp(np.percentile(means, share))) for share in (2.5, 97.5)]
+def cold_for_drafts(groups, num_pages):
+    """A cache in which prompts of the target are found again, and those of a draft model are not."""
+    from helix_gateway.engine.kv_cache import PagedKVCache
+
+    class ColdForDrafts(PagedKVCache):
+        def add(self, sequence, token_ids, *, host=None, reuse=True, **options):
+            return super().add(sequence, token_ids, host=host, reuse=reuse and host is None, **options)
+
+    return ColdForDrafts(groups, num_pages)
+
+
+def interval(ratios):
+    """95 % interval of the mean of the logarithms, as a ratio; none of a single one."""
+    logs = [math.log(ratio) for ratio in ratios]
+    if len(logs) < 2:
+        return [0.0, math.inf]
+    reach = STUDENT[min(len(logs) - 2, len(STUDENT) - 1)] * statistics.stdev(logs) / math.sqrt(len(logs))
+    mean = statistics.fmean(logs)
+    return [math.exp(mean - reach), math.exp(mean + reach)]
 
 
 def bound(costs, off, on):
@@ -136,141 +232,225 @@ def bound(costs, off, on):
     return float(steps * costs.seconds_for(off["rows_per_step"]) / costs.seconds_for(on["rows_per_step"]))
 
 
-def measure(bench, name, groups, streams, dice):
-    """One cell: every group of prompts without and with speculation, one after the other, the first alternating."""
-    pairs, plain = [], {}
-    for number, group in enumerate(groups):
-        runs = {}
-        for drafting in (False, True) if number % 2 == 0 else (True, False):
-            if name == PREDICTED and not plain.get(number):
-                requests = [bench.request(f"{number}-{i}", messages) for i, messages in enumerate(group)]
-                plain[number], _ = bench.serve(bench.engine(drafting=False), requests, streams)
-            known = plain.get(number, {})
-            requests = [
-                bench.request(f"{number}-{i}", messages, known.get(f"{number}-{i}", ()))
-                for i, messages in enumerate(group)
-            ]
-            runs[drafting] = bench.serve(bench.engine(drafting), requests, streams)
-        if runs[False][0] != runs[True][0]:
-            raise SystemExit(f"{name}: speculation changed an answer")
-        pairs.append((runs[False][1], runs[True][1]))
-    ratios = [on["tokens_per_s"] / off["tokens_per_s"] for off, on in pairs]
+def turns(names, number):
+    """Each in every place equally often, since a machine may change while they run."""
+    first = number % len(names)
+    return [*names[first:], *names[:first]]
+
+
+def run_group(bench, name, number, group, streams, tokens, advance):
+    """What each drafter, and none, made of one group of prompts; answers are compared."""
+    made = {f"{number}-{i}": messages for i, messages in enumerate(group)}
+
+    def serve(drafter, known):
+        requests = [bench.request(key, messages, tokens, known.get(key, ())) for key, messages in made.items()]
+        answers, figures = bench.serve(bench.engine(drafter), requests, streams)
+        advance(1)
+        return answers, figures
+
+    # Whoever comes first would compute the prompts, and in their step the first tokens.
+    plain, _ = serve("off", {})
+    known = plain if name == PREDICTED else {}
+    runs = {}
+    for drafter in turns(["off", *bench.drafters], number):
+        answers, runs[drafter] = serve(drafter, known if drafter != "off" else {})
+        if answers != plain:
+            raise SystemExit(f"{name}, {streams} streams: {drafter} changed an answer")
+    return runs
+
+
+def measure(bench, name, groups, streams, tokens, advance):
+    """One cell: every group of prompts without and with each drafter, one after the other."""
+    runs = [run_group(bench, name, number, group, streams, tokens, advance) for number, group in enumerate(groups)]
+    off = [run["off"] for run in runs]
     return {
         "category": name,
         "streams": streams,
-        "off": statistics.median(off["tokens_per_s"] for off, _ in pairs),
-        "auto": statistics.median(on["tokens_per_s"] for _, on in pairs),
-        "ratio": statistics.median(ratios),
-        "interval": interval(ratios, dice),
-        "bound": statistics.median(bound(bench.costs, off, on) for off, on in pairs),
-        "tokens_per_step": statistics.median(on["tokens_per_step"] for _, on in pairs),
-        "drafted": sum(on["drafted"] for _, on in pairs),
-        "accepted": sum(on["accepted"] for _, on in pairs),
+        "tokens": tokens,
+        "off": statistics.median(each["tokens_per_s"] for each in off),
+        "drafters": {drafter: compared(bench.costs, off, [run[drafter] for run in runs]) for drafter in bench.drafters},
+    }
+
+
+def compared(costs, off, on):
+    """One drafter's runs beside those without."""
+    ratios = [new["tokens_per_s"] / old["tokens_per_s"] for old, new in zip(off, on, strict=True)]
+    return {
+        "tokens_per_s": statistics.median(each["tokens_per_s"] for each in on),
+        "ratio": math.exp(statistics.fmean(map(math.log, ratios))),
+        "interval": interval(ratios),
+        "bound": statistics.median(bound(costs, *pair) for pair in zip(off, on, strict=True)),
+        "tokens_per_step": statistics.fmean(each["tokens_per_step"] for each in on),
+        "drafted": sum(each["drafted"] for each in on),
+        "accepted": sum(each["accepted"] for each in on),
         "ratios": ratios,
     }
 
 
 def plot(cells):
-    def draw(axes):
+    """A panel for each category: a line for each drafter over the number of streams."""
+
+    def draw(panels):
         names = list(dict.fromkeys(cell["category"] for cell in cells))
         levels = sorted({cell["streams"] for cell in cells})
-        width = 0.8 / len(levels)
-        for place, streams in enumerate(levels):
-            known = {c["category"]: c for c in cells if c["streams"] == streams}
-            bars = [known[name] for name in names if name in known]
-            left = [number + place * width for number, name in enumerate(names) if name in known]
-            errors = [[bar["ratio"] - min(bar["interval"][0], bar["ratio"]) for bar in bars]]
-            errors.append([max(bar["interval"][1], bar["ratio"]) - bar["ratio"] for bar in bars])
-            axes.bar(left, [bar["ratio"] for bar in bars], width, yerr=errors, label=f"{streams} streams")
-        axes.axhline(1.0, color="grey", linestyle=":")
-        axes.set_xticks([number + 0.4 - width / 2 for number in range(len(names))], names, rotation=30, ha="right")
-        axes.set_ylabel("output tokens/s with speculation over without")
-        axes.legend()
+        for axes in panels.flat[len(names) :]:
+            axes.set_visible(False)
+        for axes, name in zip(panels.flat, names, strict=False):
+            own = sorted((cell for cell in cells if cell["category"] == name), key=lambda cell: cell["streams"])
+            for shift, drafter in enumerate(DRAFTERS):
+                known = [(cell["streams"], cell["drafters"][drafter]) for cell in own if drafter in cell["drafters"]]
+                if not known:
+                    continue
+                places = [levels.index(streams) + 0.08 * (shift - 1) for streams, _ in known]
+                ratios = [figures["ratio"] for _, figures in known]
+                errors = [
+                    [f["ratio"] - f["interval"][0] for _, f in known],
+                    [min(f["interval"][1], 10 * f["ratio"]) - f["ratio"] for _, f in known],
+                ]
+                axes.errorbar(places, ratios, yerr=errors, marker="o", capsize=2, label=drafter)
+            axes.axhline(1.0, color="grey", linestyle=":")
+            axes.set_title(name)
+            axes.set_xticks(range(len(levels)), [str(level) for level in levels])
+            axes.set_yscale("log", base=2)
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+        figure = panels.flat[0].figure
+        figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="lower right", ncols=len(DRAFTERS))
+        figure.supxlabel("streams at once")
+        figure.supylabel("output tokens/s over those without speculation")
 
     return draw
 
 
-def main():
-    in_engine_environment()
-    parser = argparse.ArgumentParser(description=__doc__)
+def named(options):
+    """What the results are filed under."""
+    return options.dtype if options.quantization == "none" else options.quantization
+
+
+def draft_path(options, stack):
+    """The folder of the draft model, made if need be; None where there is none, and said why."""
+    if options.draft_model or not {"auto", "model"} & set(options.drafters):
+        return options.draft_model
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="helix-draft-"))
+    # In a process of its own: threads that torch has started once would spin beside the engine's.
+    command = [sys.executable, str(MAKE_DRAFT_MODELS), folder, "--kind", "rounded"]
+    command += ["--model", options.model] if options.model else []
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    if made.returncode == 0:
+        return str(Path(folder) / "rounded")
+    reason = made.stderr.strip().splitlines()[-1:] or [f"exit status {made.returncode}"]
+    print(f"No draft model could be made ({reason[0]}): auto goes without, and model is left out.", flush=True)
+    return None
+
+
+def prompts_by_category(options):
+    dice = random.Random(options.seed)
+    prompts = spec_bench(MOST_PROMPTS, dice)
+    prompts[EDITS] = prompts[PREDICTED] = edit_prompts(MOST_PROMPTS, dice)
+    return {name: prompts[name] for name in options.category or prompts}
+
+
+def tokens_for(options, name, streams):
+    """Most tokens out of each request of a cell."""
+    tokens = options.tokens or TOKENS.get(streams, FEWEST_TOKENS)
+    return max(FEWEST_PREDICTED_TOKENS, 2 * tokens) if name == PREDICTED else tokens
+
+
+def measure_all(bench, options):
+    levels = options.streams or CONCURRENCY
+    prompts = prompts_by_category(options)
+    groups = {streams: options.groups or GROUPS.get(streams, FEWEST_GROUPS) for streams in levels}
+    with report.progress("runs", len(prompts) * sum(groups.values()) * (2 + len(bench.drafters))) as advance:
+        for name, asked in prompts.items():
+            for streams in levels:
+                chosen = [
+                    [asked[(g * streams + i) % len(asked)] for i in range(streams)] for g in range(groups[streams])
+                ]
+                yield measure(bench, name, chosen, streams, tokens_for(options, name, streams), advance)
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="as for helix serve; left out, the default model")
     parser.add_argument("--dtype", default="float32", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--quantization", default="none", choices=["none", "auto", "int8"], help="instead of a dtype")
+    parser.add_argument("--drafters", nargs="+", default=list(DRAFTERS), choices=DRAFTERS)
+    parser.add_argument("--draft-model", default=None, help="its folder; left out, one is made of the model")
     parser.add_argument("--streams", type=int, action="append", help="may be given several times")
-    parser.add_argument("--tokens", type=int, default=96, help="most tokens out of each request")
-    parser.add_argument("--groups", type=int, default=5, help="pairs of runs in each cell")
+    parser.add_argument(
+        "--tokens", type=int, default=None, help=f"most out of each request; left out, {TOKENS} by streams"
+    )
+    parser.add_argument("--groups", type=int, default=None, help="runs in each cell; left out, 4 of one stream, else 3")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--category", action="append")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=report.RESULTS)
-    parser.add_argument(
-        "--merge", action="store_true", help="keep the cells of earlier runs that this one does not repeat"
-    )
+    parser.add_argument("--merge", action="store_true", help="keep cells of earlier runs that this one does not repeat")
     parser.add_argument("--plot-only", action="store_true", help="measure nothing: table and plot of what is there")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    in_engine_environment()
+    options = arguments()
     if options.plot_only:
         return tell(options, earlier(options))
-    dice, bench, cells = random.Random(options.seed), Bench(options), []
-    for streams in options.streams or CONCURRENCY:
-        size = max(1, streams)
-        prompts = spec_bench(min(40, options.groups * size), dice)
-        prompts[EDITS] = prompts[PREDICTED] = edit_prompts(min(24, options.groups * size), dice)
-        for name in options.category or prompts:
-            asked = prompts[name]
-            groups = [[asked[(g * size + i) % len(asked)] for i in range(size)] for g in range(options.groups)]
-            cell = measure(bench, name, groups, streams, dice)
-            cells.append(cell)
-            print(
-                f"{streams:3} {name:24} {cell['off']:7.1f} {cell['auto']:7.1f} tokens/s, {cell['ratio']:.2f}×",
-                flush=True,
-            )
+    cells = []
+    with ExitStack() as stack:
+        bench = Bench(options, draft_path(options, stack))
+        cells.extend(measure_all(bench, options))
     measured = {(cell["category"], cell["streams"]) for cell in cells}
     kept = earlier(options) if options.merge else []
     return tell(options, [cell for cell in kept if (cell["category"], cell["streams"]) not in measured] + cells)
 
 
 def earlier(options):
-    """The cells that runs before this one have left."""
-    path = options.out / f"speculative_{options.dtype}.json"
-    return json.loads(path.read_text())["cells"] if path.exists() else []
+    """The cells that runs before this one have left; those of one drafter only, as once was, cannot stand beside these."""
+    path = options.out / f"speculative_{named(options)}.json"
+    cells = json.loads(path.read_text())["cells"] if path.exists() else []
+    return [cell for cell in cells if "drafters" in cell]
+
+
+def overall(cells):
+    """By streams and drafter, the ratio over the whole of Spec-Bench: the geometric mean of its categories."""
+    ratios = {}
+    for cell in cells:
+        for drafter, figures in cell["drafters"].items():
+            if cell["category"] not in (EDITS, PREDICTED):
+                ratios.setdefault(f"{cell['streams']} streams, {drafter}", []).append(figures["ratio"])
+    return {which: statistics.geometric_mean(known) for which, known in ratios.items()}
+
+
+def table(cells):
+    for cell in cells:
+        for drafter, figures in cell["drafters"].items():
+            low, high = figures["interval"]
+            yield [
+                cell["category"],
+                cell["streams"],
+                drafter,
+                cell["off"],
+                figures["tokens_per_s"],
+                figures["ratio"],
+                f"{low:.2f} – {high:.2f}" + (" below 1" if high < 1 else ""),
+                figures["bound"],
+                figures["tokens_per_step"],
+                f"{figures['accepted']} / {figures['drafted']}",
+            ]
 
 
 def tell(options, cells):
-    rows = [
-        [
-            cell["category"],
-            cell["streams"],
-            cell["off"],
-            cell["auto"],
-            cell["ratio"],
-            cell.get("bound", float("nan")),
-            f"{cell['interval'][0]:.2f} – {cell['interval'][1]:.2f}",
-            cell["tokens_per_step"],
-            f"{cell['accepted']} / {cell['drafted']}",
-        ]
-        for cell in cells
-    ]
-    columns = [
-        "category",
-        "streams",
-        "off, tokens/s",
-        "auto",
-        "ratio",
-        "bound",
-        "95 %",
-        "tokens a step",
-        "accepted / drafted",
-    ]
-    report.print_table(f"Speculation, {options.dtype}, temperature {options.temperature}", columns, rows)
-    overall = (
-        statistics.geometric_mean(c["ratio"] for c in cells if c["category"] not in (EDITS, PREDICTED))
-        if any(c["category"] not in (EDITS, PREDICTED) for c in cells)
-        else None
-    )
+    columns = ["category", "streams", "drafter", "off, tokens/s", "with it", "ratio", "95 %", "bound"]
+    columns += ["tokens a step", "accepted / drafted"]
+    report.print_table(f"Speculation, {named(options)}, temperature {options.temperature}", columns, list(table(cells)))
+    whole = overall(cells)
+    report.print_table("The whole of Spec-Bench", ["", "ratio"], list(whole.items()))
     report.save(
-        f"speculative_{options.dtype}",
-        {"dtype": options.dtype, "temperature": options.temperature, "spec_bench_overall": overall, "cells": cells},
+        f"speculative_{named(options)}",
+        {"weights": named(options), "temperature": options.temperature, "spec_bench_overall": whole, "cells": cells},
         plot(cells),
         folder=options.out,
+        size=(13, 6),
+        facets=(2, 4),
     )
 
 
