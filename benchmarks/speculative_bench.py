@@ -37,7 +37,7 @@ TOKENS = {1: 40, 4: 40, 16: 32, 64: 20}
 FEWEST_GROUPS, FEWEST_TOKENS = 3, 32
 FEWEST_PREDICTED_TOKENS = 64
 """The first 33 may come with the prompt's own step, which does not count."""
-MOST_PROMPTS = 24
+MOST_PROMPTS = 40
 """Of a category; many streams share them."""
 POOL_BYTES = 3 << 30
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
@@ -112,9 +112,13 @@ class Bench:
         from helix_gateway.engine.step_costs import measure_costs
 
         self.options = options
-        how = {"dtype": options.dtype} if options.quantization == "none" else {"quantization": options.quantization}
+        quantised = options.quantization != "none"
         self.tokenizer, target, draft = load_with_draft(
-            options.model, draft_path, kv_cache_memory_bytes=POOL_BYTES, **how
+            options.model,
+            draft_path,
+            kv_cache_memory_bytes=POOL_BYTES,
+            dtype="auto" if quantised else options.dtype,
+            quantization=options.quantization,
         )
         self.runner = target.runner
         self.costs = measure_costs(self.runner, PROFILED)
@@ -143,7 +147,7 @@ class Bench:
         from helix_gateway.engine.drafters.none import NoDrafter
         from helix_gateway.engine.drafters.suffix import SuffixDrafter
 
-        free = SuffixDrafter() if policies.reads_text else NoDrafter()
+        free = SuffixDrafter(store_tokens=0) if policies.reads_text else NoDrafter()
         chosen = {"drafter": free, "depth_policy": policies.depth}
         if policies.draft:
             drafter = ModelDrafter(

@@ -99,13 +99,22 @@ class Meanwhile:
             stderr=subprocess.STDOUT,
         )
 
+    def __enter__(self) -> "Meanwhile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End it if nobody waited for its end."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait()
+        self._output.close()
+
     def result(self) -> Result:
         """Wait for its end."""
         print(f"\n=== {self.name}", flush=True)
         code = self._process.wait()
-        with self._output as output:
-            output.seek(0)
-            print(output.read().decode(errors="replace"), end="", flush=True)
+        self._output.seek(0)
+        print(self._output.read().decode(errors="replace"), end="", flush=True)
         return told(self.name, code, time.monotonic() - self._start_s)
 
 
@@ -115,9 +124,9 @@ def main() -> int:
     parser.add_argument("--deep", action="store_true", help="the same tests at a higher setting: takes hours")
     variables = {"HELIX_TEST_DEEP": "1"} if parser.parse_args().deep else {}
     python = environment.ensure(["dev"])
-    kernels = Meanwhile("kernels", compiling(python), variables)
-    results = {name: run(name, command, variables) for name, command in linters(python).items()}
-    results["kernels"] = kernels.result()
+    with Meanwhile("kernels", compiling(python), variables) as kernels:
+        results = {name: run(name, command, variables) for name, command in linters(python).items()}
+        results["kernels"] = kernels.result()
     results.update({name: run(name, command, variables) for name, command in tests(python).items()})
     pages = {name: run(name, command, variables) for name, command in browser_check(python).items()}
     results.update(pages)

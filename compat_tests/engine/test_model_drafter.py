@@ -405,6 +405,25 @@ def test_a_draft_model_that_raises_for_one_sequence_drafts_for_the_others_on(cap
     assert capsys.readouterr().out.count("drafter_switched_off") == 1
 
 
+def test_one_that_raises_when_asked_whom_it_can_draft_for_drafts_for_the_others_on(capsys):
+    good = request("good", [5, 6, 7], max_tokens=12, ignore_eos=True)
+    bad = request("bad", [4, 6, 7], max_tokens=12, ignore_eos=True)
+    engine, _, drafter = engine_with_draft_model(budget=64)
+    room = drafter._room
+
+    def fragile(sequence):
+        if sequence.request.request_id == "bad":
+            raise RuntimeError("not this one")
+        return room(sequence)
+
+    drafter._room = fragile
+    answers = answers_of(engine, [good, bad])
+    assert as_told(answers) == {**wanted_of(good), **wanted_of(bad)}
+    assert answers["good", 0].last.metrics.accepted_tokens > 0
+    assert answers["bad", 0].last.metrics.draft_tokens == 0
+    assert capsys.readouterr().out.count("drafter_switched_off") == 1
+
+
 @pytest.mark.parametrize("call", ["forward", "sample", "logprobs", "copy_pages"])
 def test_a_device_without_room_for_drafts_costs_drafts_only(call):
     each = request("r", [1, 2, 3], max_tokens=40, ignore_eos=True, temperature=1.0, n=2)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import weakref
 
 import gguf
 import numpy as np
@@ -19,6 +20,7 @@ from helix_gateway.runtime.cpu.linear import PackedEmbedding, PackedLinear
 from helix_gateway.runtime.cpu.quantised_llama import QuantisedLlamaStep
 from helix_gateway.runtime.cpu.quantised_weights import Int4Weight, Int8Weight, QuantisedWeight
 from helix_gateway.runtime.cpu.quantising import computing_exactly, is_quantised, quantise_model
+from helix_gateway.runtime.cpu.weight_memory import WeightMemory
 from helix_gateway.runtime.factory import load_runner, resolve_quantisation
 from helix_gateway.runtime.pool import make_runners
 from helix_gateway.runtime.promises import Promises
@@ -189,6 +191,21 @@ def test_joined_products_hold_no_weight_twice():
     attention = make_runner("llama")._model.base_model.layers[0].self_attn
     tiles = [part.weight_tiles.tiles for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
     assert len({tensor.untyped_storage().data_ptr() for tensor in tiles}) == 1
+
+
+def test_weights_that_were_moved_are_let_go_one_by_one(monkeypatch):
+    before, left = [], []
+    move = WeightMemory.move
+
+    def noted(self, tensor):
+        left.append(sum(original() is not None for original in before))
+        before.append(weakref.ref(tensor))
+        return move(self, tensor)
+
+    monkeypatch.setattr(WeightMemory, "move", noted)
+    make_runner("llama")
+    assert len(before) > 4
+    assert max(left) == 0
 
 
 class FourBitMatrix:

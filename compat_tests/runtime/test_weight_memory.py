@@ -1,5 +1,7 @@
 """The stretch of memory that weights are moved to: what was there, on whole cache lines, no more than there is room for."""
 
+import mmap
+
 import pytest
 import torch
 
@@ -23,3 +25,12 @@ def test_more_than_there_is_room_for_is_refused():
     memory.move(torch.zeros(100, dtype=torch.uint8))
     with pytest.raises(ValueError, match="64 bytes were asked for where 0 are left"):
         memory.move(torch.zeros(1, dtype=torch.uint8))
+
+
+def test_where_the_system_gives_no_stretch_of_its_own_it_is_ordinary_memory(monkeypatch):
+    def full(*_arguments, **_options):
+        raise OSError("no memory")
+
+    monkeypatch.setattr(mmap, "mmap", full)
+    tensor = torch.arange(100, dtype=torch.uint8)
+    assert torch.equal(WeightMemory(128).move(tensor), tensor)

@@ -1,13 +1,18 @@
 """What becomes of an engine's replies on their way in, and when an engine counts as gone; the engines here only talk."""
 
+import asyncio
 import sys
 import textwrap
+import time
 
 import pytest
+import zmq
+import zmq.asyncio
 
 from helix_gateway.service import launch, process
 from helix_gateway.service.messages import Alive, Ready
 from helix_gateway.service.settings import EngineSettings
+from helix_gateway.service.wire import encoded
 
 ENGINE = """
 import sys, time
@@ -68,3 +73,72 @@ async def test_replies_that_make_no_sense_are_an_error(listening):
     heard, gone = await listening("tell(Alive())\nreplies.send(b'nonsense')\ntime.sleep(60)")
     assert heard == [Alive()]
     assert "nonsense" in str(gone) or "msgpack" in str(gone).lower() or "Expected" in str(gone)
+
+
+class LivingProcess:
+    """Stands in for an engine's process that never ends by itself."""
+
+    pid = returncode = None
+
+    def __init__(self):
+        self._ended = asyncio.get_running_loop().create_future()
+
+    def wait(self):
+        return self._ended
+
+    def kill(self):
+        self._ended.set_result(-9)
+
+    def close(self):
+        pass
+
+
+class NoFiles:
+    def close(self):
+        pass
+
+
+async def test_a_reply_that_comes_while_the_loop_looks_for_an_end_wakes_its_reader(monkeypatch):
+    """The signal that a message has come is given once: whoever looks must not keep it from who waits for it."""
+    replies, engine = zmq.asyncio.Context.instance().socket(zmq.PULL), zmq.Context.instance().socket(zmq.PUSH)
+    engine.connect(f"tcp://127.0.0.1:{replies.bind_to_random_port('tcp://127.0.0.1')}")
+    link = process._EngineLink(LivingProcess(), zmq.Context.instance().socket(zmq.PUSH), replies, NoFiles())
+    wait, waits, heard = asyncio.wait, [], []
+
+    def say_something():
+        for message in encoded(Alive()):
+            engine.send(message)
+
+    async def say_something_after_the_first(*arguments, **options):
+        found = await wait(*arguments, **options)
+        waits.append(found)
+        if len(waits) == 1:
+            say_something()
+            time.sleep(0.1)  # noqa: ASYNC251 - so that the message is there before the loop looks again
+        return found
+
+    monkeypatch.setattr(asyncio, "wait", say_something_after_the_first)
+
+    class Enough(Exception):
+        pass
+
+    def take(reply):
+        heard.append(reply)
+        if len(heard) == 3:
+            raise Enough
+
+    async def talk():
+        while True:
+            await asyncio.sleep(0.3)
+            if waits:
+                say_something()
+
+    talking = asyncio.create_task(talk())
+    try:
+        with pytest.raises(Enough):
+            await asyncio.wait_for(link.listen(take, 0.5), 10)
+    finally:
+        talking.cancel()
+        await link.close()
+        engine.close(linger=0)
+    assert heard == [Alive()] * 3

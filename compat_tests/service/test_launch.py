@@ -45,6 +45,25 @@ async def test_a_service_takes_the_process_that_was_launched_before_it_and_no_ot
         await service.start()
 
 
+async def test_a_service_that_stops_before_it_started_ends_the_process_that_it_was_given():
+    launched = EngineProcess()
+    await ProcessService(EngineSettings(model_path="none"), None, launched=launched).stop()
+    assert launched.returncode == -9
+
+
+async def test_a_process_that_cannot_be_spoken_to_is_ended(monkeypatch):
+    launched = EngineProcess()
+
+    def full():
+        raise OSError("no room on the disk")
+
+    monkeypatch.setattr("helix_gateway.service.process.Endpoints", full)
+    service = ProcessService(EngineSettings(model_path="none"), None, launched=launched)
+    with pytest.raises(OSError, match="no room"):
+        await service.start()
+    assert await asyncio.wait_for(launched.wait(), 60) == -9
+
+
 def test_a_gateway_imports_nothing_that_computes(smollm2_path):
     """All that `helix serve` imports and does until it is ready, in a process of its own."""
     program = f"""

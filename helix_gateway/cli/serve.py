@@ -97,7 +97,7 @@ def _run(engine: EngineSettings, gateway: GatewaySettings, sockets: "Sequence[so
 
     configure_logging(engine.log)
     typer.echo(f"Loading {model_name}", err=True)
-    # First of all: it has more to import than this process, and does so meanwhile.
+    # Before this process's own imports: it has more to import, and does so meanwhile.
     launched = EngineProcess()
 
     from helix_gateway.cli.first_start import telling_of_compilation

@@ -6,6 +6,7 @@ back to the shape.  Each is believed within bounds: a machine that is busy for a
 while, and leaves nothing behind.  Knows nothing about drafts.
 """
 
+import random
 from collections.abc import Mapping, Sequence
 from time import perf_counter
 
@@ -103,6 +104,9 @@ def measure_costs(runner: ModelRunner[Logits], row_counts: Sequence[int], repeat
 def rescaled(known_s: Mapping[int, float], runner: ModelRunner[Logits]) -> dict[int, float] | None:
     """Seconds that were measured at another time, brought to what this machine does now by a few steps.
 
+    Two small steps tell the proportion; a larger one, another at each start, finds out sooner or later whatever held the
+    machine up while it was measured.
+
     Args:
         known_s: seconds for some numbers of rows.
 
@@ -113,10 +117,12 @@ def rescaled(known_s: Mapping[int, float], runner: ModelRunner[Logits]) -> dict[
         OutOfMemoryError: there is no room for these steps.
     """
     tried = [rows for rows in known_s if rows <= _FEW_ROWS]
-    ratios = [min(_seconds(runner, rows) for _ in range(_REPEATS)) / known_s[rows] for rows in (tried[0], tried[-1])]
+    larger = [rows for rows in known_s if rows > tried[-1]]
+    tried = [tried[0], tried[-1], *random.sample(larger, min(1, len(larger)))]
+    ratios = [min(_seconds(runner, rows) for _ in range(_REPEATS)) / known_s[rows] for rows in tried]
     if max(ratios) > _SAME_SHAPE * min(ratios):
         return None
-    return {rows: seconds * float(np.mean(ratios)) for rows, seconds in known_s.items()}
+    return {rows: seconds * float(np.mean(ratios[:2])) for rows, seconds in known_s.items()}
 
 
 def measure_seconds(runner: ModelRunner[Logits], row_counts: Sequence[int], repeats: int = 1) -> dict[int, float]:

@@ -3,6 +3,7 @@
 The one place that ties loading, products, attention and sampling together.  Knows nothing about requests.
 """
 
+import gc
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,7 +165,10 @@ def _load_quantised_or_packed(path: str, device: torch.device, quantisation: Qua
         return _load_quantised(path, device, quantisation)
     except NotQuantisableError as error:
         log.warning("not_quantised", model=path, reason=str(error))
-        return _load_packed(path, device, resolve_dtype(path, "auto"))
+    # Only now, without the error: its traceback holds all that was read.
+    gc.collect()
+    return_freed_blocks()
+    return _load_packed(path, device, resolve_dtype(path, "auto"))
 
 
 def _load_quantised(path: str, device: torch.device, quantisation: Quantisation) -> _LoadedModel:

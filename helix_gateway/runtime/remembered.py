@@ -72,6 +72,8 @@ class Remembered:
             found: dict[str, Any] = content["found"]
             if content["digest"] != _digest([self._circumstances, found]):
                 raise ValueError("it is not what was written")
+            with suppress(OSError):  # what is used is kept longest
+                os.utime(self._file)
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -154,7 +154,7 @@ class TransformersRunner:
                 "no_compiled_step", model=type(self._model).__name__, served_by="transformers' modules, more slowly"
             )
         steps = self._trial_steps()
-        if step is not None and self._answers_as_before(step, steps):
+        if step is not None and self._takes_as_before(step, steps):
             return
         if is_quantised(self._model):
             self._take_quantised(step, steps)
@@ -164,7 +164,7 @@ class TransformersRunner:
         if step is not None and self._compute is step:
             self.remembered.put(_AGREED, _digest(steps, self._answers(steps)))
 
-    def _answers_as_before(self, step: Compute, steps: Sequence[StepBatch]) -> bool:
+    def _takes_as_before(self, step: Compute, steps: Sequence[StepBatch]) -> bool:
         """Compute through the step from now on if its answers to the trial are those that were held to the modules."""
         known = self.remembered.get(_AGREED)
         if known is None:

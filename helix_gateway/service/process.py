@@ -86,6 +86,9 @@ class ProcessService(EngineClient):
             self._keeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._keeper
+        if self._launched is not None:  # it was never told what to do
+            launched, self._launched = self._launched, None
+            await _end(launched)
         self._in_flight.fail_all("The server was stopped before this answer was finished.")
 
     def _send(self, command: Command) -> None:
@@ -154,6 +157,8 @@ class _EngineLink:
         self._ended = asyncio.ensure_future(process.wait())
         self._heard_s = 0.0
         """When the last reply came, on `time.monotonic`."""
+        self._arrival: asyncio.Future[bytes] | None = None
+        """What `_pass_on` waits for, or has got last."""
 
     def send(self, command: Command) -> bool:
         """Pass a command on, without waiting; False if that is not possible."""
@@ -195,7 +200,7 @@ class _EngineLink:
                 await asyncio.wait({passing, self._ended}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
                 if passing.done():
                     passing.result()
-                if await self._replies.poll(0):  # whatever has come is passed on first
+                if self._has_replies():  # whatever has come is passed on first
                     await asyncio.sleep(0)
                 elif self._ended.done():
                     raise EngineGone(_how_it_ended(self._ended.result()))
@@ -205,9 +210,17 @@ class _EngineLink:
             passing.cancel()
             await asyncio.gather(passing, return_exceptions=True)
 
+    def _has_replies(self) -> bool:
+        """Whether a reply has come that `_pass_on` may not have seen yet."""
+        if self._arrival is not None and self._arrival.done():
+            return True
+        # Not `poll`: it takes the signal that a message has come from whoever waits for one.  This passes it on.
+        return bool(int(self._replies.get(zmq.EVENTS)) & zmq.POLLIN)
+
     async def _pass_on(self, take: Callable[[Reply], None]) -> None:
         while True:
-            take(reply_decoder.decode(await self._replies.recv()))
+            self._arrival = asyncio.ensure_future(self._replies.recv())
+            take(reply_decoder.decode(await self._arrival))
             self._heard_s = time.monotonic()
             # A reply that is there already is had without waiting: let those read who wait for it.
             await asyncio.sleep(0)
@@ -237,6 +250,12 @@ class _EngineLink:
         self._endpoints.close()
 
 
+async def _end(process: EngineProcess) -> None:
+    process.kill()
+    await process.wait()
+    process.close()
+
+
 def _condition(pid: int) -> dict[str, object]:
     """What the system says of a process that is waited for: one that is stopped, or uses no processor, hangs."""
     try:
@@ -264,21 +283,22 @@ async def _started_engine(
 
 
 async def _start_engine(settings: EngineSettings, launched: EngineProcess | None = None) -> _EngineLink:
-    endpoints = Endpoints()
-    commands: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
-    replies: zmq.asyncio.Socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
-    # Nothing may be lost to a full queue; an engine that does not read is replaced, and its requests with it.
-    commands.setsockopt(zmq.SNDHWM, 0)
-    replies.setsockopt(zmq.RCVHWM, 0)
-    commands.bind(endpoints.commands)
-    replies.bind(endpoints.replies)
-    try:
-        process = launched or EngineProcess()
-    except BaseException:  # no memory, no disk: it is tried again, and again
-        commands.close(linger=0)
-        replies.close(linger=0)
-        endpoints.close()
-        raise
+    process = launched or EngineProcess()
+    with contextlib.ExitStack() as opened:  # no memory, no disk: it is tried again, and again
+        opened.callback(process.close)
+        opened.callback(process.kill)
+        endpoints = Endpoints()
+        opened.callback(endpoints.close)
+        commands: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+        opened.callback(commands.close, linger=0)
+        replies: zmq.asyncio.Socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
+        opened.callback(replies.close, linger=0)
+        # Nothing may be lost to a full queue; an engine that does not read is replaced, and its requests with it.
+        commands.setsockopt(zmq.SNDHWM, 0)
+        replies.setsockopt(zmq.RCVHWM, 0)
+        commands.bind(endpoints.commands)
+        replies.bind(endpoints.replies)
+        opened.pop_all()
     assignment = Assignment(settings, _bound_to(commands), _bound_to(replies))
     process.assign(msgspec.json.encode(assignment))
     return _EngineLink(process, commands, replies, endpoints)

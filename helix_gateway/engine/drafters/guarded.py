@@ -41,17 +41,18 @@ class GuardedDrafter:
             return self._checked(self._drafter.propose(sequences, depths), depths)
         except OutOfMemoryError:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - logged where the sequence is switched off
             if len(sequences) > 1:
                 # One of them is to blame; the others keep their drafts.
                 pairs = zip(sequences, depths, strict=True)
                 return [draft for sequence, depth in pairs for draft in self._propose([sequence], [depth])]
-            self._switched_off.add(sequences[0].key)
-            self._forget(sequences[0])
-            log.warning(
-                "drafter_switched_off", request_id=sequences[0].request.request_id, reason=repr(error), exc_info=error
-            )
+            self._switch_off(sequences[0], error)
             return [NOTHING]
+
+    def _switch_off(self, sequence: Sequence, error: Exception) -> None:
+        self._switched_off.add(sequence.key)
+        self._forget(sequence)
+        log.warning("drafter_switched_off", request_id=sequence.request.request_id, reason=repr(error), exc_info=error)
 
     def _checked(self, drafts: list[DraftTokens], depths: list[int]) -> list[DraftTokens]:
         """The drafts, cut to their depths.  Raises ValueError where they are not what the Protocol says."""
@@ -83,6 +84,22 @@ class GuardedChoosyDrafter(GuardedDrafter):
 
     def begin_step(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> list[int]:
         """See `ChoosyDrafter`."""
-        able = self._choosy.begin_step(sequences, depths)
-        pairs = zip(sequences, able, strict=True)
-        return [0 if sequence.key in self._switched_off else depth for sequence, depth in pairs]
+        able = [0 for _ in sequences]
+        served = [index for index, sequence in enumerate(sequences) if sequence.key not in self._switched_off]
+        rooms = self._rooms([sequences[index] for index in served], [depths[index] for index in served])
+        for index, room in zip(served, rooms, strict=True):
+            able[index] = room
+        return able
+
+    def _rooms(self, sequences: list[Sequence], depths: list[int]) -> list[int]:
+        try:
+            return self._choosy.begin_step(sequences, depths)
+        except OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - logged where the sequence is switched off
+            if len(sequences) > 1:
+                pairs = zip(sequences, depths, strict=True)
+                return [room for sequence, depth in pairs for room in self._rooms([sequence], [depth])]
+            if sequences:
+                self._switch_off(sequences[0], error)
+            return [0 for _ in sequences]

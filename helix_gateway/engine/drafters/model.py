@@ -132,17 +132,17 @@ class ModelDrafter(Generic[Logits]):
 
     def _room(self, sequence: Sequence) -> int:
         """Tokens that could be drafted for a sequence, if it were read: none while it is left alone, or too long."""
-        num_unread = len(sequence.token_ids) if self._translation.shares_ids else 0
+        num_tokens = len(sequence.token_ids) if self._translation.shares_ids else 0
         reader = self._readers.get(sequence.key)
         if reader is None:
-            return max(0, self._context_length - num_unread)
+            return max(0, self._context_length - num_tokens)
         if reader.written and reader.key not in self._cache:
             # Memory was short, and will be again if all of it is computed anew at once.
             reader.written.clear()
             reader.rest.begin(self._step)
         if self._step < reader.rest.until:
             return 0
-        room = self._context_length - max(num_unread, len(reader.text.draft_token_ids))
+        room = self._context_length - max(num_tokens, len(reader.text.draft_token_ids))
         if room <= 0:
             self._close(reader)
         return max(0, room)

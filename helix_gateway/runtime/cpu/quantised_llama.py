@@ -61,8 +61,10 @@ class QuantisedLlamaStep:
         self._kept: list[torch.Tensor] = []
         """Memory that the compiled step knows by address only."""
         matrices = [parts for layer in base.layers for parts in products_of(layer)]
-        tiles = [part.weight_tiles.tiles for parts in (*matrices, (head,)) for part in parts]
-        self._weights = WeightMemory(sum(map(room_for, tiles)))
+        # No list of what is moved: each is let go as soon as it lies in its new place.
+        self._weights = WeightMemory(
+            sum(room_for(part.weight_tiles.tiles) for parts in (*matrices, (head,)) for part in parts)
+        )
         layers = np.array([self._describe(layer) for layer in base.layers], np.int64)
         return_freed_blocks()
         last = np.zeros(FIELDS, np.int64)

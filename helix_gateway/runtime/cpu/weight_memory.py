@@ -42,7 +42,10 @@ def _large_pages(num_bytes: int) -> torch.Tensor:
     """uint8 [num_bytes], at the beginning of a large page if there are such."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(num_bytes, dtype=torch.uint8)
-    memory = mmap.mmap(-1, num_bytes + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, num_bytes + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # too little memory is told of as everywhere else
+        return torch.empty(num_bytes, dtype=torch.uint8)
     with suppress(OSError):  # a kernel that was built without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     stretch = torch.frombuffer(memory, dtype=torch.uint8)
