@@ -113,7 +113,8 @@ def test_a_small_cache_lowers_the_context_and_still_finishes_everybody(smollm2_p
     async def all_of_them():
         # Two that run side by side already need more than there is.
         calls = [
-            call(tokenizer, f"Number {i}. " * 10, request_id=f"r{i}", ignore_eos=True, max_tokens=110) for i in range(16)
+            call(tokenizer, f"Number {i}. " * 10, request_id=f"r{i}", ignore_eos=True, max_tokens=110)
+            for i in range(16)
         ]
         return await asyncio.gather(*(text_of(service, each) for each in calls))
 
