@@ -3,7 +3,9 @@
 Drafts are a convenience; a request must not fail for want of one.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Ordered
+from typing import TypeAlias, TypeVar
 
 import structlog
 
@@ -12,6 +14,10 @@ from helix_gateway.engine.drafters.base import NOTHING, ChoosyDrafter, Drafter, 
 from helix_gateway.engine.sequence import Sequence, SequenceKey
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+_Question: TypeAlias = Callable[[list[Sequence], list[int]], list[T]]
+"""Something that a drafter answers for each of some sequences, given their depths."""
 
 
 class GuardedDrafter:
@@ -28,31 +34,37 @@ class GuardedDrafter:
 
     def propose(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> list[DraftTokens]:
         """See `Drafter`.  Raises OutOfMemoryError as the drafter does: the step is made smaller for that."""
-        drafts = [NOTHING for _ in sequences]
+        return self._of_each(self._proposed, NOTHING, sequences, depths)
+
+    def _of_each(self, ask: _Question[T], nothing: T, sequences: Ordered[Sequence], depths: Ordered[int]) -> list[T]:
+        """What the drafter says of each sequence; ``nothing`` of those that it is switched off for, now or before."""
+        found = [nothing for _ in sequences]
         served = [index for index, sequence in enumerate(sequences) if sequence.key not in self._switched_off]
         if served:
-            proposed = self._propose([sequences[index] for index in served], [depths[index] for index in served])
-            for index, draft in zip(served, proposed, strict=True):
-                drafts[index] = draft
-        return drafts
+            said = self._said(ask, nothing, [sequences[index] for index in served], [depths[index] for index in served])
+            for index, one in zip(served, said, strict=True):
+                found[index] = one
+        return found
 
-    def _propose(self, sequences: list[Sequence], depths: list[int]) -> list[DraftTokens]:
+    def _said(self, ask: _Question[T], nothing: T, sequences: list[Sequence], depths: list[int]) -> list[T]:
         try:
-            return self._checked(self._drafter.propose(sequences, depths), depths)
+            return ask(sequences, depths)
         except OutOfMemoryError:
             raise
-        except Exception as error:  # noqa: BLE001 - logged where the sequence is switched off
+        except Exception as error:
             if len(sequences) > 1:
-                # One of them is to blame; the others keep their drafts.
+                # One of them is to blame; the others keep what they get.
                 pairs = zip(sequences, depths, strict=True)
-                return [draft for sequence, depth in pairs for draft in self._propose([sequence], [depth])]
-            self._switch_off(sequences[0], error)
-            return [NOTHING]
+                return [one for sequence, depth in pairs for one in self._said(ask, nothing, [sequence], [depth])]
+            self._switched_off.add(sequences[0].key)
+            self._forget(sequences[0])
+            log.warning(
+                "drafter_switched_off", request_id=sequences[0].request.request_id, reason=repr(error), exc_info=error
+            )
+            return [nothing]
 
-    def _switch_off(self, sequence: Sequence, error: Exception) -> None:
-        self._switched_off.add(sequence.key)
-        self._forget(sequence)
-        log.warning("drafter_switched_off", request_id=sequence.request.request_id, reason=repr(error), exc_info=error)
+    def _proposed(self, sequences: list[Sequence], depths: list[int]) -> list[DraftTokens]:
+        return self._checked(self._drafter.propose(sequences, depths), depths)
 
     def _checked(self, drafts: list[DraftTokens], depths: list[int]) -> list[DraftTokens]:
         """The drafts, cut to their depths.  Raises ValueError where they are not what the Protocol says."""
@@ -84,22 +96,4 @@ class GuardedChoosyDrafter(GuardedDrafter):
 
     def begin_step(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> list[int]:
         """See `ChoosyDrafter`."""
-        able = [0 for _ in sequences]
-        served = [index for index, sequence in enumerate(sequences) if sequence.key not in self._switched_off]
-        rooms = self._rooms([sequences[index] for index in served], [depths[index] for index in served])
-        for index, room in zip(served, rooms, strict=True):
-            able[index] = room
-        return able
-
-    def _rooms(self, sequences: list[Sequence], depths: list[int]) -> list[int]:
-        try:
-            return self._choosy.begin_step(sequences, depths)
-        except OutOfMemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - logged where the sequence is switched off
-            if len(sequences) > 1:
-                pairs = zip(sequences, depths, strict=True)
-                return [room for sequence, depth in pairs for room in self._rooms([sequence], [depth])]
-            if sequences:
-                self._switch_off(sequences[0], error)
-            return [0 for _ in sequences]
+        return self._of_each(self._choosy.begin_step, 0, sequences, depths)
