@@ -213,6 +213,15 @@ def test_trouble_is_one_line_and_a_failing_exit_code(capsys):
     assert capsys.readouterr().err == "error: the disk is full\n"
 
 
+def failed(check, monkeypatch, capfd):
+    """What a run of the checks prints, one of which fails."""
+    monkeypatch.setattr(check.environment, "ensure", lambda extras: Path(sys.executable))
+    monkeypatch.setattr(check.chromium, "ensure", lambda python: "no browser here")
+    monkeypatch.setattr(sys, "argv", ["check.py"])
+    assert check.main() == 1
+    return capfd.readouterr().out
+
+
 def only(check, monkeypatch, commands, compiling="pass"):
     """Let `check.py` run those commands and nothing else."""
     monkeypatch.setattr(check, "linters", lambda python: commands)
@@ -229,11 +238,7 @@ def test_kernels_are_compiled_beside_the_linters_and_trouble_with_them_is_told(t
     ours, theirs = str(tmp_path / "a"), str(tmp_path / "b")
     linter = [sys.executable, "-c", waiting.format((ours, theirs))]
     only(check, monkeypatch, {"linter": linter}, waiting.format((theirs, ours)) + "sys.exit('no compiler')")
-    monkeypatch.setattr(check.environment, "ensure", lambda extras: Path(sys.executable))
-    monkeypatch.setattr(check.chromium, "ensure", lambda python: "no browser here")
-    monkeypatch.setattr(sys, "argv", ["check.py"])
-    assert check.main() == 1
-    out = capfd.readouterr().out
+    out = failed(check, monkeypatch, capfd)
     assert "=== linter: passed" in out
     assert "no compiler\n=== kernels: FAILED (exit code 1)" in out
 
@@ -255,11 +260,7 @@ def test_the_checks_go_on_after_one_that_fails(tmp_path, monkeypatch, capfd):
 
     commands = {"first": [sys.executable, "-c", "exit(3)"], "second": [sys.executable, "-c", "print('ran')"]}
     only(check, monkeypatch, commands)
-    monkeypatch.setattr(check.environment, "ensure", lambda extras: Path(sys.executable))
-    monkeypatch.setattr(check.chromium, "ensure", lambda python: "no browser here")
-    monkeypatch.setattr(sys, "argv", ["check.py"])
-    assert check.main() == 1
-    out = capfd.readouterr().out
+    out = failed(check, monkeypatch, capfd)
     assert "ran" in out
     assert "FAILED (exit code 3)" in out
 
