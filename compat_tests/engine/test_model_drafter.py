@@ -317,14 +317,21 @@ def test_a_prompt_whose_beginning_is_cached_counts_as_short():
     assert answer.last.metrics.accepted_tokens > 0
 
 
+def adaptive(costs, draft_costs):
+    """The policies of a server that learns, given the seconds of steps of both models."""
+    acceptance = AcceptanceModel()
+    return {
+        "depth_policy": AdaptiveDepth(StepCosts(costs), max_depth=8, acceptance=acceptance),
+        "drafting": AdaptiveDrafting(StepCosts(costs), StepCosts(draft_costs), acceptance),
+    }
+
+
 def test_a_draft_model_reads_on_at_every_step_though_no_draft_comes_of_it():
     """Where steps are so short that drafts in vain would be tried at a few of them only."""
-    acceptance = AcceptanceModel()
     costs = {1: 0.001, 64: 0.0011, 4096: 0.01}
     engine, draft, drafter = engine_with_draft_model(
         budget=200,
-        depth_policy=AdaptiveDepth(StepCosts(costs), max_depth=8, acceptance=acceptance),
-        drafting=AdaptiveDrafting(StepCosts(costs), StepCosts({1: 1e-5, 64: 1.1e-5, 4096: 1e-4}), acceptance),
+        **adaptive(costs, {1: 1e-5, 64: 1.1e-5, 4096: 1e-4}),
         catch_up_tokens=10,
         num_pages=400,
         max_model_len=400,
@@ -485,12 +492,10 @@ def test_a_sequence_that_lost_its_drafts_memory_and_has_it_again_is_left_alone_n
 
 
 def test_where_drafting_cannot_pay_nothing_of_the_draft_model_runs():
-    acceptance = AcceptanceModel()
     costs = {1: 0.025, 8: 0.027, 64: 0.1}
     engine, draft, drafter = engine_with_draft_model(
         budget=64,
-        depth_policy=AdaptiveDepth(StepCosts(costs), max_depth=8, acceptance=acceptance),
-        drafting=AdaptiveDrafting(StepCosts(costs), StepCosts(costs), acceptance),
+        **adaptive(costs, costs),
     )
     answers = answers_of(engine, [request(f"r{i}", [1, 2, 3, i], max_tokens=30, ignore_eos=True) for i in range(5)])
     assert all(len(answer.token_ids) == 30 for answer in answers.values())
