@@ -116,7 +116,8 @@ CASES = {
 
 
 LIMIT_S = 0.1
-"""Processor time of server and client together, for the best of three tries: machines that run tests are busy."""
+"""Processor time of server and client together, for the best of some tries: machines that run tests are busy."""
+TRIES = 5
 
 
 def processor_time_s():
@@ -140,7 +141,7 @@ def start_s():
 async def test_bad_bodies_are_refused_by_name_in_a_tenth_of_a_second(gateway, start_s, path, body, param, code):
     times = []
     limit_s = LIMIT_S + (start_s if len(body) > LONG_BYTES else 0.0)
-    for _ in range(3):
+    for _ in range(TRIES):
         started = processor_time_s()
         status, answer = await gateway.answer(path, body)
         times.append(processor_time_s() - started)

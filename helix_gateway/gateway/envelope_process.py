@@ -6,6 +6,7 @@ Its answer begins with a head, which says how long the values are; those follow 
 
 import signal
 import sys
+from contextlib import suppress
 
 import msgspec
 
@@ -39,6 +40,7 @@ def main() -> None:
     # flight, decides when to stop, and then standard input ends.
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
+    _widen(sys.stdout.fileno())
     asked = sys.stdin.buffer.readline()
     if not asked:  # nobody needs it any more
         return
@@ -48,6 +50,15 @@ def main() -> None:
         _write(Malformed(error.path, error.problem))
     else:
         _write(answer)
+
+
+def _widen(pipe: int) -> None:
+    """Let a pipe hold a megabyte, where that can be had: fewer turns of the gateway's loop are needed to empty it."""
+    if sys.platform == "linux":
+        import fcntl
+
+        with suppress(OSError):
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 1024 * 1024)
 
 
 def _write(answer: Envelope | Overlong | Malformed) -> None:

@@ -26,6 +26,8 @@ MIN_LIMIT_BYTES = 1024 * 1024
 
 _COMMAND = (sys.executable, "-m", "helix_gateway.gateway.envelope_process")
 _MOST_AT_ONCE = 4
+_READ_AHEAD_BYTES = 1024 * 1024
+"""Of an answer; with little, its reader is stopped and started for every 64 KB."""
 _LONG_JOIN_BYTES = 1024 * 1024
 """Longer values are put together in a thread: beyond this `bytes.join` lets go of Python's lock (CPython's source)."""
 
@@ -90,7 +92,7 @@ class LongBodies:
 
 
 async def _start() -> Process:
-    return await asyncio.create_subprocess_exec(*_COMMAND, stdin=PIPE, stdout=PIPE)
+    return await asyncio.create_subprocess_exec(*_COMMAND, stdin=PIPE, stdout=PIPE, limit=_READ_AHEAD_BYTES)
 
 
 async def _ask(process: Process, pieces: Sequence[bytes], wanted: Wanted) -> Envelope | Overlong | Malformed:
