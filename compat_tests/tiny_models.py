@@ -14,7 +14,7 @@ VOCAB_SIZE = 256
 MAX_POSITIONS = 512
 
 _COMMON = {"vocab_size": VOCAB_SIZE, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-_LLAMA_LIKE = {
+LLAMA_LIKE_OPTIONS = {
     **_COMMON,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -23,18 +23,19 @@ _LLAMA_LIKE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": MAX_POSITIONS,
 }
+"""Of a tiny model of any family with a configuration like Llama's."""
 _GPT2_LIKE = {**_COMMON, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": MAX_POSITIONS}
 _ALTERNATING = ["sliding_attention", "full_attention"]
 
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {**_LLAMA_LIKE, "num_hidden_layers": 3}),
-    "mistral": ("mistral", {**_LLAMA_LIKE, "sliding_window": 13}),
-    "qwen2": ("qwen2", {**_LLAMA_LIKE, "use_sliding_window": False, "sliding_window": 8}),
-    "qwen3": ("qwen3", {**_LLAMA_LIKE, "head_dim": 32}),
+    "llama": ("llama", {**LLAMA_LIKE_OPTIONS, "num_hidden_layers": 3}),
+    "mistral": ("mistral", {**LLAMA_LIKE_OPTIONS, "sliding_window": 13}),
+    "qwen2": ("qwen2", {**LLAMA_LIKE_OPTIONS, "use_sliding_window": False, "sliding_window": 8}),
+    "qwen3": ("qwen3", {**LLAMA_LIKE_OPTIONS, "head_dim": 32}),
     "gemma2": (
         "gemma2",
         {
-            **_LLAMA_LIKE,
+            **LLAMA_LIKE_OPTIONS,
             "head_dim": 16,
             "num_hidden_layers": 4,
             "sliding_window": 9,
@@ -47,7 +48,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": (
         "gemma3_text",
         {
-            **_LLAMA_LIKE,
+            **LLAMA_LIKE_OPTIONS,
             "head_dim": 32,
             "num_hidden_layers": 4,
             "sliding_window": 7,
@@ -55,17 +56,17 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
         },
     ),
-    "phi3": ("phi3", {**_LLAMA_LIKE, "sliding_window": None}),
+    "phi3": ("phi3", {**LLAMA_LIKE_OPTIONS, "sliding_window": None}),
     "gpt2": ("gpt2", _GPT2_LIKE),
-    "gpt_neox": ("gpt_neox", {**_LLAMA_LIKE, "rotary_pct": 0.25}),
-    "opt": ("opt", {**_LLAMA_LIKE, "ffn_dim": 128, "word_embed_proj_dim": 64}),
-    "olmo2": ("olmo2", _LLAMA_LIKE),
-    "starcoder2": ("starcoder2", {**_LLAMA_LIKE, "sliding_window": 11}),
+    "gpt_neox": ("gpt_neox", {**LLAMA_LIKE_OPTIONS, "rotary_pct": 0.25}),
+    "opt": ("opt", {**LLAMA_LIKE_OPTIONS, "ffn_dim": 128, "word_embed_proj_dim": 64}),
+    "olmo2": ("olmo2", LLAMA_LIKE_OPTIONS),
+    "starcoder2": ("starcoder2", {**LLAMA_LIKE_OPTIONS, "sliding_window": 11}),
     "granite": (
         "granite",
-        {**_LLAMA_LIKE, "logits_scaling": 2.0, "attention_multiplier": 0.3, "residual_multiplier": 0.5},
+        {**LLAMA_LIKE_OPTIONS, "logits_scaling": 2.0, "attention_multiplier": 0.3, "residual_multiplier": 0.5},
     ),
-    "cohere": ("cohere", {**_LLAMA_LIKE, "logit_scale": 0.5, "use_qk_norm": True}),
+    "cohere": ("cohere", {**LLAMA_LIKE_OPTIONS, "logit_scale": 0.5, "use_qk_norm": True}),
 }
 
 

@@ -14,7 +14,7 @@ def turn_wrongly_from(position, step_class, monkeypatch):
     def wrong(self, longest):
         cosines, sines = right(self, longest)
         cosines = cosines.copy()
-        cosines[position:] = 1
+        cosines[:, position:] = 1
         return Angles(cosines, sines)
 
     monkeypatch.setattr(step_class, "_angles", wrong)

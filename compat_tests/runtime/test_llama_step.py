@@ -13,7 +13,7 @@ from helix_gateway.runtime.cpu.linear import pack_linears
 from helix_gateway.runtime.cpu.llama import LlamaStep
 from helix_gateway.runtime.pool import make_runners
 
-LLAMA_LIKE = ["llama", "mistral", "qwen2"]
+LLAMA_LIKE = ["llama", "mistral", "qwen2", "phi3"]
 
 
 def make_runner(name, *, packed=True, dtype=torch.float32, seed=3):

@@ -28,7 +28,7 @@ from helix_gateway.runtime.probe import ModelProbe
 from helix_gateway.runtime.remembered import NothingRemembered, Remembered
 from helix_gateway.runtime.rotary import install_rotary_tables
 from helix_gateway.runtime.sampling import make_sampler
-from helix_gateway.runtime.trial import fill_pages, first_block_step, trial_steps
+from helix_gateway.runtime.trial import fill_pages, trial_steps
 
 log = structlog.get_logger(__name__)
 
@@ -215,13 +215,10 @@ class TransformersRunner:
         return refused is None
 
     def _trial_steps(self) -> list[StepBatch]:
-        groups = self.kv_groups
-        if len(groups) > 1:
-            return [first_block_step(self._vocab_size, groups, self.num_pages)]
-        return trial_steps(self._vocab_size, groups[0], self.num_pages, self.context_length)
+        return trial_steps(self._vocab_size, self.kv_groups, self.num_pages, self.context_length)
 
     def _answers(self, steps: Sequence[StepBatch]) -> torch.Tensor:
-        fill_pages(self._pages.arena)
+        fill_pages(self._pages.arena, steps)
         return torch.cat([self.forward(step) for step in steps])
 
     def sample(self, logits: torch.Tensor, rows: SamplingRows) -> Int32s:

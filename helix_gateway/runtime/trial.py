@@ -1,12 +1,12 @@
 """What a compiled step must answer like transformers' own modules before it may serve: a few rows at awkward places.
 
-Two steps of a model with one KV group over the first pages of the arena: a chunk across a block's end, a row near the
-far end of the context, a window that reads what the chunk wrote, a fresh sequence.  Keys and values that no row wrote
-are numbers of no meaning, the same for both.  Knows nothing about how either computes.
+Two steps over the first pages of the arena: a chunk across a block's end, a row near the far end of the context, a window
+that reads what the chunk wrote, a fresh sequence.  Keys and values that no row wrote are numbers of no meaning, the same
+for both.  Knows nothing about how either computes.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import torch
@@ -23,24 +23,24 @@ _FEW = 2
 _SIZE = 0.1
 # What bytes of int8 pages are, four together: as a float32 a scale of such keys, as bytes keys like any other.
 _SCALES = _SIZE / 127
-# Enough for blocks of one token: six for the chunk and the window, one read again and again, two for the fresh sequence.
-_PAGES = 9
 
-_Span = tuple[int, int, Int32s]
-"""A sequence's first position, how many rows it has, and its block table."""
+_Span = tuple[int, int, Sequence[Int32s]]
+"""A sequence's first position, how many rows it has, and its block table in each KV group."""
 
 
-def trial_steps(vocab_size: int, group: KVGroup, num_pages: int, context_length: int) -> list[StepBatch]:
-    """Batches to be computed in this order; fewer sequences where the arena has few pages."""
-    size, far = group.tokens_per_block, min(context_length, _FAR) - 2
-    first = max(0, size - _CHUNK // 2)
-    second = first + _CHUNK
-    if num_pages < _PAGES or far < second + _FEW:
-        return [_step(vocab_size, [(0, min(_CHUNK, size, context_length), np.zeros(1, np.int32))])]
-    pages = np.arange(_PAGES, dtype=np.int32)
-    near, fresh = pages[: -(-(second + _FEW) // size)], pages[-_FEW:]
+def trial_steps(vocab_size: int, groups: Sequence[KVGroup], num_pages: int, context_length: int) -> list[StepBatch]:
+    """Batches to be computed in this order; the start of one sequence where the arena has few pages."""
+    sizes = [group.tokens_per_block for group in groups]
+    first, far = max(0, max(sizes) - _CHUNK // 2), min(context_length, _FAR) - 2
+    second, numbers = first + _CHUNK, count()
+    near, distant, fresh = (
+        [np.array([next(numbers) for _ in range(-(-tokens // size))], np.int32) for size in sizes]
+        for tokens in (second + _FEW, 1, _FEW)
+    )
+    if num_pages < next(numbers) or far < second + _FEW:
+        return [_first_block_step(vocab_size, sizes, num_pages, context_length)]
     # All blocks of the far sequence are one page: what lies there is of no matter, as long as it is read.
-    distant = np.full(far // size + 2, len(near), np.int32)
+    distant = [np.repeat(table, far // size + 2) for table, size in zip(distant, sizes, strict=True)]
     steps = [
         [(first, _CHUNK, near), (far, 1, distant)],
         [(second, _FEW, near), (far + 1, 1, distant), (0, _FEW, fresh)],
@@ -48,21 +48,19 @@ def trial_steps(vocab_size: int, group: KVGroup, num_pages: int, context_length:
     return [_step(vocab_size, spans) for spans in steps]
 
 
-def first_block_step(vocab_size: int, groups: Sequence[KVGroup], num_pages: int) -> StepBatch:
-    """The start of one sequence, for models of several KV groups: each has a page of its own, as long as there are some.
+def _first_block_step(vocab_size: int, sizes: Sequence[int], num_pages: int, context_length: int) -> StepBatch:
+    """The start of one sequence; each group has a page of its own, as long as there are some.
 
     Where there are not, the last page is that of several: a layer reads only what it has just written itself.
     """
-    count = min(_CHUNK, *(group.tokens_per_block for group in groups))
-    step = _step(vocab_size, [(0, count, np.zeros(1, np.int32))])
-    pages = [min(place, num_pages - 1) for place in range(len(groups))]
-    return replace(step, block_tables=tuple(np.full((1, 1), page, np.int32) for page in pages))
+    pages = [np.full(1, min(place, num_pages - 1), np.int32) for place in range(len(sizes))]
+    return _step(vocab_size, [(0, min(_CHUNK, context_length, *sizes), pages)])
 
 
-def fill_pages(arena: Arena) -> None:
-    """Numbers like keys' and values', in the pages that the trial reads."""
-    count = min(_PAGES, arena.num_pages)
-    pages = arena.pages()[:, :count]
+def fill_pages(arena: Arena, steps: Sequence[StepBatch]) -> None:
+    """Numbers like keys' and values', in the pages that a trial reads."""
+    last = max(int(table.max()) for step in steps for table in step.block_tables)
+    pages = arena.pages()[:, : last + 1]
     if pages.dtype == torch.int8:
         words = pages.view(torch.float32)
         words.copy_(_SCALES * (1.5 + 0.5 * _waves(words)))
@@ -78,14 +76,19 @@ def _waves(pages: torch.Tensor) -> torch.Tensor:
 def _step(vocab_size: int, spans: Sequence[_Span]) -> StepBatch:
     lengths = np.array([count for _, count, _ in spans], np.int32)
     positions = np.concatenate([np.arange(first, first + count, dtype=np.int32) for first, count, _ in spans])
-    tables = np.zeros((len(spans), max(len(table) for *_, table in spans)), np.int32)
-    for row, (*_, table) in zip(tables, spans, strict=True):
-        row[: len(table)] = table
     return StepBatch(
         token_ids=(np.arange(len(positions), dtype=np.int32) * 7919 + 11) % vocab_size,
         positions=positions,
         cu_seqlens=np.cumsum([0, *lengths]).astype(np.int32),
         context_lens=np.array([first + count for first, count, _ in spans], np.int32),
-        block_tables=(tables,),
+        block_tables=tuple(_joined(tables) for tables in zip(*(tables for *_, tables in spans), strict=True)),
         logits_rows=np.arange(len(positions), dtype=np.int32),
     )
+
+
+def _joined(tables: Sequence[Int32s]) -> Int32s:
+    """[num_seqs, max_blocks], one group's tables below one another."""
+    joined = np.zeros((len(tables), max(map(len, tables))), np.int32)
+    for row, table in zip(joined, tables, strict=True):
+        row[: len(table)] = table
+    return joined

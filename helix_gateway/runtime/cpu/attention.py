@@ -15,7 +15,18 @@ from helix_gateway.core.step import Float32s, Int32s, StepBatch
 from helix_gateway.runtime.cpu.attention_float_items import float_scratch
 from helix_gateway.runtime.cpu.attention_int8_items import int8_scratch
 from helix_gateway.runtime.cpu.attention_items import attend_item, write_rows
-from helix_gateway.runtime.cpu.attention_shape import GROUP, KV_HEADS, QUANTISED, UNIT, WINDOW, Plan, first_seen
+from helix_gateway.runtime.cpu.attention_shape import (
+    GROUP,
+    KV_HEADS,
+    QUANTISED,
+    UNIT,
+    WINDOW,
+    Plan,
+    Plans,
+    first_seen,
+    join_padded,
+    join_plans,
+)
 from helix_gateway.runtime.cpu.emitter import LANES
 from helix_gateway.runtime.cpu.threads import configure_threads
 from helix_gateway.runtime.pages import Arena, GroupLayout, Int64s
@@ -117,6 +128,18 @@ class UniformLayers(NamedTuple):
     works: Float32s
 
 
+class Layers(NamedTuple):
+    """What one step's attention needs beside its plans."""
+
+    stored: Any
+    """The arena, as numpy has it."""
+    shapes: Int64s
+    """[plans, fields of a shape]"""
+    offsets: Int64s
+    """[num_layers, most runs]"""
+    works: Float32s
+
+
 class CpuPagedAttention:
     """`PagedAttention` over a slice-major arena in float32, bfloat16 or int8."""
 
@@ -136,6 +159,10 @@ class CpuPagedAttention:
                 shape = _describe(arena, layout, heads[layer])
                 self._layers[layer] = _Layer(self._plan_number(number, shape), shape, offsets[place].copy())
         self._offsets = np.stack([self._layers[layer].offsets for layer in self._layers]) if self.is_uniform else None
+        self._shapes = np.stack([shape for _, shape in self._planned])
+        self._all_offsets = join_padded([self._layers[layer].offsets for layer in sorted(self._layers)])
+        self.plan_of = [self._layers[layer].plan for layer in sorted(self._layers)]
+        """For each layer, which of `all_steps`' plans is its own."""
         self._plans: list[Plan] = []
         self._works: Float32s = np.empty((1, 1), np.float32)
         self._warm_up(groups, heads)
@@ -180,6 +207,10 @@ class CpuPagedAttention:
         (plan,) = self._plans
         assert self._offsets is not None
         return plan, UniformLayers(self._stored, self._layers[0].shape, self._offsets, self._works)
+
+    def all_steps(self) -> tuple[Plans, Layers]:
+        """The step that `begin` has prepared, for layers of any shapes."""
+        return join_plans(self._plans), Layers(self._stored, self._shapes, self._all_offsets, self._works)
 
     def begin(self, batch: StepBatch) -> None:
         """Cut the step's rows into tiles and deal them to the threads."""

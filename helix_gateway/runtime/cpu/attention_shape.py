@@ -4,7 +4,8 @@ A *tile* is a few consecutive rows of one sequence, and an *item* a tile and som
 and values are stored.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -35,6 +36,61 @@ class Plan(NamedTuple):
     """Items that a tile's KV heads are divided among."""
     bounds: Int64s
     """[threads + 1]; thread t takes the items bounds[t]:bounds[t + 1]."""
+
+
+class Plans(NamedTuple):
+    """The plans of a step for several kinds of layers, one behind the other; see `Plan`."""
+
+    positions: Int64s
+    row_sequence: Int32s
+    tables: Int32s
+    """[plans, num_seqs, max_blocks]"""
+    tile_row: Int32s
+    """[plans, most tiles]"""
+    tile_tokens: Int32s
+    """[plans, most tiles]"""
+    parts: Int64s
+    """[plans]"""
+    bounds: Int64s
+    """[plans, threads + 1]"""
+
+
+def join_plans(plans: Sequence[Plan]) -> Plans:
+    """All plans of one step as one; what is shorter than others has zeros behind it."""
+    first = plans[0]
+    return Plans(
+        first.positions,
+        first.row_sequence,
+        join_padded([plan.tables for plan in plans]),
+        join_padded([plan.tile_row for plan in plans]),
+        join_padded([plan.tile_tokens for plan in plans]),
+        np.array([plan.parts for plan in plans], np.int64),
+        join_padded([plan.bounds for plan in plans]),
+    )
+
+
+def join_padded(arrays: Sequence[Any]) -> Any:
+    """Arrays of one dtype behind one another; a view where there is one."""
+    if len(arrays) == 1:
+        return arrays[0][None]
+    joined = np.zeros((len(arrays), *np.max([array.shape for array in arrays], axis=0)), arrays[0].dtype)
+    for place, array in zip(joined, arrays, strict=True):
+        place[tuple(map(slice, array.shape))] = array
+    return joined
+
+
+@njit(cache=True)
+def plan_of(plans, number):  # type: ignore[no-untyped-def]
+    """One of the plans."""
+    return Plan(
+        plans.positions,
+        plans.row_sequence,
+        plans.tables[number],
+        plans.tile_row[number],
+        plans.tile_tokens[number],
+        plans.parts[number],
+        plans.bounds[number],
+    )
 
 
 @njit(cache=True)

@@ -89,8 +89,11 @@ def _prepare(kind, stage, number, first, last, layer, eps, hidden, wide, product
 
 @njit(cache=True)
 def _rotate_rows(kind, first, last, product, channels, heads, dim, positions, cosines, sines):  # type: ignore[no-untyped-def]
-    """Rotary embedding of queries and keys, in place (Su et al. 2021, halves as transformers pairs them)."""
-    half, size = dim // 2, kind.itemsize
+    """Rotary embedding of queries and keys, in place (Su et al. 2021, halves as transformers pairs them).
+
+    Tables narrower than a head turn its first dimensions only.
+    """
+    half, size = cosines.shape[1] // 2, kind.itemsize
     for row in range(first, last):
         position = positions[row]
         for head in range(heads):
@@ -134,6 +137,14 @@ def _attend_share(kind, thread, plan, pages, number, product, channels, scaling,
         )
 
 
+class UniformPages(NamedTuple):
+    """What `place_rows` reads of its pages, for whoever has layers of several shapes."""
+
+    stored: Any
+    shape: Int64s
+    offsets: Int64s
+
+
 class Scratch(NamedTuple):
     """Memory of one step; `product` and `attended` are addresses, of numbers of the weights' dtype."""
 
@@ -148,7 +159,7 @@ class Scratch(NamedTuple):
 
 
 class Angles(NamedTuple):
-    """The rotary tables, [positions, head dimension] each."""
+    """The rotary tables, [kinds, positions, rotated dimensions] each."""
 
     cosines: Float32s
     sines: Float32s
@@ -193,7 +204,7 @@ def _layers(bits: int, max_rows: int, registers: int) -> Any:
                 if stage == OUT:
                     for thread in prange(threads):
                         _write_share(
-                            kind, thread, threads, plan, pages, number, product, qkv, angles.cosines, angles.sines
+                            kind, thread, threads, plan, pages, number, product, qkv, angles.cosines[0], angles.sines[0]
                         )
                     for thread in prange(threads):
                         _attend_share(kind, thread, plan, pages, number, product, qkv, weights.scaling, attended)

@@ -5,9 +5,11 @@ row's bits depend on that row alone: not on the other rows, the threads or the p
 gradients.  Knows nothing about models beyond their modules, nor about batches or sequences.
 """
 
+import inspect
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from itertools import chain
 from typing import Any, ClassVar, TypeAlias, TypeGuard
 
@@ -192,14 +194,18 @@ class PackedEmbedding(nn.Module):
         IndexError: an id is not a row's number.
     """
 
-    def __init__(self, weight: PackedWeight) -> None:
+    def __init__(self, weight: PackedWeight, factor: float = 1.0) -> None:
+        """``factor``: of every row (Gemma)."""
         super().__init__()
         self.weight_tiles = weight
+        # Rounded to the weights' dtype, as transformers does.
+        self.factor = float(torch.tensor(factor).to(weight.dtype))
         self.num_embeddings, self.embedding_dim = weight.channels, weight.inputs
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Takes ids [...] to rows [..., embedding_dim]."""
-        return self.weight_tiles.gather(ids)
+        rows = self.weight_tiles.gather(ids)
+        return rows if self.factor == 1 else rows * self.factor
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -229,8 +235,18 @@ Holder: TypeAlias = nn.Linear | Conv1D | nn.Embedding
 
 
 def is_holder(module: object) -> TypeGuard[Holder]:
-    """Whether it is one; subclasses are not, since their forward may be another."""
-    return type(module) in (nn.Linear, Conv1D) or (type(module) is nn.Embedding and module.max_norm is None)
+    """Whether it is one; subclasses are not, since their forward may be another, but for Gemma's scaled embeddings."""
+    if isinstance(module, nn.Embedding):
+        return module.max_norm is None and (type(module) is nn.Embedding or _scales_rows(type(module).forward))
+    return type(module) in (nn.Linear, Conv1D)
+
+
+@cache
+def _scales_rows(forward: Callable[..., torch.Tensor]) -> bool:
+    """Whether an embedding's forward is what Gemma's is: rows times ``embed_scale``."""
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+    return inspect.getsource(forward) == inspect.getsource(Gemma3TextScaledWordEmbedding.forward)
 
 
 def matrices(model: nn.Module) -> list[list[Holder]]:
@@ -242,12 +258,12 @@ def matrices(model: nn.Module) -> list[list[Holder]]:
     holders: dict[tuple[int, bool], list[Holder]] = {}
     for name, module in model.named_modules():
         if is_holder(module):
-            if module.weight.dtype not in _FORMATS and type(module) is not nn.Embedding:
+            if module.weight.dtype not in _FORMATS and not isinstance(module, nn.Embedding):
                 raise TypeError(
                     f"{name}: compiled products take float32 or bfloat16 weights, not {module.weight.dtype}"
                 )
             holders.setdefault((id(module.weight), type(module) is Conv1D), []).append(module)
-    return [group for group in holders.values() if any(type(module) is not nn.Embedding for module in group)]
+    return [group for group in holders.values() if any(not isinstance(module, nn.Embedding) for module in group)]
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -275,7 +291,7 @@ def stand_ins(holders: list[Holder], weight: PackedWeight) -> dict[nn.Module, nn
     packed: dict[nn.Module, nn.Module] = {}
     for module in holders:
         if isinstance(module, nn.Embedding):
-            packed[module] = PackedEmbedding(weight)
+            packed[module] = PackedEmbedding(weight, float(getattr(module, "embed_scale", 1.0)))
         else:
             bias: torch.Tensor | None = module.bias
             packed[module] = PackedLinear(weight, bias)

@@ -1,30 +1,25 @@
-"""Finds models whose layers are Llama's, and runs a whole step of them through `layers.py`.
+"""Finds the compiled step of a model, and runs a whole step of a Llama's float weights through `layers.py`.
 
-Found by structure, not by name: a layer must have the parts of a Llama's, all packed and alike, and their code must be,
-line for line, that of transformers' own Llama, Mistral or Qwen2, since equal parts can be put to other uses (rotary
-in other pairs, or none; queries scaled by position).  The compiled step must then agree with transformers' forward on some
+Which models there are steps for, `structures.py` tells: in float those that have nothing which the first Llama lacks,
+quantised its relatives too (`quantised_llama.py`).  The compiled step must then agree with transformers' forward on some
 tokens.  What does not fit, or does not agree, is served through transformers' modules as before.
 """
 
-import inspect
-import sys
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
 import structlog
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from helix_gateway.core.step import StepBatch
 from helix_gateway.runtime.cpu.attention import ACTIVATIONS, CpuPagedAttention
 from helix_gateway.runtime.cpu.layers import FIELDS, Angles, Scratch, Weights, compiled_layers, norm_row
 from helix_gateway.runtime.cpu.linear import FloatWeight, PackedLinear
-from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS
 from helix_gateway.runtime.cpu.packed import PackedWeight
 from helix_gateway.runtime.cpu.products import host_shape
+from helix_gateway.runtime.cpu.structures import Structure, norm_weight, norms_of, products_of, structure_of
 from helix_gateway.runtime.cpu.threads import configure_threads
 from helix_gateway.runtime.cpu.weight_memory import WeightMemory
 from helix_gateway.runtime.heap import return_freed_blocks
@@ -34,29 +29,27 @@ log = structlog.get_logger(__name__)
 
 _GAP = 16
 """Elements between rows of activations, so that rows of 1,024 do not all fall on the same cache lines."""
-_LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-_ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
-_MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 class LlamaStep:
     """The forward of a Llama-like model over the pages of its attention.
 
     Args:
-        model: a transformers ``ForCausalLM`` that `is_llama_like`; its layers' weights are joined in place.
+        model: a transformers ``ForCausalLM`` whose structure is plain; its layers' weights are joined in place.
+        structure: of the model.
         attention: the runner's.
         rotary: the table that the model's rotary embedding has become.
     """
 
-    def __init__(self, model: Any, attention: CpuPagedAttention, rotary: RotaryTable) -> None:
+    def __init__(self, model: Any, structure: Structure, attention: CpuPagedAttention, rotary: RotaryTable) -> None:
         base = model.base_model
         self._attention = attention
-        self._rotary = rotary
+        self._tables = AngleTables(rotary, structure.rotary_kinds)
         self._embedding: nn.Module = base.embed_tokens
         self._head: PackedLinear = model.get_output_embeddings()
         self._dtype: torch.dtype = self._head.weight_tiles.dtype
-        self._norm = base.norm.weight.detach().float().numpy()
-        self._eps = np.float32(base.norm.variance_epsilon)
+        self._norm = norm_weight(base.norm).numpy()
+        self._eps = np.float32(structure.eps)
         self._kept: list[torch.Tensor] = []
         """Memory that the compiled step knows by address only."""
         layers = np.array([self._describe(layer) for layer in base.layers], np.int64)
@@ -65,15 +58,14 @@ class LlamaStep:
         sizes = np.array(
             [[parts[0].in_features, sum(part.out_features for part in parts)] for parts in products_of(first)], np.int64
         )
-        self._weights = Weights(layers, sizes, float(first.self_attn.scaling), self._eps)
+        self._weights = Weights(layers, sizes, structure.scaling, self._eps)
         self._run = compiled_layers(self._head.weight_tiles.bits, host_shape())
 
     def _describe(self, layer: Any) -> list[int]:
         fields = []
         for parts in products_of(layer):
             fields += [join_tiles(parts).data_ptr(), self._keep(torch.cat([part.bias_values for part in parts]))]
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            fields.append(self._keep(norm.weight.detach().float().contiguous()))
+        fields += [self._keep(norm_weight(norm).contiguous()) for norm in norms_of(layer)[:2]]
         assert len(fields) == FIELDS
         return fields
 
@@ -102,120 +94,57 @@ class LlamaStep:
         self._run(configure_threads(), plan, pages, self._weights, hidden, scratch, angles)
 
     def _angles(self, longest: int) -> Angles:
-        return angles_of(self._rotary, longest)
+        return self._tables.reaching(longest)
 
 
-def angles_of(rotary: RotaryTable, longest: int) -> Angles:
-    """The tables of a rotary embedding for contexts of up to ``longest`` tokens."""
-    rotary.reserve(longest)
-    cosines, sines = rotary.tables(torch.empty(0))
-    return Angles(cosines.numpy(), sines.numpy())
+class AngleTables:
+    """The tables of a rotary embedding, of each kind that a model's layers have, one behind the other."""
+
+    def __init__(self, rotary: RotaryTable, layer_kinds: Sequence[str]) -> None:
+        """``layer_kinds``: what each layer tells the embedding, empty where there is nothing to tell."""
+        self._rotary = rotary
+        self._kinds = list(dict.fromkeys(layer_kinds))
+        self.kind_of = [self._kinds.index(kind) for kind in layer_kinds]
+        """For each layer, which of the tables it reads."""
+        self._sources: list[torch.Tensor] = []
+        self._angles = Angles(*(np.zeros((1, 0, 0), np.float32) for _ in range(2)))
+
+    def reaching(self, longest: int) -> Angles:
+        """Tables for contexts of up to ``longest`` tokens; made anew only when they have grown."""
+        self._rotary.reserve(longest)
+        pairs = [self._rotary.tables(torch.empty(0), *filter(None, [kind])) for kind in self._kinds]
+        sources = [table for pair in pairs for table in pair]
+        if len(sources) != len(self._sources) or any(a is not b for a, b in zip(sources, self._sources)):
+            self._sources = sources
+            self._angles = Angles(*(_stacked(tables) for tables in zip(*pairs, strict=True)))
+        return self._angles
+
+
+def _stacked(tables: Sequence[torch.Tensor]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """[kinds, positions, dim]; a view where there is one kind."""
+    return (tables[0][None] if len(tables) == 1 else torch.stack(list(tables))).numpy()
 
 
 def find_llama_step(
     model: Any, attention: object, rotary: Sequence[RotaryTable]
 ) -> Callable[[StepBatch], torch.Tensor] | None:
     """The compiled step of a model whose structure it fits, else None."""
-    if not isinstance(attention, CpuPagedAttention) or not attention.is_uniform or len(rotary) != 1:
+    if not isinstance(attention, CpuPagedAttention) or len(rotary) != 1:
         return None
-    if not is_llama_like(model):
+    structure = structure_of(model, rotary[0])
+    if structure is None:
         return None
     if isinstance(model.get_output_embeddings().weight_tiles, FloatWeight):
-        return LlamaStep(model, attention, rotary[0])
+        return LlamaStep(model, structure, attention, rotary[0]) if _is_plain(model, structure, attention) else None
     from helix_gateway.runtime.cpu.quantised_llama import QuantisedLlamaStep, is_quantised_alike
 
-    return QuantisedLlamaStep(model, attention, rotary[0]) if is_quantised_alike(model) else None
+    return QuantisedLlamaStep(model, structure, attention, rotary[0]) if is_quantised_alike(model) else None
 
 
-def products_of(layer: Any) -> tuple[tuple[PackedLinear, ...], ...]:
-    """The linear layers of a Llama's layer, those that share an input together, in the order in which they compute."""
-    attention, mlp = layer.self_attn, layer.mlp
-    return (
-        (attention.q_proj, attention.k_proj, attention.v_proj),
-        (attention.o_proj,),
-        (mlp.gate_proj, mlp.up_proj),
-        (mlp.down_proj,),
-    )
-
-
-def is_llama_like(model: Any) -> bool:
-    """Whether every layer has exactly the parts of a Llama's, all packed."""
-    base, head = model.base_model, model.get_output_embeddings()
-    needed = ("embed_tokens", "layers", "norm")
-    if not all(hasattr(base, name) for name in needed) or not isinstance(head, PackedLinear):
-        return False
-    if not _is_norm(base.norm) or not all(_is_llama_layer(layer) for layer in base.layers):
-        return False
-    return len({_measures(layer) for layer in base.layers}) == 1 and _code(base.layers[0]) in _known_code()
-
-
-def _measures(layer: Any) -> tuple[object, ...]:
-    """What the compiled step takes from one layer for all."""
-    products = [(part.in_features, part.out_features) for part in layer.modules() if isinstance(part, PackedLinear)]
-    norms = (layer.input_layernorm, layer.post_attention_layernorm)
-    return (layer.self_attn.scaling, *products, *(norm.variance_epsilon for norm in norms))
-
-
-def _code(layer: Any) -> tuple[str, ...]:
-    """The source of what a layer computes; class names differ between families, what stands under ``forward`` may not."""
-    parts = (layer, layer.self_attn, layer.mlp, layer.input_layernorm)
-    module = sys.modules[type(layer.self_attn).__module__]
-    functions = [type(part).forward for part in parts] + [module.apply_rotary_pos_emb, module.rotate_half]
-    return tuple(inspect.getsource(inspect.unwrap(function)) for function in functions)
-
-
-@cache
-def _known_code() -> frozenset[tuple[str, ...]]:
-    """Of the families whose layers the compiled step computes."""
-    known = set()
-    for config_class in (LlamaConfig, MistralConfig, Qwen2Config):
-        config = config_class(
-            vocab_size=8,
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-        )
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-            known.add(_code(model.base_model.layers[0]))
-    return frozenset(known)
-
-
-def _is_llama_layer(layer: Any) -> bool:
-    return (
-        _parts(layer) == _LAYER_PARTS
-        and _parts(layer.self_attn) == _ATTENTION_PARTS
-        and _parts(layer.mlp) == _MLP_PARTS
-        and all(
-            _is_whole(part)
-            for part in (*layer.self_attn.children(), *layer.mlp.children())
-            if part is not layer.mlp.act_fn
-        )
-        and _is_silu(layer.mlp.act_fn)
-        and _is_norm(layer.input_layernorm)
-        and _is_norm(layer.post_attention_layernorm)
-        and isinstance(getattr(layer.self_attn, "scaling", None), float)
-    )
-
-
-def _parts(module: nn.Module) -> set[str]:
-    return {name for name, _ in module.named_children()}
-
-
-def _is_whole(part: nn.Module) -> bool:
-    """Packed, and of whole tiles, so that several can be joined."""
-    return isinstance(part, PackedLinear) and part.out_features % TILE_CHANNELS == 0
-
-
-def _is_norm(module: Any) -> bool:
-    return hasattr(module, "variance_epsilon") and isinstance(getattr(module, "weight", None), torch.Tensor)
-
-
-def _is_silu(activation: Any) -> bool:
-    x = torch.linspace(-4, 4, 9)
-    return torch.equal(activation(x), nn.functional.silu(x))
+def _is_plain(model: Any, structure: Structure, attention: CpuPagedAttention) -> bool:
+    """Whether there is nothing in a model that `layers.py` does not compute."""
+    before, others = norms_of(model.base_model.layers[0])[:2], norms_of(model.base_model.layers[0])[2:]
+    return structure.is_plain and attention.is_uniform and all(before) and not any(others)
 
 
 def join_tiles(parts: Sequence[PackedLinear], memory: WeightMemory | None = None) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""A Llama-like model's quantised weights and a step's memory, handed to `quantised_step.py` as it wants them.
+"""The quantised weights of a Llama or a relative, and a step's memory, handed to `quantised_step.py` as it wants them.
 
-Which models are Llama-like, `llama.py` says.
+Which models those are, `structures.py` says.
 """
 
 from typing import Any
@@ -12,19 +12,22 @@ from helix_gateway.core.step import StepBatch
 from helix_gateway.runtime.cpu.attention import CpuPagedAttention
 from helix_gateway.runtime.cpu.layers import Angles
 from helix_gateway.runtime.cpu.linear import PackedEmbedding, PackedLinear
-from helix_gateway.runtime.cpu.llama import angles_of, join_tiles, products_of
+from helix_gateway.runtime.cpu.llama import AngleTables, join_tiles
 from helix_gateway.runtime.cpu.quantised_products import tile_kernel
 from helix_gateway.runtime.cpu.quantised_rows import num_groups, record_bytes
 from helix_gateway.runtime.cpu.quantised_step import (
+    CHANGE_NORMS,
     FIELDS,
     LAYER_STAGES,
     MATRIX_FIELDS,
+    NORMS,
     Model,
     Rows,
     Scratch,
     run_step,
 )
 from helix_gateway.runtime.cpu.quantised_weights import QuantisedWeight
+from helix_gateway.runtime.cpu.structures import Structure, norm_weight, norms_of, products_of
 from helix_gateway.runtime.cpu.threads import configure_threads
 from helix_gateway.runtime.cpu.weight_memory import WeightMemory, room_for
 from helix_gateway.runtime.cpu.work_sharing import new_counts
@@ -50,14 +53,15 @@ class QuantisedLlamaStep:
 
     Args:
         model: a transformers ``ForCausalLM`` that is Llama-like and quantised; its layers' weights are joined in place.
+        structure: of the model.
         attention: the runner's.
         rotary: the table that the model's rotary embedding has become.
     """
 
-    def __init__(self, model: Any, attention: CpuPagedAttention, rotary: RotaryTable) -> None:
+    def __init__(self, model: Any, structure: Structure, attention: CpuPagedAttention, rotary: RotaryTable) -> None:
         base, head = model.base_model, model.get_output_embeddings()
-        self._attention = attention
-        self._rotary = rotary
+        self._attention, self._structure = attention, structure
+        self._tables = AngleTables(rotary, structure.rotary_kinds)
         self._kept: list[torch.Tensor] = []
         """Memory that the compiled step knows by address only."""
         matrices = [parts for layer in base.layers for parts in products_of(layer)]
@@ -65,22 +69,47 @@ class QuantisedLlamaStep:
         self._weights = WeightMemory(
             sum(room_for(part.weight_tiles.tiles) for parts in (*matrices, (head,)) for part in parts)
         )
-        layers = np.array([self._describe(layer) for layer in base.layers], np.int64)
+        layers = np.array([self._describe(base.layers, number) for number in range(len(base.layers))], np.int64)
+        last = self._describe_head(base, head)
         return_freed_blocks()
-        last = np.zeros(FIELDS, np.int64)
-        last[:MATRIX_FIELDS] = self._matrix((head,))
-        last[4 * MATRIX_FIELDS] = self._keep(base.norm.weight.detach().float().contiguous())
-        embedding = np.array([*base.embed_tokens.weight_tiles.operand, 0], np.int64)
-        scaling, eps = float(base.layers[0].self_attn.scaling), np.float32(base.norm.variance_epsilon)
-        self._model = Model(layers, embedding, last, tile_kernel(), scaling, eps)
+        self._model = Model(
+            layers,
+            # After the head has been moved, which may be the same matrix.
+            np.array([*base.embed_tokens.weight_tiles.operand, 0], np.int64),
+            last,
+            tile_kernel(),
+            structure.activation,
+            structure.scaling,
+            np.float32(structure.softcap),
+            np.float32(structure.eps),
+            np.float32(structure.residual),
+            np.float32(structure.embedding),
+            np.float32(structure.logits_softcap),
+        )
         self._memory = _Memory(base.layers[0], head)
 
-    def _describe(self, layer: Any) -> list[int]:
-        fields = [number for parts in products_of(layer) for number in self._matrix(parts)]
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            fields.append(self._keep(norm.weight.detach().float().contiguous()))
+    def _describe(self, layers: Any, number: int) -> list[int]:
+        layer, norms = layers[number], norms_of(layers[number])
+        before = None if number == 0 else norms_of(layers[number - 1]).after_mlp
+        fields = [field for parts in products_of(layer) for field in self._matrix(parts)]
+        fields += [self._norm(norm, self._structure.residual) for norm in (before, norms.after_attention)]
+        fields += [self._norm(norm) for norm in (norms.before_attention, norms.before_mlp)]
+        for norm in (norms.query, norms.key):
+            fields += [self._norm(norm), 0 if norm is None else norm.weight.numel()]  # type: ignore[operator]
+        fields += [self._attention.plan_of[number], self._tables.kind_of[number]]
         assert len(fields) == FIELDS
         return fields
+
+    def _describe_head(self, base: Any, head: PackedLinear) -> Int64s:
+        fields = np.zeros(FIELDS, np.int64)
+        fields[:MATRIX_FIELDS] = self._matrix((head,))
+        fields[CHANGE_NORMS] = self._norm(norms_of(base.layers[-1]).after_mlp, self._structure.residual)
+        fields[NORMS] = self._norm(base.norm, self._structure.logits)
+        return fields
+
+    def _norm(self, norm: Any, factor: float = 1.0) -> int:
+        """The address of a norm's weights, each times a factor that follows it; 0 where there is no norm."""
+        return 0 if norm is None else self._keep((norm_weight(norm) * factor).contiguous())
 
     def _matrix(self, parts: tuple[PackedLinear, ...]) -> list[int]:
         """The fields of a matrix, that of some linear layers joined."""
@@ -98,17 +127,17 @@ class QuantisedLlamaStep:
 
     def __call__(self, batch: StepBatch) -> torch.Tensor:
         """Logits [num_rows, vocab_size] of ``batch.logits_rows``, float32."""
-        plan, pages = self._attention.step()
+        plans, pages = self._attention.all_steps()
         threads = configure_threads()
         rows = Rows(np.ascontiguousarray(batch.token_ids), np.ascontiguousarray(batch.logits_rows))
         logits = torch.empty(len(rows.wanted), self._memory.vocab_size)
         scratch = self._memory.scratch(len(rows.tokens), len(self._model.layers), threads, logits)
         angles = self._angles(int(batch.context_lens.max()))
-        run_step(threads, self._model, plan, pages, rows, scratch, angles)
+        run_step(threads, self._model, plans, pages, rows, scratch, angles)
         return logits
 
     def _angles(self, longest: int) -> Angles:
-        return angles_of(self._rotary, longest)
+        return self._tables.reaching(longest)
 
 
 class _Memory:

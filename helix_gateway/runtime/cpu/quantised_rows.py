@@ -36,6 +36,9 @@ _LARGEST = 127.0
 _SMALLEST = 1e-30
 _LINE_BYTES = 64
 _ONE = np.float32(1.0)
+# Twice the square root of 2 / pi, and 0.044715 of that.
+_GELU_SLOPE = 1.5957691216057308
+_GELU_CUBE = 0.044715 * _GELU_SLOPE
 
 
 def num_groups(inputs: int) -> int:
@@ -119,37 +122,66 @@ def _quantise_scaled_row(typing_context, row, factor, weights, record, groups): 
     return types.void(types.intp, types.float32, types.intp, types.intp, types.intp), emit
 
 
+Slope = Callable[[Emitter, ir.Value], ir.Value]
+"""The number s of which ``gate / (1 + exp(-s))`` is an activation."""
+
+
+def _silu(emitter: Emitter, gate: ir.Value) -> ir.Value:
+    return gate
+
+
+def _gelu(emitter: Emitter, gate: ir.Value) -> ir.Value:
+    """GELU by tanh (Hendrycks and Gimpel 2016): ``(1 + tanh(u)) / 2`` is ``1 / (1 + exp(-2 u))``."""
+    square = emitter.builder.fmul(gate, gate)
+    return emitter.builder.fmul(gate, emitter.fma(square, constant(F32S, _GELU_CUBE), constant(F32S, _GELU_SLOPE)))
+
+
+def _emit_gated_record(emitter: Emitter, slope: Slope, row: ir.Value, record: ir.Value, groups: ir.Value) -> None:
+    """The record of ``activation(gate) * up``."""
+    builder, ups = emitter.builder, emitter.offset(row, groups, GROUP_INPUTS * F32_BYTES)
+
+    def load(index: ir.Value) -> ir.Value:
+        gate, up = (emitter.load(emitter.offset(at, index, VECTOR_BYTES), F32S) for at in (row, ups))
+        below = builder.fadd(constant(F32S, 1.0), exponential(emitter, builder.fneg(slope(emitter, gate))))
+        return builder.fmul(builder.fdiv(gate, below), up)
+
+    _emit_record(emitter, load, record, groups)
+
+
 @intrinsic
 def quantise_gated_row(typing_context, row, record, groups):  # type: ignore[no-untyped-def]
     """The record of ``silu(gate) * up`` (Shazeer 2020); row: address of the gates, float32 [32 * groups], then the ups."""
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        emitter, (row, record, groups) = Emitter(builder), args
-        ups = emitter.offset(row, groups, GROUP_INPUTS * F32_BYTES)
-
-        def load(index: ir.Value) -> ir.Value:
-            gate, up = (emitter.load(emitter.offset(at, index, VECTOR_BYTES), F32S) for at in (row, ups))
-            below = builder.fadd(constant(F32S, 1.0), exponential(emitter, builder.fneg(gate)))
-            return builder.fmul(builder.fdiv(gate, below), up)
-
-        _emit_record(emitter, load, record, groups)
+        _emit_gated_record(Emitter(builder), _silu, *args)
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, types.intp), emit
 
 
 @intrinsic
-def _square_sum(typing_context, row, groups):  # type: ignore[no-untyped-def]
+def quantise_gelu_gated_row(typing_context, row, record, groups):  # type: ignore[no-untyped-def]
+    """The same of ``gelu(gate) * up``, GELU being the one by tanh."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        _emit_gated_record(Emitter(builder), _gelu, *args)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp), emit
+
+
+@intrinsic
+def _square_sum(typing_context, row, vectors):  # type: ignore[no-untyped-def]
     """The sum of a row's squares: lane i takes every 16th number from the i-th on, then the lanes are joined."""
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        emitter, (row, groups) = Emitter(builder), args
+        emitter, (row, vectors) = Emitter(builder), args
 
         def body(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             numbers = emitter.load(emitter.offset(row, index, VECTOR_BYTES), F32S)
             return [emitter.fma(numbers, numbers, sums[0])]
 
-        (total,) = emitter.count(builder.mul(groups, ir.Constant(I64, 2)), [constant(F32S, 0.0)], body)
+        (total,) = emitter.count(vectors, [constant(F32S, 0.0)], body)
         return emitter.folded(total, builder.fadd)
 
     return types.float32(types.intp, types.intp), emit
@@ -173,8 +205,39 @@ def sum_rows(typing_context, a, b, out, groups):  # type: ignore[no-untyped-def]
     return types.void(types.intp, types.intp, types.intp, types.intp), emit
 
 
+@intrinsic
+def _scale_row(typing_context, row, factor, weights, out, vectors):  # type: ignore[no-untyped-def]
+    """``out = weights * (row * factor)``, addresses of float32 [16 * vectors]; out may be the row."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        emitter, (row, factor, weights, out, vectors) = Emitter(builder), args
+        factors = emitter.splat(factor)
+
+        def body(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            numbers, scales = (emitter.load(emitter.offset(at, index, VECTOR_BYTES), F32S) for at in (row, weights))
+            scaled = builder.fmul(scales, builder.fmul(numbers, factors))
+            emitter.store(scaled, emitter.offset(out, index, VECTOR_BYTES))
+            return []
+
+        emitter.count(vectors, [], body)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.float32, types.intp, types.intp, types.intp), emit
+
+
+@njit(cache=True)
+def _norm_factor(row, width, eps):  # type: ignore[no-untyped-def]
+    """What a root-mean-square norm (Zhang and Sennrich 2019) multiplies ``width`` numbers by; of whole vectors."""
+    return _ONE / np.sqrt(_square_sum(row, (width + LANES - 1) // LANES) / np.float32(width) + eps)
+
+
+@njit(cache=True)
+def norm_row(row, width, eps, weights, out):  # type: ignore[no-untyped-def]
+    """A row's norm times weights; addresses of float32, ``width`` a multiple of 16; out may be the row."""
+    _scale_row(row, _norm_factor(row, width, eps), weights, out, width // LANES)
+
+
 @njit(cache=True)
 def quantise_normed_row(row, width, eps, weights, record, groups):  # type: ignore[no-untyped-def]
-    """The record of a row's root-mean-square norm (Zhang and Sennrich 2019) over ``width`` numbers, times weights."""
-    factor = _ONE / np.sqrt(_square_sum(row, groups) / np.float32(width) + eps)
-    _quantise_scaled_row(row, factor, weights, record, groups)
+    """The record of a row's norm over ``width`` numbers, times weights."""
+    _quantise_scaled_row(row, _norm_factor(row, width, eps), weights, record, groups)

@@ -1,10 +1,11 @@
-"""A whole step of a Llama-like model over quantised weights, from token ids to logits, in one parallel region.
+"""A whole step of a Llama or a relative over quantised weights, from token ids to logits, in one parallel region.
 
 The residual stream, attention and all sums are float32; what goes into a product is rounded to int8, row by row, so a
 row's bits depend on its own sequence alone.  A step is a row of stages (`NORM_QKV` to `DOWN` for each layer, then
 `NORM_HEAD` and `HEAD`), a stage some items (rows, tiles of a product, items of attention), and `_do_items` says what each
-is; how threads share them out is `work_sharing.py`'s affair.  Nothing is allocated on the way.  Which models this fits is
-`llama.py`'s affair.
+is; how threads share them out is `work_sharing.py`'s affair.  Nothing is allocated on the way.  What a family has that
+others lack (norms, factors, caps) is data of its layers or of the model: one compiled step serves all, and asks once a row
+or an item.  Which models this fits is `structures.py`'s affair.
 """
 
 from typing import NamedTuple
@@ -13,20 +14,22 @@ import numpy as np
 from numba import njit, prange
 
 from helix_gateway.core.step import Float32s, Int32s
-from helix_gateway.runtime.cpu.attention import NO_SOFTCAP
 from helix_gateway.runtime.cpu.attention_items import attend_item
-from helix_gateway.runtime.cpu.attention_shape import KEY_DIM
+from helix_gateway.runtime.cpu.attention_shape import GROUP, KEY_DIM, KV_HEADS, plan_of, softcapped
 from helix_gateway.runtime.cpu.emitter import F32_BYTES
-from helix_gateway.runtime.cpu.layers import place_rows
+from helix_gateway.runtime.cpu.layers import UniformPages, place_rows
 from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS
 from helix_gateway.runtime.cpu.quantised_kernels import GROUP_INPUTS
 from helix_gateway.runtime.cpu.quantised_products import multiply_tiles, read_row
 from helix_gateway.runtime.cpu.quantised_rows import (
+    norm_row,
     quantise_gated_row,
+    quantise_gelu_gated_row,
     quantise_normed_row,
     quantise_row,
     sum_rows,
 )
+from helix_gateway.runtime.cpu.structures import GELU, UNCAPPED
 from helix_gateway.runtime.cpu.work_sharing import finish_stage, take_share
 from helix_gateway.runtime.pages import Int64s
 
@@ -38,9 +41,13 @@ LAYER_STAGES = 10
 
 MATRIX_FIELDS = 6
 """What describes a matrix: format, address of its tiles, bytes of a tile, groups, channels, address of its bias."""
-FIELDS = 4 * MATRIX_FIELDS + 2
-"""What describes a layer: its four matrices in their order, then the addresses of the weights of its two norms."""
-_NORMS = 4 * MATRIX_FIELDS
+CHANGE_NORMS, NORMS = 4 * MATRIX_FIELDS, 4 * MATRIX_FIELDS + 2
+QUERY_NORM, KEY_NORM = NORMS + 2, NORMS + 4
+PLAN, ROTARY = NORMS + 6, NORMS + 7
+FIELDS = NORMS + 8
+"""What describes a layer: its four matrices in their order, then, each two for `NORM_QKV` and `NORM_GATE`, addresses of the
+weights of the norms of what is added to the residual stream and of the stream itself; of queries and of keys, the address
+of their norm's weights and how many numbers are normed together; its plan and its rotary tables.  No norm has address 0."""
 _GROUPS, _CHANNELS, _BIAS = 3, 4, 5
 
 # Shares of a stage for each thread: enough to even out what a thread loses to others, few enough to cost nothing.
@@ -52,16 +59,20 @@ class Model(NamedTuple):
 
     layers: Int64s
     """[num_layers, FIELDS]"""
-    embedding: Int64s
+    embedding_matrix: Int64s
     """[MATRIX_FIELDS], its bias of no meaning."""
     head: Int64s
-    """[FIELDS], of which the first matrix and the first norm are its own."""
+    """[FIELDS], of which the first matrix and the norms of the first place are its own."""
     kernel: int
     """`quantised_products.tile_kernel`."""
+    activation: int
+    """This and what follows are `structures.Structure`'s."""
     scaling: float
-    """Factor of attention's scores."""
+    softcap: np.float32
     eps: np.float32
-    """Of the norms."""
+    residual: np.float32
+    embedding: np.float32
+    logits_softcap: np.float32
 
 
 class Rows(NamedTuple):
@@ -120,35 +131,86 @@ def _matrix_of(stage):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _norm_row(number, stage, row, model, fields, rows, scratch, record):  # type: ignore[no-untyped-def]
-    """The residual stream of one row brought up to date, and the record of its norm."""
-    hidden, width = scratch.hidden[row], scratch.hidden.shape[1]
-    groups = width // GROUP_INPUTS
-    if stage == NORM_QKV and number == 0:
-        matrix = model.embedding
-        weight = (matrix[0], matrix[1], matrix[2], matrix[_GROUPS], matrix[_CHANNELS])
-        read_row(weight, rows.tokens[row], width, hidden)
+def _scale(row, factor, out):  # type: ignore[no-untyped-def]
+    for i in range(len(row)):
+        out[i] = row[i] * factor
+
+
+@njit(cache=True)
+def _add_change(model, norm, hidden, change, room, out):  # type: ignore[no-untyped-def]
+    """``hidden + change`` of one row, the change first normed or scaled into ``room`` where a family does that."""
+    width = len(hidden)
+    if norm != 0:
+        norm_row(change.ctypes.data, width, model.eps, norm, room.ctypes.data)
+        change = room
+    elif model.residual != 1:
+        _scale(change, model.residual, room)
+        change = room
+    sum_rows(hidden.ctypes.data, change.ctypes.data, out.ctypes.data, width // GROUP_INPUTS)
+
+
+@njit(cache=True)
+def _quantise_norm(model, norm, row, record):  # type: ignore[no-untyped-def]
+    """The record of a row's norm; of the row itself where there is none."""
+    if norm != 0:
+        quantise_normed_row(row.ctypes.data, len(row), model.eps, norm, record, len(row) // GROUP_INPUTS)
     else:
-        sum_rows(hidden.ctypes.data, scratch.change[row].ctypes.data, hidden.ctypes.data, groups)
-    weights = fields[_NORMS + (1 if stage == NORM_GATE else 0)]
-    quantise_normed_row(hidden.ctypes.data, width, model.eps, weights, record, groups)
+        quantise_row(row.ctypes.data, record, len(row) // GROUP_INPUTS)
+
+
+@njit(cache=True)
+def _norm_stage_row(number, stage, row, model, fields, rows, scratch, record):  # type: ignore[no-untyped-def]
+    """The residual stream of one row brought up to date, and the record of its norm."""
+    hidden, change, place = scratch.hidden[row], scratch.change[row], 1 if stage == NORM_GATE else 0
+    if stage == NORM_QKV and number == 0:
+        matrix = model.embedding_matrix
+        weight = (matrix[0], matrix[1], matrix[2], matrix[_GROUPS], matrix[_CHANNELS])
+        read_row(weight, rows.tokens[row], len(hidden), hidden)
+        if model.embedding != 1:
+            _scale(hidden, model.embedding, hidden)
+    else:
+        _add_change(model, fields[CHANGE_NORMS + place], hidden, change, change, hidden)
+    _quantise_norm(model, fields[NORMS + place], hidden, record)
 
 
 @njit(cache=True)
 def _norm_wanted_row(place, model, fields, rows, scratch, record):  # type: ignore[no-untyped-def]
-    """The record of the last norm of a row whose logits are wanted."""
-    row, width, out = rows.wanted[place], scratch.hidden.shape[1], scratch.product[place].ctypes.data
-    groups = width // GROUP_INPUTS
-    sum_rows(scratch.hidden[row].ctypes.data, scratch.change[row].ctypes.data, out, groups)
-    quantise_normed_row(out, width, model.eps, fields[_NORMS], record, groups)
+    """The record of the last norm of a row whose logits are wanted; rows may be wanted twice, so they are left as they are."""
+    row, width = rows.wanted[place], scratch.hidden.shape[1]
+    out = scratch.product[place, :width]
+    _add_change(model, fields[CHANGE_NORMS], scratch.hidden[row], scratch.change[row], out, out)
+    _quantise_norm(model, fields[NORMS], out, record)
 
 
 @njit(cache=True)
-def _gate(row, fields, scratch, record):  # type: ignore[no-untyped-def]
-    """The record of ``silu(gate) * up`` of a row."""
+def _norm_heads(first, last, product, channels, fields, queries, keys, eps):  # type: ignore[no-untyped-def]
+    """Queries and keys of some rows normed in place, where a family does that; so many numbers of each a row."""
+    for field, begin, end in ((QUERY_NORM, 0, queries), (KEY_NORM, queries, queries + keys)):
+        norm, width = fields[field], fields[field + 1]
+        if norm != 0:
+            for row in range(first, last):
+                for place in range(begin, end, width):
+                    at = product + (row * channels + place) * F32_BYTES
+                    norm_row(at, width, eps, norm, at)
+
+
+@njit(cache=True)
+def _gate(row, model, fields, scratch, record):  # type: ignore[no-untyped-def]
+    """The record of ``activation(gate) * up`` of a row."""
     channels = fields[2 * MATRIX_FIELDS + _CHANNELS]
-    address = scratch.product.ctypes.data + row * channels * F32_BYTES
-    quantise_gated_row(address, record, channels // 2 // GROUP_INPUTS)
+    address, groups = scratch.product.ctypes.data + row * channels * F32_BYTES, channels // 2 // GROUP_INPUTS
+    if model.activation == GELU:
+        quantise_gelu_gated_row(address, record, groups)
+    else:
+        quantise_gated_row(address, record, groups)
+
+
+@njit(cache=True)
+def _cap_logits(first, last, logits, cap):  # type: ignore[no-untyped-def]
+    """``cap * tanh(logit / cap)`` in some tiles of all rows (Gemma 2)."""
+    for row in range(len(logits)):
+        for channel in range(first * TILE_CHANNELS, min(last * TILE_CHANNELS, logits.shape[1])):
+            logits[row, channel] = softcapped(logits[row, channel], cap)
 
 
 @njit(cache=True)
@@ -172,38 +234,50 @@ def _multiply(kernel, stage, first, last, fields, num_rows, scratch):  # type: i
 
 
 @njit(inline="always")
-def _attend(thread, first, last, number, model, plan, pages, fields, scratch):  # type: ignore[no-untyped-def]
+def _attend(thread, first, last, number, model, plans, pages, fields, scratch):  # type: ignore[no-untyped-def]
     """Some items of attention."""
-    query = (scratch.product.ctypes.data, fields[_CHANNELS], pages.shape[KEY_DIM])
-    offsets, cap = pages.offsets[number], np.float32(NO_SOFTCAP)
+    plan, shape = plan_of(plans, fields[PLAN]), pages.shapes[fields[PLAN]]
+    query = (scratch.product.ctypes.data, fields[_CHANNELS], shape[KEY_DIM])
     for item in range(first, last):
         attend_item(
             scratch.attended,
             pages.stored,
-            pages.shape,
-            offsets,
+            shape,
+            pages.offsets[number],
             plan,
             item,
             query,
             model.scaling,
-            cap,
+            model.softcap,
             scratch.attended.ctypes.data,
             pages.works[thread],
         )
 
 
 @njit(inline="always")
-def _do_items(thread, stage, number, first, last, model, plan, pages, rows, scratch, angles):  # type: ignore[no-untyped-def]
+def _place(first, last, number, model, plans, pages, fields, scratch, angles):  # type: ignore[no-untyped-def]
+    """Queries and keys of some rows normed and rotated, keys and values written into the layer's pages."""
+    product, channels, shape = scratch.product.ctypes.data, fields[_CHANNELS], pages.shapes[fields[PLAN]]
+    keys = shape[KV_HEADS] * shape[KEY_DIM]
+    _norm_heads(first, last, product, channels, fields, keys * shape[GROUP], keys, model.eps)
+    cosines, sines = angles.cosines[fields[ROTARY]], angles.sines[fields[ROTARY]]
+    plan, layer = plan_of(plans, fields[PLAN]), UniformPages(pages.stored, shape, pages.offsets)
+    place_rows(scratch.product, first, last, plan, layer, number, product, channels, cosines, sines)
+
+
+@njit(inline="always")
+def _do_items(thread, stage, number, first, last, model, plans, pages, rows, scratch, angles):  # type: ignore[no-untyped-def]
     """The items first:last of one stage of a layer; the head is the layer after the last."""
     fields = model.head if number == len(model.layers) else model.layers[number]
     if stage == ATTEND:
-        _attend(thread, first, last, number, model, plan, pages, fields, scratch)
+        _attend(thread, first, last, number, model, plans, pages, fields, scratch)
     elif stage == PLACE:
-        product, channels = scratch.product.ctypes.data, fields[_CHANNELS]
-        place_rows(scratch.product, first, last, plan, pages, number, product, channels, angles.cosines, angles.sines)
+        _place(first, last, number, model, plans, pages, fields, scratch, angles)
     elif _matrix_of(stage) >= 0:
         num_rows = len(rows.wanted) if stage == HEAD else len(rows.tokens)
         _multiply(model.kernel, stage, first, last, fields, num_rows, scratch)
+        if stage == HEAD and model.logits_softcap < UNCAPPED:
+            _cap_logits(first, last, scratch.logits, model.logits_softcap)
     else:
         for row in range(first, last):
             record = scratch.records + row * scratch.record_bytes
@@ -211,35 +285,35 @@ def _do_items(thread, stage, number, first, last, model, plan, pages, rows, scra
                 attended = scratch.attended
                 quantise_row(attended[row].ctypes.data, record, attended.shape[1] // GROUP_INPUTS)
             elif stage == GATE:
-                _gate(row, fields, scratch, record)
+                _gate(row, model, fields, scratch, record)
             elif stage == NORM_HEAD:
                 _norm_wanted_row(row, model, fields, rows, scratch, record)
             else:
-                _norm_row(number, stage, row, model, fields, rows, scratch, record)
+                _norm_stage_row(number, stage, row, model, fields, rows, scratch, record)
 
 
 @njit(inline="always")
-def _work(thread, threads, model, plan, pages, rows, scratch, angles):  # type: ignore[no-untyped-def]
+def _work(thread, threads, model, plans, pages, rows, scratch, angles):  # type: ignore[no-untyped-def]
     """One thread's way through all stages."""
     num_layers = len(model.layers)
     for turn in range(num_layers * LAYER_STAGES + 2):
         number = min(turn // LAYER_STAGES, num_layers)
         stage = turn - number * LAYER_STAGES if number < num_layers else turn - num_layers * LAYER_STAGES + NORM_HEAD
         fields = model.head if number == num_layers else model.layers[number]
-        items = _count_items(stage, fields, len(rows.tokens), len(rows.wanted), plan.bounds[-1])
+        items = _count_items(stage, fields, len(rows.tokens), len(rows.wanted), plans.bounds[fields[PLAN], -1])
         shares = min(items, threads * _SHARES_A_THREAD) if stage != ATTEND else items
         done = 0
         share = take_share(scratch.counts, turn, thread, shares)
         while share < shares:
             first, last = items * share // shares, items * (share + 1) // shares
-            _do_items(thread, stage, number, first, last, model, plan, pages, rows, scratch, angles)
+            _do_items(thread, stage, number, first, last, model, plans, pages, rows, scratch, angles)
             done += 1
             share = take_share(scratch.counts, turn, thread, shares)
         finish_stage(scratch.counts, turn, done, shares)
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def run_step(threads, model, plan, pages, rows, scratch, angles):  # type: ignore[no-untyped-def]
+def run_step(threads, model, plans, pages, rows, scratch, angles):  # type: ignore[no-untyped-def]
     """All of a step; the logits are then in the scratch."""
     for thread in prange(threads):
-        _work(thread, threads, model, plan, pages, rows, scratch, angles)
+        _work(thread, threads, model, plans, pages, rows, scratch, angles)
