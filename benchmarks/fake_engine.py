@@ -11,7 +11,6 @@ from helix_gateway.core.event import SequenceMetrics, TokenEvent
 from helix_gateway.service import engine_process
 from helix_gateway.service.loop import ALIVE_INTERVAL_S
 from helix_gateway.service.messages import Alive, Events, Ready, Submit
-from helix_gateway.service.wire import encoded
 
 MAX_MODEL_LEN = 8192
 VOCAB_SIZE = 49152
@@ -75,15 +74,10 @@ def _metrics(request):
     )
 
 
-def serve(settings, commands, replies):
+def serve(settings, link):
     """In place of the real engine's: told the same way, with nothing behind it."""
-
-    def tell(reply):
-        for message in encoded(reply):
-            replies.send(message)
-
-    tell(Ready(MAX_MODEL_LEN, VOCAB_SIZE))
-    FakeEngine(tell, float(os.environ["HELIX_FAKE_STEP_MS"]) / 1e3).run(engine_process.SocketInbox(commands))
+    link.tell(Ready(MAX_MODEL_LEN, VOCAB_SIZE))
+    FakeEngine(link.tell, float(os.environ["HELIX_FAKE_STEP_MS"]) / 1e3).run(link)
 
 
 if __name__ == "__main__":

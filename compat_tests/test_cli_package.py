@@ -39,10 +39,9 @@ MODULES = {
     "prometheus-client": "prometheus_client",
     "prompt-toolkit": "prompt_toolkit",
     "pydantic-settings": "pydantic_settings",
-    "pyzmq": "zmq",
 }
 OF_PYDANTIC = {"annotated_types", "pydantic_core"}  # pydantic cannot be without them
-UNSEEN = {"jinja2", "tornado"}
+UNSEEN = {"jinja2"}
 OPTIONAL = {"matplotlib", "opentelemetry", "torch_directml", "watchfiles"}  # extras, or development
 
 

@@ -1,52 +1,59 @@
-"""What becomes of an engine's replies on their way in, and when an engine counts as gone; the engines here only talk."""
+"""What becomes of commands and replies between the two ends of an engine's connection, and when an engine counts as gone; the engines here only talk."""
 
 import asyncio
+import itertools
+import os
+import signal
+import socket
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
-import zmq
-import zmq.asyncio
 
-from helix_gateway.service import launch, process
-from helix_gateway.service.messages import Alive, Ready
+from helix_gateway.service import engine_link, launch, process
+from helix_gateway.service.gateway_link import GatewayLink
+from helix_gateway.service.loop import Closed
+from helix_gateway.service.messages import Alive, Cancel, Invalid, Ready
 from helix_gateway.service.settings import EngineSettings
-from helix_gateway.service.wire import encoded
+from helix_gateway.service.wire import Frames, command_encoder, framed, reply_decoder
 
 ENGINE = """
-import sys, time
-import msgspec, zmq
-from helix_gateway.service.engine_process import Assignment
-from helix_gateway.service.messages import Alive, Ready
-from helix_gateway.service.wire import encoded
+import os, socket, subprocess, sys, time
+from helix_gateway.service.gateway_link import GatewayLink
+from helix_gateway.service.messages import Alive, Invalid, Ready
+from helix_gateway.service.wire import framed
 
-assignment = msgspec.json.decode(sys.stdin.buffer.readline(), type=Assignment)
-context = zmq.Context()
-replies = context.socket(zmq.PUSH)
-replies.connect(assignment.replies)
-
-
-def tell(reply):
-    for message in encoded(reply):
-        replies.send(message)
-
-
+connection = socket.socket(fileno=int(sys.argv[-1]))
+link = GatewayLink(connection)
+tell = link.tell
 tell(Ready(64, 16))
 """
 
 
 @pytest.fixture
-def listening(tmp_path, monkeypatch):
-    """Starts an engine that is ready and then does as told; answers with what it said once it counts as gone, and why."""
+def started(tmp_path, monkeypatch):
+    """Starts an engine that is ready and then does as told."""
 
-    async def listening(then, silence_s=60.0):
+    async def started(then):
         script = tmp_path / "engine.py"
         script.write_text(ENGINE + textwrap.dedent(then))
         monkeypatch.setattr(launch, "ENGINE_COMMAND", (sys.executable, str(script)))
         link = await process._start_engine(EngineSettings(model_path="none"))
+        assert await link.first_reply() == Ready(64, 16)
+        return link
+
+    return started
+
+
+@pytest.fixture
+def listening(started):
+    """The same; answers with what it said once it counts as gone, and why."""
+
+    async def listening(then, silence_s=60.0):
+        link = await started(then)
         try:
-            assert await link.first_reply() == Ready(64, 16)
             heard = []
             with pytest.raises(Exception) as gone:
                 await link.listen(heard.append, silence_s)
@@ -58,87 +65,163 @@ def listening(tmp_path, monkeypatch):
 
 
 async def test_what_an_engine_said_before_it_ended_is_told(listening):
-    heard, gone = await listening("for _ in range(2000): tell(Alive())\nreplies.close()\ncontext.term()\nsys.exit(7)")
+    heard, gone = await listening("for _ in range(2000): tell(Alive())\nlink.close()\nsys.exit(7)")
     assert heard == [Alive()] * 2000
-    assert (type(gone), str(gone)) == (process.EngineGone, "exit code 7")
+    assert (type(gone), str(gone)) == (engine_link.EngineGone, "exit code 7")
+
+
+async def test_what_an_engine_said_while_nobody_listened_is_told(started):
+    link = await started("for _ in range(3): tell(Alive())\ntime.sleep(60)")
+    try:
+        await asyncio.sleep(0.5)
+        heard = []
+        with pytest.raises(engine_link.EngineGone, match="nothing for 1 s"):
+            await link.listen(heard.append, 1.0)
+        assert heard == [Alive()] * 3
+    finally:
+        await link.close()
+
+
+async def test_an_engine_that_is_killed_is_gone_at_once_and_nothing_that_it_said_is_lost(started):
+    link = await started("for n in range(500): tell(Invalid(str(n), 'x' * 3000))\ntell(Alive())\ntime.sleep(60)")
+    heard = []
+
+    def take(reply):
+        if not heard:
+            time.sleep(0.2)  # behind this much is still on its way
+        heard.append(reply)
+        if reply == Alive():
+            os.kill(link.process.pid, signal.SIGKILL)
+
+    try:
+        with pytest.raises(engine_link.EngineGone, match="signal 9 ended it"):
+            await asyncio.wait_for(link.listen(take, 60.0), 20)
+        assert [reply.request_id for reply in heard[:-1]] == [str(n) for n in range(500)]
+        assert not link.send(Cancel("too late"))
+    finally:
+        await link.close()
+
+
+async def test_an_engine_that_leaves_a_process_behind_is_gone_all_the_same(listening):
+    """Whoever inherited the engine's end keeps the connection open."""
+    heard, gone = await listening(
+        "tell(Alive())\nsubprocess.Popen(['sleep', '5'], pass_fds=(connection.fileno(),))\nos._exit(4)"
+    )
+    assert heard == [Alive()]
+    assert str(gone) == "exit code 4"
+
+
+async def test_an_engine_that_hangs_up_and_does_not_end_is_gone(listening):
+    heard, gone = await listening("tell(Alive())\nlink.close()\ntime.sleep(60)")
+    assert heard == [Alive()]
+    assert str(gone) == "it has closed its connection"
 
 
 async def test_an_engine_is_gone_once_it_has_been_silent_for_so_long_and_not_before(listening):
     heard, gone = await listening("for _ in range(30):\n    tell(Alive())\n    time.sleep(0.1)\ntime.sleep(60)", 2.0)
     assert len(heard) == 30
-    assert (type(gone), str(gone)) == (process.EngineGone, "it has said nothing for 2 s")
+    assert (type(gone), str(gone)) == (engine_link.EngineGone, "it has said nothing for 2 s")
 
 
 async def test_replies_that_make_no_sense_are_an_error(listening):
-    heard, gone = await listening("tell(Alive())\nreplies.send(b'nonsense')\ntime.sleep(60)")
+    heard, gone = await listening("tell(Alive())\nconnection.send(framed(b'nonsense'))\ntime.sleep(60)")
     assert heard == [Alive()]
     assert "nonsense" in str(gone) or "msgpack" in str(gone).lower() or "Expected" in str(gone)
 
 
-class LivingProcess:
-    """Stands in for an engine's process that never ends by itself."""
+@pytest.mark.parametrize("run", [asyncio.run, pytest.importorskip("uvloop").run])
+def test_a_flood_of_replies_leaves_the_loop_its_turns(started, run):
+    heard, turns_heard = [], []
 
-    pid = returncode = None
+    async def turn():
+        while len(heard) < 20_000:
+            turns_heard.append(len(heard))
+            await asyncio.sleep(0)
 
-    def __init__(self):
-        self._ended = asyncio.get_running_loop().create_future()
+    async def scenario():
+        link = await started("for n in range(20_000): tell(Invalid(str(n), 'x' * 1000))\ntime.sleep(60)")
+        listening = asyncio.create_task(link.listen(heard.append, 60.0))
+        try:
+            await asyncio.wait_for(turn(), 60)
+        finally:
+            listening.cancel()
+            await link.close()
 
-    def wait(self):
-        return self._ended
-
-    def kill(self):
-        self._ended.set_result(-9)
-
-    def close(self):
-        pass
-
-
-class NoFiles:
-    def close(self):
-        pass
+    run(scenario())
+    assert [reply.request_id for reply in heard] == [str(n) for n in range(20_000)]
+    most = max(after - before for before, after in itertools.pairwise(turns_heard))
+    assert most <= 2 * engine_link._READ_BYTES // 1000
 
 
-async def test_a_reply_that_comes_while_the_loop_looks_for_an_end_wakes_its_reader(monkeypatch):
-    """The signal that a message has come is given once: whoever looks must not keep it from who waits for it."""
-    replies, engine = zmq.asyncio.Context.instance().socket(zmq.PULL), zmq.Context.instance().socket(zmq.PUSH)
-    engine.connect(f"tcp://127.0.0.1:{replies.bind_to_random_port('tcp://127.0.0.1')}")
-    link = process._EngineLink(LivingProcess(), zmq.Context.instance().socket(zmq.PUSH), replies, NoFiles())
-    wait, waits, heard = asyncio.wait, [], []
+@pytest.fixture
+def pair():
+    """A gateway's end, blocking, and an engine's."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        ours.settimeout(20)
+        link = GatewayLink(theirs)
+        yield ours, link
+        link.close()
 
-    def say_something():
-        for message in encoded(Alive()):
-            engine.send(message)
 
-    async def say_something_after_the_first(*arguments, **options):
-        found = await wait(*arguments, **options)
-        waits.append(found)
-        if len(waits) == 1:
-            say_something()
-            time.sleep(0.1)  # noqa: ASYNC251 - so that the message is there before the loop looks again
-        return found
+def read_replies(end, count):
+    frames, replies = Frames(), []
+    while len(replies) < count:
+        replies += map(reply_decoder.decode, frames.take(end.recv(10_000)))
+    return replies
 
-    monkeypatch.setattr(asyncio, "wait", say_something_after_the_first)
 
-    class Enough(Exception):
-        pass
+def test_an_engine_never_waits_for_a_gateway_that_does_not_read_and_loses_nothing(pair):
+    ours, link = pair
+    told = [Invalid(str(n), "x" * 5000) for n in range(2000)]
+    longest_s = 0.0
+    for reply in told:
+        before_s = time.thread_time()
+        link.tell(reply)
+        longest_s = max(longest_s, time.thread_time() - before_s)
+    assert longest_s < 0.05
+    assert read_replies(ours, 2000) == told
+    link.tell(Alive())
+    assert read_replies(ours, 1) == [Alive()]
 
-    def take(reply):
-        heard.append(reply)
-        if len(heard) == 3:
-            raise Enough
 
-    async def talk():
-        while True:
-            await asyncio.sleep(0.3)
-            if waits:
-                say_something()
+def test_an_engine_that_ends_waits_until_its_last_word_is_taken(pair):
+    ours, link = pair
+    told = [Invalid(str(n), "x" * 5000) for n in range(200)]
+    for reply in told:
+        link.tell(reply)
+    ended = threading.Thread(target=link.close)
+    ended.start()
+    assert read_replies(ours, 200) == told
+    assert ours.recv(1) == b""
+    ended.join()
 
-    talking = asyncio.create_task(talk())
-    try:
-        with pytest.raises(Enough):
-            await asyncio.wait_for(link.listen(take, 0.5), 10)
-    finally:
-        talking.cancel()
-        await link.close()
-        engine.close(linger=0)
-    assert heard == [Alive()] * 3
+
+def test_commands_come_whole_however_they_were_cut(pair):
+    ours, link = pair
+    commands = [Cancel("a" * 300), Cancel(""), Cancel("b" * 100_000)]
+    stream = b"".join(framed(command_encoder.encode(command)) for command in commands)
+    assert link.receive(0.0) == []
+    received = []
+    for start in range(0, len(stream), 997):
+        ours.sendall(stream[start : start + 997])
+        received += link.receive(0.0)
+    assert received == commands
+
+
+def test_waiting_for_commands_ends_when_one_comes_or_the_time_is_over(pair):
+    ours, link = pair
+    start_s = time.monotonic()
+    assert link.receive(0.2) == []
+    assert time.monotonic() - start_s >= 0.19
+    threading.Timer(0.1, ours.sendall, [framed(command_encoder.encode(Cancel("a")))]).start()
+    assert link.receive(30.0) == [Cancel("a")]
+    assert time.monotonic() - start_s < 20
+
+
+def test_an_engine_whose_gateway_is_gone_stops_asking(pair):
+    ours, link = pair
+    ours.close()
+    link.tell(Alive())
+    with pytest.raises(Closed):
+        link.receive(0.0)

@@ -54,10 +54,10 @@ async def test_a_service_that_stops_before_it_started_ends_the_process_that_it_w
 async def test_a_process_that_cannot_be_spoken_to_is_ended(monkeypatch):
     launched = EngineProcess()
 
-    def full():
-        raise OSError("no room on the disk")
+    async def full(_process):
+        raise OSError("no room for a connection")
 
-    monkeypatch.setattr("helix_gateway.service.process.Endpoints", full)
+    monkeypatch.setattr("helix_gateway.service.process.connected", full)
     service = ProcessService(EngineSettings(model_path="none"), None, launched=launched)
     with pytest.raises(OSError, match="no room"):
         await service.start()

@@ -8,7 +8,7 @@ import stat
 import pytest
 
 from helix_gateway.core.errors import ModelLoadError
-from helix_gateway.service import launch, process
+from helix_gateway.service import engine_link, launch, process
 from helix_gateway.service.settings import EngineSettings
 
 
@@ -28,8 +28,8 @@ async def test_a_load_that_hangs_is_told_about_until_it_ends(tmp_path, monkeypat
     hanging.write_text("#!/bin/sh\nexec sleep 60\n")
     hanging.chmod(hanging.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(launch, "ENGINE_COMMAND", (str(hanging),))
-    monkeypatch.setattr(process, "LOADING_TOLD_EVERY_S", 0.05)
-    monkeypatch.setattr(process, "log", log := Log())
+    monkeypatch.setattr(engine_link, "LOADING_TOLD_EVERY_S", 0.05)
+    monkeypatch.setattr(engine_link, "log", log := Log())
     link = await process._start_engine(EngineSettings(model_path="none"))
     loading = asyncio.create_task(link.first_reply())
     os.kill(link.process.pid, signal.SIGSTOP)

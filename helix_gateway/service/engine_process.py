@@ -1,60 +1,30 @@
 """The engine in a process of its own, started by `engine_process_main`.
 
-Started by exec, never by fork.  The first line of its standard input says what to load and where to connect; the
-rest of that pipe says nothing, but its end means that the parent is gone, and then so is this process.
+Started by exec, never by fork (`launch.py`).  Its last argument says which socket leads to the gateway, the first line of its
+standard input what to load; the rest of that pipe says nothing, but its end means that the parent is gone, and then so is
+this process.
 """
 
 import os
 import signal
+import socket
 import sys
 import threading
 from contextlib import suppress
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
-import zmq
 
 from helix_gateway.core.errors import HelixError
-from helix_gateway.service.messages import Command, LoadFailed, Ready, Reply
+from helix_gateway.service.gateway_link import GatewayLink
+from helix_gateway.service.messages import LoadFailed, Ready
 from helix_gateway.service.settings import EngineSettings
-from helix_gateway.service.wire import command_decoder, encoded
 from helix_gateway.telemetry.logging import configure_engine_logging
-
-if TYPE_CHECKING:
-    Socket = zmq.Socket[bytes]
 
 log = structlog.get_logger(__name__)
 
 _EXIT_ORPHANED = 3
-_LINGER_MS = 1000
-
-
-class Assignment(msgspec.Struct, frozen=True):
-    """The first line of standard input, as JSON."""
-
-    settings: EngineSettings
-    commands: str
-    """Where commands come from."""
-    replies: str
-    """Where replies go."""
-
-
-class SocketInbox:
-    """Commands from a socket (`service.loop.Inbox`); never closed, since the process ends with its parent."""
-
-    def __init__(self, socket: "Socket") -> None:
-        self._socket = socket
-
-    def receive(self, timeout_s: float) -> list[Command]:
-        """See `Inbox`."""
-        commands: list[Command] = []
-        timeout_ms = int(timeout_s * 1000)
-        while self._socket.poll(timeout_ms):
-            commands.append(command_decoder.decode(self._socket.recv()))
-            timeout_ms = 0
-        return commands
 
 
 def main() -> None:
@@ -71,18 +41,14 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
     # Two threads never import at once: what imports in a circle would be seen half made.
     imports.join()
-    assignment = msgspec.json.decode(line, type=Assignment)
-    configure_engine_logging(assignment.settings.log)
-    context: zmq.Context[Socket] = zmq.Context.instance()
-    commands, replies = context.socket(zmq.PULL), context.socket(zmq.PUSH)
-    for socket in (commands, replies):
-        socket.setsockopt(zmq.RCVHWM, 0)
-        socket.setsockopt(zmq.SNDHWM, 0)
-        socket.setsockopt(zmq.LINGER, _LINGER_MS)
-    commands.connect(assignment.commands)
-    replies.connect(assignment.replies)
-    if not _serve(assignment.settings, commands, replies):
-        context.destroy(linger=_LINGER_MS)
+    settings = msgspec.json.decode(line, type=EngineSettings)
+    configure_engine_logging(settings.log)
+    connection = socket.socket(fileno=int(sys.argv[-1]))
+    connection.set_inheritable(False)
+    link = GatewayLink(connection)
+    served = _serve(settings, link)
+    link.close()
+    if not served:
         sys.exit(1)
 
 
@@ -99,13 +65,8 @@ def _end_with_parent() -> None:
     os._exit(_EXIT_ORPHANED)
 
 
-def _serve(settings: EngineSettings, commands: "Socket", replies: "Socket") -> bool:
+def _serve(settings: EngineSettings, link: GatewayLink) -> bool:
     """Load and serve; False if the model cannot be loaded."""
-
-    def tell(reply: Reply) -> None:
-        for message in encoded(reply):
-            replies.send(message)
-
     # Imported here: what is heavy is loaded once the parent can already be told of trouble.
     try:
         from helix_gateway.service.host import EngineHost
@@ -113,13 +74,13 @@ def _serve(settings: EngineSettings, commands: "Socket", replies: "Socket") -> b
 
         host = EngineHost(settings)
     except HelixError as error:
-        tell(LoadFailed(str(error)))
+        link.tell(LoadFailed(str(error)))
         return False
     except Exception as error:
         log.exception("load_failed")
         reason = (str(error).splitlines() or [""])[0]
-        tell(LoadFailed(f"The model could not be loaded: {type(error).__name__}: {reason}"))
+        link.tell(LoadFailed(f"The model could not be loaded: {type(error).__name__}: {reason}"))
         return False
-    tell(Ready(host.max_model_len, host.vocab_size))
-    run_loop(host, SocketInbox(commands), tell, batch_window_s=settings.batch_window_ms / 1e3)
+    link.tell(Ready(host.max_model_len, host.vocab_size))
+    run_loop(host, link, link.tell, batch_window_s=settings.batch_window_ms / 1e3)
     return True

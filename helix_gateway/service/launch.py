@@ -2,10 +2,14 @@
 
 What takes longest in a new process, importing what models are made of, it does before it is told what to load.  Imports
 nothing heavy itself.  Knows nothing about what an engine is told or answers.
+
+The process inherits one of a pair of sockets (where there are none of Unix', Python makes a pair of loopback's) and is
+told which as its last argument.  It ends when its standard input does.
 """
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -25,9 +29,14 @@ class EngineProcess:
     """
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            ENGINE_COMMAND, stdin=subprocess.PIPE, stdout=sys.stderr, env={**os.environ, **engine_environment()}
-        )
+        self.connection, theirs = socket.socketpair()
+        """To the process; whoever takes it closes it too."""
+        try:
+            with theirs:
+                self._process = _started(theirs)
+        except BaseException:
+            self.connection.close()
+            raise
         self.pid = self._process.pid
 
     @property
@@ -61,7 +70,22 @@ class EngineProcess:
         return await ended
 
     def close(self) -> None:
-        """Let go of the pipe; a process that waits for its assignment ends."""
+        """Let go of both pipe and connection; the process ends."""
+        self.connection.close()
         if self._process.stdin is not None:
             with suppress(OSError):
                 self._process.stdin.close()
+
+
+def _started(theirs: socket.socket) -> "subprocess.Popen[bytes]":
+    command = (*ENGINE_COMMAND, str(theirs.fileno()))
+    environment = {**os.environ, **engine_environment()}
+    if sys.platform == "win32":
+        theirs.set_inheritable(True)
+        only = subprocess.STARTUPINFO(lpAttributeList={"handle_list": [theirs.fileno()]})
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=sys.stderr, env=environment, startupinfo=only, close_fds=False
+        )
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=sys.stderr, env=environment, pass_fds=(theirs.fileno(),)
+    )

@@ -7,10 +7,12 @@ function to tell.  Knows nothing about queues, sockets or text.
 from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from helix_gateway.service.host import EngineHost
 from helix_gateway.service.messages import Alive, Command, Events, Reply, Submit
+
+if TYPE_CHECKING:
+    from helix_gateway.service.host import EngineHost
 
 ALIVE_INTERVAL_S = 1.0
 """A loop that has told nothing for this long says that it is alive."""
@@ -33,7 +35,7 @@ STATS_INTERVAL_S = 0.5
 """Between two reports of a busy engine's figures."""
 
 
-def run_loop(host: EngineHost, inbox: Inbox, tell: Tell, *, batch_window_s: float = 0.0) -> None:
+def run_loop(host: "EngineHost", inbox: Inbox, tell: Tell, *, batch_window_s: float = 0.0) -> None:
     """Turn the engine until the inbox is closed.
 
     Args:
@@ -64,12 +66,12 @@ def run_loop(host: EngineHost, inbox: Inbox, tell: Tell, *, batch_window_s: floa
             last_told = monotonic()
 
 
-def _gather(host: EngineHost, inbox: Inbox, tell: Tell, *, until: float) -> None:
+def _gather(host: "EngineHost", inbox: Inbox, tell: Tell, *, until: float) -> None:
     while (left := until - monotonic()) > 0:
         _obey(host, inbox.receive(left), tell)
 
 
-def _obey(host: EngineHost, commands: list[Command], tell: Tell) -> None:
+def _obey(host: "EngineHost", commands: list[Command], tell: Tell) -> None:
     for command in commands:
         if isinstance(command, Submit):
             refused = host.submit(command.call)

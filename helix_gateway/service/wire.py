@@ -1,13 +1,10 @@
-"""Commands and replies as bytes on a socket between two processes of one user.
+"""Commands and replies as bytes on a stream between two processes of one user: msgpack, its length before each message.
 
-On Unix the socket is a file in a folder that only this user may enter; where there are no such sockets, a loopback
-port.  One PUSH to one PULL in each direction.
+Knows nothing about who reads and writes them, nor how (`engine_link.py` in the gateway's process, `gateway_link.py` in the
+engine's).
 """
 
-import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
 
@@ -46,18 +43,31 @@ def _parts(event: TokenEvent) -> Iterator[TokenEvent]:
     yield msgspec.structs.replace(event, prompt_logprobs=logprobs[last_start:])
 
 
-class Endpoints:
-    """Two addresses to bind, one for each direction, and the folder behind them."""
+LENGTH_BYTES = 4
+
+
+def framed(message: bytes) -> bytes:
+    """A message as it goes over the stream."""
+    return len(message).to_bytes(LENGTH_BYTES, "little") + message
+
+
+class Frames:
+    """Takes a stream apart into messages, however it comes in pieces."""
 
     def __init__(self) -> None:
-        self._folder = None if sys.platform == "win32" else tempfile.TemporaryDirectory(prefix="helix-")
-        self.commands = self._address("commands")
-        self.replies = self._address("replies")
+        self._held = bytearray()
+        """What has come of messages that are not whole yet."""
 
-    def _address(self, name: str) -> str:
-        return "tcp://127.0.0.1:*" if self._folder is None else f"ipc://{Path(self._folder.name) / name}"
-
-    def close(self) -> None:
-        """Remove the folder."""
-        if self._folder is not None:
-            self._folder.cleanup()
+    def take(self, data: bytes | memoryview) -> list[bytes]:
+        """The messages that ``data`` completes."""
+        self._held += data
+        messages: list[bytes] = []
+        start = 0
+        while len(self._held) >= (begin := start + LENGTH_BYTES):
+            end = begin + int.from_bytes(self._held[start:begin], "little")
+            if len(self._held) < end:
+                break
+            messages.append(bytes(self._held[begin:end]))
+            start = end
+        del self._held[:start]
+        return messages
