@@ -1,6 +1,7 @@
 """How streams begin, wait, break and end: pings, trouble midway, clients that leave or read slowly."""
 
 import asyncio
+import gc
 import json
 import time
 
@@ -45,6 +46,30 @@ async def test_headers_keep_proxies_from_buffering(gateway, path):
         assert response.headers["openai-processing-ms"].isdigit()
         assert response.headers["x-helix-seed"]
         assert (await response.read()).endswith(b"data: [DONE]\n\n")
+
+
+async def test_a_stream_leaves_nothing_for_the_garbage_collector(gateway):
+    """A collection of what requests left holds up every stream for milliseconds."""
+    async with gateway.post(CHAT, body_for(CHAT, stream=True)) as response:
+        await response.read()
+    found = []
+
+    def note(phase, info):
+        if phase == "stop":
+            found.append(info["collected"])
+
+    gc.collect()
+    gc.disable()
+    gc.callbacks.append(note)
+    try:
+        for _ in range(20):
+            async with gateway.post(CHAT, body_for(CHAT, stream=True)) as response:
+                assert (await response.read()).endswith(b"data: [DONE]\n\n")
+        gc.collect()
+    finally:
+        gc.callbacks.remove(note)
+        gc.enable()
+    assert found[0] < 20 * 20
 
 
 async def test_the_head_comes_in_one_packet_with_the_first_event(gateway):

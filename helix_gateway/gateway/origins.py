@@ -8,6 +8,7 @@ about responses.
 
 import ipaddress
 from collections.abc import Collection
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 APP_SCHEMES = frozenset({"app", "tauri", "file", "vscode-webview"})
@@ -16,6 +17,7 @@ CONTAINER_HOST = "host.docker.internal"
 ANY = "*"
 
 
+@lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """Whether a host name or address is this machine's own."""
     name = host.strip("[]").rstrip(".").lower()

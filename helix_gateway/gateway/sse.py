@@ -56,10 +56,13 @@ class EventStream:
         self._time_limit = time_limit
         self._response = _Response(headers=HEADERS)
         self._interval_s = ping_interval_s
-        self._clock = asyncio.get_running_loop().time
-        self._last_write_s = self._clock()
+        self._loop = asyncio.get_running_loop()
+        self._last_write_s = self._loop.time()
         self._writing = False
-        self._pinging: asyncio.Task[None] | None = None
+        self._alarm = self._loop.call_later(ping_interval_s, self._break_silence)
+        # A task only while a ping is written: one that waited beside each stream would end as a knot of objects that
+        # refer to each other (the task, why it was cancelled, the frames of that), for the garbage collector to find.
+        self._ping: asyncio.Task[None] | None = None
         self.client_left = False
         """Whether the client closed the connection before the end."""
         self.answered = False
@@ -73,41 +76,30 @@ class EventStream:
         Raises:
             Exception: whatever ``events`` raises before the first byte.
         """
-        head = asyncio.ensure_future(_first(events))
         try:
-            await asyncio.wait({head}, timeout=self._interval_s)
-            if head.done():
-                head.result()
-            await self._relay(head, events, explain)
+            await self._relay(events, explain)
         except ConnectionResetError:
             self.client_left = True
         finally:
-            await end(head, self._pinging)
+            self._alarm.cancel()
+            await end(self._ping)
             await events.aclose()
         return self._response
 
-    async def _relay(
-        self,
-        head: asyncio.Future[bytes],
-        events: AsyncGenerator[bytes, None],
-        explain: Callable[[Exception], ApiError],
-    ) -> None:
-        self._time_limit.told_by_stream = True
-        await self._response.prepare(self._request)
-        self._pinging = asyncio.create_task(self._ping())
-        if not head.done():
-            await self._write(PING)
+    async def _relay(self, events: AsyncGenerator[bytes, None], explain: Callable[[Exception], ApiError]) -> None:
         try:
-            await in_time(self._time_limit, self._write_all(head, events))
+            await in_time(self._time_limit, self._write_all(events))
         except ConnectionResetError:
             raise
-        except Exception as error:  # noqa: BLE001 - the head is sent: all that is left is to say it in an event
+        except Exception as error:
+            if not self._response.prepared:
+                raise
+            # The head is sent: all that is left is to say it in an event.
             await self._write_last(event(explain(error).body()))
         self.answered = True
         await self._response.write_eof()
 
-    async def _write_all(self, head: asyncio.Future[bytes], events: AsyncGenerator[bytes, None]) -> None:
-        await self._write(await head)
+    async def _write_all(self, events: AsyncGenerator[bytes, None]) -> None:
         async for payload in events:
             await self._write(payload)
 
@@ -123,23 +115,23 @@ class EventStream:
     async def _write(self, payload: bytes) -> None:
         self._writing = True
         try:
+            if not self._response.prepared:
+                self._time_limit.told_by_stream = True
+                await self._response.prepare(self._request)
             await self._response.write(payload)
         finally:
             self._writing = False
-            self._last_write_s = self._clock()
+            self._last_write_s = self._loop.time()
 
-    async def _ping(self) -> None:
+    def _break_silence(self) -> None:
+        silence_s = self._loop.time() - self._last_write_s
+        if silence_s >= self._interval_s and not self._writing:
+            self._ping = self._loop.create_task(self._write_ping())
+            silence_s = 0.0
+        wait_s = max(self._interval_s - silence_s, self._interval_s / 10)
+        self._alarm = self._loop.call_later(wait_s, self._break_silence)
+
+    async def _write_ping(self) -> None:
         # RuntimeError: the answer came to its end while this was on its way.
         with suppress(ConnectionResetError, RuntimeError):
-            while True:
-                silence_s = self._clock() - self._last_write_s
-                if silence_s >= self._interval_s and not self._writing:
-                    await self._write(PING)
-                    silence_s = 0.0
-                await asyncio.sleep(max(self._interval_s - silence_s, self._interval_s / 10))
-
-
-async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
-    async for payload in events:
-        return payload
-    return b""
+            await self._write(PING)

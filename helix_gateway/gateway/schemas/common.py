@@ -75,9 +75,9 @@ class WireModel(BaseModel):
 
     def unknown_below(self) -> list[str]:
         """Paths of unknown fields in this object's objects, each once, without indices: ``messages[].x``."""
-        known = type(self).model_fields
+        known, set_by_client = type(self).model_fields, self.model_fields_set
         # What the client did not send holds nothing unknown: most of some forty fields.
-        sent = [name for name in known if name in self.model_fields_set]
+        sent = [name for name in known if name in set_by_client]
         return list(dict.fromkeys(path for name in sent for path in self._unknown_in(name)))
 
     def _unknown_in(self, name: str) -> Iterator[str]:
@@ -196,7 +196,7 @@ class GenerationRequest(WireModel):
     """A served model's name. May be left out where one model is served."""
     stream: bool = False
     """Whether the answer comes as server-sent events."""
-    stream_options: StreamOptions = StreamOptions()
+    stream_options: StreamOptions = Field(default_factory=StreamOptions)  # a default that stands here is copied deeply
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     """Answers for each prompt; they share the prompt's keys and values."""
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
