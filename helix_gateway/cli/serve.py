@@ -92,13 +92,14 @@ def _effective(flags: dict[str, Any], config: str | None) -> "Effective":
 
 
 def _run(engine: EngineSettings, gateway: GatewaySettings, sockets: "Sequence[socket]", model_name: str) -> int:
-    from helix_gateway.service.launch import EngineProcess
+    from helix_gateway.service.launch import CompilingAhead, EngineProcess
     from helix_gateway.telemetry.logging import configure_logging
 
     configure_logging(engine.log)
     typer.echo(f"Loading {model_name}", err=True)
     # Before this process's own imports: it has more to import, and does so meanwhile.
     launched = EngineProcess()
+    compiling = CompilingAhead()
 
     from helix_gateway.cli.first_start import telling_of_compilation
     from helix_gateway.gateway.app import create_app
@@ -118,8 +119,9 @@ def _run(engine: EngineSettings, gateway: GatewaySettings, sockets: "Sequence[so
         await service.stop()
 
     async def start() -> None:
-        async with telling_of_compilation():
-            await asyncio.gather(service.start(), asyncio.to_thread(_render_once, service.tokenizer))
+        with contextlib.closing(compiling):
+            async with telling_of_compilation():
+                await asyncio.gather(service.start(), asyncio.to_thread(_render_once, service.tokenizer))
 
     # Before connections are closed: whoever is being answered hears that the server stops.
     app.on_shutdown.append(stop)

@@ -19,12 +19,11 @@ import structlog
 from helix_gateway.core.errors import HelixError
 from helix_gateway.service.gateway_link import GatewayLink
 from helix_gateway.service.messages import LoadFailed, Ready
+from helix_gateway.service.parent import EXIT_ORPHANED, end_with_parent
 from helix_gateway.service.settings import EngineSettings
 from helix_gateway.telemetry.logging import configure_engine_logging
 
 log = structlog.get_logger(__name__)
-
-_EXIT_ORPHANED = 3
 
 
 def main() -> None:
@@ -37,8 +36,8 @@ def main() -> None:
     imports.start()
     line = sys.stdin.buffer.readline()
     if not line:
-        os._exit(_EXIT_ORPHANED)
-    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+        os._exit(EXIT_ORPHANED)
+    threading.Thread(target=end_with_parent, name="parent-watch", daemon=True).start()
     # Two threads never import at once: what imports in a circle would be seen half made.
     imports.join()
     settings = msgspec.json.decode(line, type=EngineSettings)
@@ -56,13 +55,6 @@ def _import_what_is_heavy() -> None:
     # What goes wrong here goes wrong again where the parent can be told.
     with suppress(Exception):
         import_module("helix_gateway.service.host")
-
-
-def _end_with_parent() -> None:
-    # Past Python's buffer: its lock, held by a reader, would spoil an orderly exit.
-    while os.read(0, 1):
-        pass
-    os._exit(_EXIT_ORPHANED)
 
 
 def _serve(settings: EngineSettings, link: GatewayLink) -> bool:

@@ -9,7 +9,6 @@ import structlog
 
 from helix_gateway.core.errors import ContextLengthError, InvalidRequestError, ModelLoadError, QueueFullError
 from helix_gateway.core.event import TokenEvent
-from helix_gateway.core.request import Request, SamplingParams
 from helix_gateway.engine.audit import BrokenInvariantError
 from helix_gateway.engine.engine import ChoiceHooks, Engine, EngineLimits
 from helix_gateway.engine.kv_cache import PagedKVCache
@@ -19,6 +18,7 @@ from helix_gateway.service.messages import Invalid, NotTaken, PromptTooLong, Que
 from helix_gateway.service.settings import EngineSettings
 from helix_gateway.service.speculation import DraftModel, make_speculation, wants_draft_model
 from helix_gateway.service.stops import stop_condition
+from helix_gateway.service.warm_up import warm_up
 from helix_gateway.text.tokenizer import Tokenizer
 from helix_gateway.text.translation.choice import translate_vocabularies
 
@@ -67,7 +67,7 @@ class EngineHost:
         if self._engine.max_model_len < 2:
             raise ModelLoadError("The KV cache's memory does not hold even two tokens; raise --kv-cache-memory.")
         self._served_since_check = False
-        self._warm_up()
+        warm_up(self._engine)
 
     @property
     def max_model_len(self) -> int:
@@ -117,19 +117,6 @@ class EngineHost:
         except BrokenInvariantError as error:
             log.error("kv_cache_inconsistent", broken=str(error), remedy="the cache was emptied")
             self._engine.cache.reset()
-
-    def _warm_up(self) -> None:
-        """Serve a tiny request that repeats itself, so that no client waits for kernels to be compiled."""
-        prompt = [0] * min(4, self.max_model_len - 1)
-        most = min(4, self.max_model_len - len(prompt))
-        sampling = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=most, ignore_eos=True, logprobs=1, n=2)
-        self._engine.submit(
-            Request(request_id="warm-up", prompt_token_ids=prompt, prediction_token_ids=prompt, sampling=sampling)
-        )
-        while self._engine.has_work():
-            for event in self._engine.step():
-                if event.error is not None:
-                    raise ModelLoadError(f"The model loads but does not run: {event.error}")
 
 
 def _load(settings: EngineSettings, tokenizer: Tokenizer) -> tuple[LoadedRunner, DraftModel | None]:

@@ -1,7 +1,8 @@
 """Starts an engine's process, and waits for its end, from the earliest moment on: no event loop is needed for that.
 
-What takes longest in a new process, importing what models are made of, it does before it is told what to load.  Imports
-nothing heavy itself.  Knows nothing about what an engine is told or answers.
+What takes longest in a new process, importing what models are made of, it does before it is told what to load.  Beside it,
+at a first start, another process compiles what any engine needs.  Imports nothing heavy itself.  Knows nothing about
+what an engine is told or answers.
 
 The process inherits one of a pair of sockets (where there are none of Unix', Python makes a pair of loopback's) and is
 told which as its last argument.  It ends when its standard input does.
@@ -15,10 +16,15 @@ import sys
 import threading
 from contextlib import suppress
 
-from helix_gateway.runtime.cpu.threads import engine_environment
+from helix_gateway.runtime.cpu.compiled import is_first_start
+from helix_gateway.runtime.cpu.threads import engine_environment, usable_cores
 
 ENGINE_COMMAND = (sys.executable, "-m", "helix_gateway.service.engine_process_main")
 """What is started; it is told what to do on its standard input."""
+COMPILING_COMMAND = (sys.executable, "-m", "helix_gateway.service.compiling_ahead")
+"""What compiles beside it; it ends with its standard input."""
+
+_CORES_TO_COMPILE = 2
 
 
 class EngineProcess:
@@ -89,3 +95,29 @@ def _started(theirs: socket.socket) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=sys.stderr, env=environment, pass_fds=(theirs.fileno(),)
     )
+
+
+class CompilingAhead:
+    """A process that compiles what the engine will want later, where little is compiled yet and there is a core for it."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        if not is_first_start() or usable_cores() < _CORES_TO_COMPILE:
+            return
+        # Where the engine's threads are bound to cores, these must not be: the first of both would share one.
+        environment = {**os.environ, **engine_environment(), "OMP_PROC_BIND": "false"}
+        with suppress(OSError):  # the engine compiles it all itself, then
+            self._process = subprocess.Popen(
+                COMPILING_COMMAND, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment
+            )
+
+    @property
+    def pid(self) -> int | None:
+        """The process; None where there is none."""
+        return None if self._process is None else self._process.pid
+
+    def close(self) -> None:
+        """End it; what it has compiled stays.  May be called twice."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()

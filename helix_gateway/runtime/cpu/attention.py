@@ -14,7 +14,7 @@ from numba import njit, prange
 from helix_gateway.core.step import Float32s, Int32s, StepBatch
 from helix_gateway.runtime.cpu.attention_float_items import float_scratch
 from helix_gateway.runtime.cpu.attention_int8_items import int8_scratch
-from helix_gateway.runtime.cpu.attention_items import attend_item, write_rows
+from helix_gateway.runtime.cpu.attention_items import attend_item, link_items, write_rows
 from helix_gateway.runtime.cpu.attention_shape import (
     GROUP,
     KV_HEADS,
@@ -165,6 +165,7 @@ class CpuPagedAttention:
         """For each layer, which of `all_steps`' plans is its own."""
         self._plans: list[Plan] = []
         self._works: Float32s = np.empty((1, 1), np.float32)
+        self.link(torch.float32)
         self._warm_up(groups, heads)
 
     def _warm_up(self, groups: Sequence[GroupLayout], heads: Sequence[int]) -> None:
@@ -188,6 +189,10 @@ class CpuPagedAttention:
         # and would cut elementwise operators at places that depend on the batch.  Said once compiled code has run: where
         # both use one OpenMP library, numba's start sets the number for torch too.
         torch.set_num_threads(1)
+
+    def link(self, dtype: torch.dtype) -> None:
+        """Compile what attends for activations of a dtype; before compiled code that does so for them."""
+        link_items(ACTIVATIONS[dtype], self._stored)
 
     def _plan_number(self, group: int, shape: Int64s) -> int:
         """Layers of one group and one number of query heads share a plan."""
@@ -237,6 +242,7 @@ class CpuPagedAttention:
         plan = self._plans[known.plan]
         query, key, value = _dense(query), _dense(key), _dense(value)
         kind = ACTIVATIONS[query.dtype]
+        self.link(query.dtype)
         out = query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
         queries, keys, values = _source(query), _source(key), _source(value)
         written = 0

@@ -1,24 +1,40 @@
 """Attention of one item on one thread, and the writing of keys and values, for however the arena stores them.
 
-Compiled code that calls `write_rows` or `attend_item` gets the one that suits the arena's dtype: `attention_float_items.py`
-for float32 and bfloat16, `attention_int8_items.py` for int8.  Knows nothing about either.
+Compiled code that calls `write_rows` or `attend_item` calls the one that suits the arena's dtype: `attention_float_items.py`
+for float32 and bfloat16, `attention_int8_items.py` for int8.  It calls them by name (`linking.py`), so that they are
+compiled once for all callers; `link_items` must have been called for the dtypes before.  Knows nothing about either.
 """
 
 from typing import Any
 
+from llvmlite import ir
 from numba import types
-from numba.extending import overload
+from numba.core.typing import signature
+from numba.extending import intrinsic
+from numba.np.numpy_support import from_dtype
 
 from helix_gateway.runtime.cpu.attention_float_items import attend_float_item, write_float_rows
 from helix_gateway.runtime.cpu.attention_int8_items import attend_int8_item, write_int8_rows
+from helix_gateway.runtime.cpu.attention_shape import Plan
+from helix_gateway.runtime.cpu.linking import check_linked, emit_call, link
 
-_COMPILED_ONLY = "numba puts what suits the arena's dtype in this place; Python itself has nothing to run here"
+
+def _array(dtype: types.Type, dimensions: int = 1) -> Any:
+    return types.Array(dtype, dimensions, "C")
 
 
-def write_rows(*arguments: Any) -> None:
-    """Keys and values of the rows first:last into their pages; from compiled code only.
+_SOURCE = types.UniTuple(types.int64, 3)
+_INT32S, _INT64S = _array(types.int32), _array(types.int64)
+_PLAN = types.NamedTuple([_INT64S, _INT32S, _array(types.int32, 2), _INT32S, _INT32S, types.int64, _INT64S], Plan)
+_WRITE = (types.int64, types.int64, _SOURCE, _SOURCE)
+_ATTEND = (types.int64, _SOURCE, types.float64, types.float64, types.int64, _array(types.float32))
 
-    Arguments, in their order:
+
+@intrinsic
+def write_rows(typing_context, kind, stored, shape, offsets, plan, first, last, key, value):  # type: ignore[no-untyped-def]
+    """Keys and values of the rows first:last into their pages.
+
+    Args:
         kind: any array of the dtype of new keys and values: float32, or uint16 for the bits of bfloat16.
         stored: the arena: float32, uint16 for the bits of bfloat16, or int8.
         shape: as `attention_shape.py` numbers its fields.
@@ -29,24 +45,16 @@ def write_rows(*arguments: Any) -> None:
         key: (address, elements between rows, elements between heads).
         value: the same.
     """
-    raise NotImplementedError(_COMPILED_ONLY)
+    return _call("write_rows", kind, (stored, shape, offsets, plan), _WRITE)
 
 
-@overload(write_rows)
-def _write_rows(kind, stored, shape, offsets, plan, first, last, key, value):  # type: ignore[no-untyped-def]
-    def floats(kind, stored, shape, offsets, plan, first, last, key, value):  # type: ignore[no-untyped-def]
-        write_float_rows(kind, stored, shape, offsets, plan, first, last, key, value)
+@intrinsic
+def attend_item(  # type: ignore[no-untyped-def]
+    typing_context, kind, stored, shape, offsets, plan, item, query, scaling, softcap, out, work
+):
+    """One tile and some of its KV heads.
 
-    def int8s(kind, stored, shape, offsets, plan, first, last, key, value):  # type: ignore[no-untyped-def]
-        write_int8_rows(kind, stored, shape, offsets, plan, first, last, key, value)
-
-    return int8s if stored.dtype == types.int8 else floats
-
-
-def attend_item(*arguments: Any) -> None:
-    """One tile and some of its KV heads; from compiled code only.
-
-    Arguments, in their order:
+    Args:
         kind: any array of the dtype of queries and outputs, as for `write_rows`.
         stored: as for `write_rows`, as are ``shape``, ``offsets`` and ``plan``.
         item: its number.
@@ -56,15 +64,40 @@ def attend_item(*arguments: Any) -> None:
         out: address of [num_tokens, query heads, value_dim].
         work: float32, the thread's scratch.
     """
-    raise NotImplementedError(_COMPILED_ONLY)
+    return _call("attend_item", kind, (stored, shape, offsets, plan), _ATTEND)
 
 
-@overload(attend_item)
-def _attend_item(kind, stored, shape, offsets, plan, item, query, scaling, softcap, out, work):  # type: ignore[no-untyped-def]
-    def floats(kind, stored, shape, offsets, plan, item, query, scaling, softcap, out, work):  # type: ignore[no-untyped-def]
-        attend_float_item(kind, stored, shape, offsets, plan, item, query, scaling, softcap, out, work)
+def link_items(kind: Any, stored: Any) -> None:
+    """Have both compiled for an arena, and for activations of one dtype."""
+    dtypes = from_dtype(kind.dtype), from_dtype(stored.dtype)
+    is_int8 = dtypes[1] == types.int8
+    write, attend = (write_int8_rows, attend_int8_item) if is_int8 else (write_float_rows, attend_float_item)
+    link(write, _name("write_rows", *dtypes), (*_settled(*dtypes), *_WRITE))
+    link(attend, _name("attend_item", *dtypes), (*_settled(*dtypes), *_ATTEND))
 
-    def int8s(kind, stored, shape, offsets, plan, item, query, scaling, softcap, out, work):  # type: ignore[no-untyped-def]
-        attend_int8_item(kind, stored, shape, offsets, plan, item, query, scaling, softcap, out, work)
 
-    return int8s if stored.dtype == types.int8 else floats
+def _settled(kind: types.Type, stored: types.Type) -> tuple[Any, ...]:
+    """The types that both begin with."""
+    return (_array(kind), _array(stored), _INT64S, _INT64S, _PLAN)
+
+
+def _name(function: str, kind: types.Type, stored: types.Type) -> str:
+    """What stands for a function in compiled code."""
+    return f"helix_{function}_{kind}_{stored}"
+
+
+def _call(function: str, kind: types.Type, pages: tuple[types.Type, ...], numbers: tuple[types.Type, ...]) -> Any:
+    """What an intrinsic returns that calls a linked function; numbers are cast to what it takes, arrays are not."""
+    dtypes = kind.dtype, pages[0].dtype
+    name, taken = _name(function, *dtypes), _settled(*dtypes)
+    check_linked(name)
+    if pages != taken[1:]:
+        return None
+
+    def emit(context: Any, builder: ir.IRBuilder, called: Any, arguments: Any) -> Any:
+        # The first array may have any shape: of it, the size of an element is all that is looked at.
+        first = context.make_array(taken[0])(context, builder)
+        first.itemsize = context.get_constant(types.intp, dtypes[0].bitwidth // 8)
+        return emit_call(context, builder, name, (*taken, *numbers), [first._getvalue(), *arguments[1:]])
+
+    return signature(types.void, kind, *pages, *numbers), emit

@@ -59,6 +59,7 @@ class LlamaStep:
             [[parts[0].in_features, sum(part.out_features for part in parts)] for parts in products_of(first)], np.int64
         )
         self._weights = Weights(layers, sizes, structure.scaling, self._eps)
+        attention.link(self._dtype)
         self._run = compiled_layers(self._head.weight_tiles.bits, host_shape())
 
     def _describe(self, layer: Any) -> list[int]:

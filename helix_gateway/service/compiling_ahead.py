@@ -1,0 +1,64 @@
+"""Compiles what any engine needs, whatever its model, into the cache: ``python -m helix_gateway.service.compiling_ahead``.
+
+Sampling, drafting and their figures are as much to compile as a model's own step.  At a first start this process
+compiles them on another core, while the engine's compiles the rest, and then finds them.  It ends when it is done, or
+with the process that started it, which holds its standard input.  Knows nothing about who needs what it leaves.
+"""
+
+import sys
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from helix_gateway.core.kv import KVGroup
+from helix_gateway.core.step import Int32s, LogprobRows, SamplingRows, StepBatch
+from helix_gateway.engine.engine import Engine, EngineLimits
+from helix_gateway.runtime.sampling import make_sampler
+from helix_gateway.service.parent import end_with_parent
+from helix_gateway.service.settings import EngineSettings
+from helix_gateway.service.speculation import make_speculation
+from helix_gateway.service.warm_up import warm_up
+
+_ROWS = 16
+
+
+class NoModel:
+    """A `core.protocols.ModelRunner` whose every token is as likely as any other; nothing is computed or stored."""
+
+    vocab_size = 64
+    num_pages = 16
+    kv_groups: Sequence[KVGroup] = (KVGroup("none", 16, None),)
+
+    def __init__(self) -> None:
+        self._sampler = make_sampler(torch.device("cpu"), self.vocab_size)
+
+    def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        """See `ModelRunner`."""
+
+    def forward(self, batch: StepBatch) -> torch.Tensor:
+        """See `ModelRunner`."""
+        return torch.zeros(len(batch.logits_rows), self.vocab_size)
+
+    def sample(self, logits: torch.Tensor, rows: SamplingRows) -> Int32s:
+        """See `ModelRunner`."""
+        return self._sampler.sample(logits, rows)
+
+    def logprobs(self, logits: torch.Tensor, logits_index: Int32s, token_ids: Int32s, top: int) -> LogprobRows:
+        """See `ModelRunner`."""
+        return self._sampler.logprobs(logits, logits_index, token_ids, top)
+
+
+def compile_ahead() -> None:
+    """Let an engine of no model serve what every engine serves first."""
+    runner = NoModel()
+    speculation = make_speculation(EngineSettings(model_path=""), runner, _ROWS)
+    limits = EngineLimits(max_model_len=128, max_num_seqs=4, max_num_batched_tokens=_ROWS, max_queue_len=4)
+    engine = Engine(runner, limits, drafter=speculation.drafter, depth_policy=speculation.depth_policy)
+    warm_up(engine)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=end_with_parent, name="parent-watch", daemon=True).start()
+    compile_ahead()
+    sys.exit()
