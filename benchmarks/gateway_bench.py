@@ -31,8 +31,9 @@ HERE = Path(__file__).resolve().parent
 
 def run_gateway(model):
     """The second process: the gateway over an engine that computes nothing."""
+    from helix_gateway.gateway.addresses import bind
     from helix_gateway.gateway.app import create_app
-    from helix_gateway.gateway.server import bind, run
+    from helix_gateway.gateway.server import run
     from helix_gateway.gateway.settings import GatewaySettings
     from helix_gateway.service import launch, process
     from helix_gateway.service.observer import EngineObserver

@@ -11,8 +11,9 @@ import pytest
 import structlog
 from fake_service import FakeService
 
+from helix_gateway.gateway.addresses import bind
 from helix_gateway.gateway.app import create_app
-from helix_gateway.gateway.server import bind, listening
+from helix_gateway.gateway.server import listening
 from helix_gateway.gateway.settings import GatewaySettings
 
 

@@ -13,11 +13,12 @@ from conftest import chat_body, running, until
 from fake_service import FakeService
 
 from helix_gateway.core.errors import QueueFullError
+from helix_gateway.gateway.addresses import bind
 from helix_gateway.gateway.app import create_app
 from helix_gateway.gateway.errors import duration, wait
 from helix_gateway.gateway.keys import KeyFileError, KeyRing
 from helix_gateway.gateway.limits.bucket import Bucket
-from helix_gateway.gateway.server import bind, serve
+from helix_gateway.gateway.server import serve
 from helix_gateway.gateway.settings import GatewaySettings
 
 pytestmark = pytest.mark.alone

@@ -13,7 +13,7 @@ import structlog
 from conftest import chat_body, running, until
 from fake_service import FakeService
 
-from helix_gateway.gateway.server import BindError, bind, urls
+from helix_gateway.gateway.addresses import BindError, bind, urls
 from helix_gateway.gateway.settings import GatewaySettings
 
 CHAT = "/v1/chat/completions"
@@ -163,7 +163,8 @@ SERVER = """
     sys.path.insert(0, {tests!r})
     from fake_service import FakeService
     from helix_gateway.gateway.app import create_app
-    from helix_gateway.gateway.server import BindError, bind, run
+    from helix_gateway.gateway.addresses import BindError, bind
+    from helix_gateway.gateway.server import run
     from helix_gateway.gateway.settings import GatewaySettings
     settings = GatewaySettings(port={port})
     try:

@@ -11,8 +11,9 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Error, async_playwright
 
+from helix_gateway.gateway.addresses import bind
 from helix_gateway.gateway.app import create_app
-from helix_gateway.gateway.server import bind, listening
+from helix_gateway.gateway.server import listening
 from helix_gateway.gateway.settings import GatewaySettings
 
 sys.path += [str(Path(__file__).parents[1] / "api"), str(Path(__file__).parents[2] / "scripts")]

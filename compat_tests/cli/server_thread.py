@@ -4,8 +4,9 @@ import asyncio
 import threading
 import time
 
+from helix_gateway.gateway.addresses import bind
 from helix_gateway.gateway.app import create_app
-from helix_gateway.gateway.server import bind, listening
+from helix_gateway.gateway.server import listening
 from helix_gateway.gateway.settings import GatewaySettings
 
 

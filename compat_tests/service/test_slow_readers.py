@@ -13,8 +13,9 @@ from compat_tests.text.little_tokenizers import save_folder, train_byte_level
 from compat_tests.tiny_models import make_model
 from helix_gateway.core.errors import SlowReaderError
 from helix_gateway.core.request import Request, SamplingParams
+from helix_gateway.gateway.addresses import bind
 from helix_gateway.gateway.app import create_app
-from helix_gateway.gateway.server import bind, listening
+from helix_gateway.gateway.server import listening
 from helix_gateway.gateway.settings import GatewaySettings
 from helix_gateway.service import backlog
 from helix_gateway.service.api import GenerationCall

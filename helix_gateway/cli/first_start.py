@@ -12,13 +12,16 @@ from time import monotonic
 import typer
 
 LOOK_EVERY_S = 1.0
-_TOLD_EVERY_S = 15.0
+_TOLD_EVERY_S = 5.0
 _WHY = "Compiling kernels for this processor; the next start finds them"
+
+Said = Callable[[], Awaitable[str]]
+"""Waits until it is time to look again; how far it is then."""
 
 
 @asynccontextmanager
 async def telling_of_compilation() -> AsyncIterator[None]:
-    """Watch for new kernels while this is open: a moving line on a terminal, otherwise one now and then."""
+    """Watch for new kernels while this is open: a moving line on a terminal, otherwise one every few seconds."""
     task = asyncio.create_task(_watch())
     try:
         yield
@@ -28,30 +31,33 @@ async def telling_of_compilation() -> AsyncIterator[None]:
 
 
 async def _watch() -> None:
-    from helix_gateway.runtime.cpu.compiled import num_compiled
+    from helix_gateway.runtime.cpu.compiled import USUAL_FUNCTIONS, num_compiled
 
-    before = await asyncio.to_thread(num_compiled)
-
-    async def made() -> int:
+    started_s, before = monotonic(), await asyncio.to_thread(num_compiled)
+    there = before
+    while there == before:
         await asyncio.sleep(LOOK_EVERY_S)
-        return await asyncio.to_thread(num_compiled) - before
+        there = await asyncio.to_thread(num_compiled)
+    on_terminal = sys.stderr.isatty()
 
-    while not await made():
-        pass
-    await (_show if sys.stderr.isatty() else _tell)(made)
+    async def how_far() -> str:
+        await asyncio.sleep(LOOK_EVERY_S if on_terminal else _TOLD_EVERY_S)
+        there = await asyncio.to_thread(num_compiled)
+        # Another model may need some more, or fewer.
+        return f"{there}/{max(there, USUAL_FUNCTIONS)} after {monotonic() - started_s:.0f} s"
+
+    await (_show if on_terminal else _tell)(how_far)
 
 
-async def _show(made: Callable[[], Awaitable[int]]) -> None:
+async def _show(how_far: Said) -> None:
     from rich.console import Console
 
     with Console(stderr=True).status(_WHY) as status:
         while True:
-            status.update(f"{_WHY} ({await made()} so far)")
+            status.update(f"{_WHY}: {await how_far()}")
 
 
-async def _tell(made: Callable[[], Awaitable[int]]) -> None:
-    started_s = monotonic()
+async def _tell(how_far: Said) -> None:
     typer.echo(f"{_WHY}.", err=True)
     while True:
-        await asyncio.sleep(_TOLD_EVERY_S)
-        typer.echo(f"Compiling: {await made()} kernels after {monotonic() - started_s:.0f} s", err=True)
+        typer.echo(f"Compiling kernels {await how_far()}", err=True)

@@ -67,7 +67,7 @@ def serve(
 
 
 def _serve(settings: "ServeSettings") -> None:
-    from helix_gateway.gateway.server import bind
+    from helix_gateway.gateway.addresses import bind
     from helix_gateway.runtime.model_source import resolve, served_name
 
     name = served_name(settings.model)

@@ -1,10 +1,9 @@
-"""From an application to a listening socket: bind first, then start, serve, and stop in order.
+"""From an application and its sockets to a server: start, listen, serve, and stop in order.
 
 Knows nothing about routes.
 """
 
 import asyncio
-import errno
 import signal
 import socket
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 import structlog
 from aiohttp import web
 
-from helix_gateway.core.errors import HelixError
+from helix_gateway.gateway.addresses import cannot_listen, close, urls
 from helix_gateway.gateway.drain import drain
 from helix_gateway.gateway.errors import to_api_error
 from helix_gateway.gateway.keys import KeyFileError
@@ -29,67 +28,6 @@ Start = Callable[[], Awaitable[object]]
 """Makes the services ready."""
 
 _log = structlog.get_logger("helix.server")
-
-
-class BindError(HelixError):
-    """The address cannot be listened on; the message is one clear line."""
-
-
-def bind(settings: GatewaySettings) -> list[socket.socket]:
-    """Bind every address that the host name stands for, all on one port.
-
-    Done before a model is fetched or loaded, so that a port in use is known at once.  Nobody can connect until
-    `listening`: better refused than kept waiting.
-
-    Raises:
-        BindError: the port is in use or may not be used, or the host has no address here.
-    """
-    try:
-        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise BindError(f"The host {settings.host} has no address on this machine: {error.strerror}.") from error
-    sockets: list[socket.socket] = []
-    for family, _, _, _, address in dict.fromkeys(found):
-        port = sockets[0].getsockname()[1] if sockets else settings.port
-        try:
-            sockets.append(_bound(family, (address[0], port, *address[2:])))
-        except OSError as error:
-            _close(sockets)
-            raise BindError(_why_not(settings, error)) from error
-    return sockets
-
-
-def _bound(family: int, address: tuple[Any, ...]) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        if sys.platform != "win32":  # there it would let two servers share a port
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(address)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-def _close(sockets: Sequence[socket.socket]) -> None:
-    for sock in sockets:
-        sock.close()
-
-
-def _why_not(settings: GatewaySettings, error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return f"Port {settings.port} on {settings.host} is in use; choose another with --port."
-    if error.errno == errno.EACCES:
-        return f"Port {settings.port} may not be used without more rights; choose one above 1023 with --port."
-    return f"Cannot listen on {settings.host} port {settings.port}: {error.strerror}."
-
-
-def urls(sockets: Sequence[socket.socket]) -> list[str]:
-    """Where the sockets listen, as people type it."""
-    names = [sock.getsockname()[:2] for sock in sockets]
-    return [f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}" for host, port in names]
 
 
 class _Protocol(web.RequestHandler):
@@ -149,7 +87,7 @@ async def _listen(runner: web.AppRunner, sock: socket.socket, settings: GatewayS
     try:
         await web.SockSite(runner, sock, backlog=BACKLOG).start()
     except OSError as error:  # somebody else was quicker
-        raise BindError(_why_not(settings, error)) from error
+        raise cannot_listen(settings, error) from error
 
 
 async def serve(
@@ -231,7 +169,7 @@ def run(app: web.Application, settings: GatewaySettings, sockets: Sequence[socke
     except KeyboardInterrupt:
         return 130
     finally:
-        _close(sockets)
+        close(sockets)
     return 0
 
 
