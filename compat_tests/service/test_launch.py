@@ -84,3 +84,14 @@ print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))
 """
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert json.loads(said.stdout.splitlines()[-1]) == []
+
+
+def test_an_engine_looks_for_no_garbage_among_what_it_has_imported_and_does_elsewhere():
+    program = """
+import gc
+from helix_gateway.service.engine_process import _import_what_is_heavy
+_import_what_is_heavy()
+print(gc.isenabled(), gc.get_freeze_count() > 100_000)
+"""
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert said.stdout.splitlines()[-1] == "True True"
