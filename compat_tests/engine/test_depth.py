@@ -119,6 +119,17 @@ def test_a_sequence_that_drafts_are_in_vain_for_is_drafted_for_seldom_where_draf
     assert policy.most(sequence, 16) > 0
 
 
+def test_how_seldom_is_seen_from_what_drafting_takes():
+    policy = AdaptiveDepth(StepCosts({1: 0.001, 64: 0.0011, 4096: 0.01}), max_depth=8)
+    sequence = SimpleNamespace(key="a")
+    for _ in range(200):
+        policy.observe_drafting(16, 16 * 1e-6)
+    policy.observe_drafting(16, 1.0)  # held up
+    asked = [policy.most(sequence, 16) > 0 for _ in range(100)]
+    assert asked[:4] == [True] * 4
+    assert sum(asked[4:]) == 24
+
+
 def test_steps_in_which_a_drafter_only_read_are_not_held_against_it():
     policy = AdaptiveDepth(StepCosts({1: 0.001, 64: 0.0011, 4096: 0.01}), max_depth=8)
     sequence = SimpleNamespace(key="a")

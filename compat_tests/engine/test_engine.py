@@ -129,7 +129,8 @@ def test_good_drafts_are_accepted_and_change_nothing(drawn, groups, depth, error
         known = len(tokens) < len(future) and dice.random() >= error_rate
         return future[len(tokens)] if known else dice.randrange(VOCAB)
 
-    engine = make_engine(400, groups, budget=64, drafter=ScriptedDrafter(oracle), depth_policy=FixedDepth(depth))
+    # Room for all prompts and drafts at once: where there is less, prompts go first.
+    engine = make_engine(400, groups, budget=512, drafter=ScriptedDrafter(oracle), depth_policy=FixedDepth(depth))
     for request_ in make_requests(drawn):
         engine.submit(request_)
     answers = drain(engine)

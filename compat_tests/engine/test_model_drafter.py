@@ -340,6 +340,8 @@ def test_a_draft_model_reads_on_at_every_step_though_no_draft_comes_of_it():
         policy.observe = lambda *_: None  # the toy's own time says nothing
     for number in range(8):
         engine.submit(request(f"r{number}", range(number, 48), max_tokens=100, ignore_eos=True))
+    while engine.stats().num_waiting or any(s.num_pending_tokens > 1 for s in engine._scheduler.running):
+        engine.step()  # prompts fill these
     for _ in range(45):
         before = len(draft.batches)
         engine.step()

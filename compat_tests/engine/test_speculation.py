@@ -20,6 +20,7 @@ from compat_tests.engine.toy import (
 )
 from helix_gateway.engine.depth import AdaptiveDepth, FixedDepth
 from helix_gateway.engine.drafters.base import DraftTokens
+from helix_gateway.engine.drafters.none import NoDrafter
 from helix_gateway.engine.drafters.suffix import SuffixDrafter
 from helix_gateway.engine.step_costs import StepCosts
 
@@ -199,6 +200,22 @@ def test_drafts_leave_a_long_prompt_half_of_each_step():
     (_, _, drafted), (_, computed, _) = windows_of(engine)
     assert drafted > 0
     assert computed >= 20
+
+
+def test_what_may_be_drafted_keeps_nobody_waiting_who_fits_the_step():
+    engine = make_engine(400, drafter=ScriptedDrafter(lambda *_: 11), depth_policy=FixedDepth(8), budget=40)
+    for i in range(8):
+        engine.submit(request(f"r{i}", [1, 2, 3, i], max_tokens=60, ignore_eos=True))
+    assert [(computed, drafted) for _, computed, drafted in windows_of(engine)] == [(4, 1)] * 8
+
+
+def test_who_never_drafts_leaves_a_long_prompt_all_of_a_step():
+    engine = make_engine(400, drafter=NoDrafter(), depth_policy=FixedDepth(32), budget=40, max_num_seqs=8)
+    engine.submit(request("short", [1, 2, 3], max_tokens=100, ignore_eos=True))
+    engine.step()
+    engine.submit(request("long", [1, 2, 3, 4] * 40, max_tokens=4))
+    engine.step()
+    assert [computed for _, computed, _ in windows_of(engine)] == [1, 39]
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,9 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
         outputs = self._choose(windows, logits, batch.logits_rows)
         sampled = perf_counter()
         self._learn(plan, drafts, outputs, sampled - drafted)
+        num_asked = sum(entry.depth > 0 for entry in plan.scheduled)
+        if num_asked and not self._drafter.num_asked:
+            self._depth_policy.observe_drafting(num_asked, drafted - began + perf_counter() - sampled)
         timing = StepSeconds(draft_s=drafted - began, verify_s=computed - drafted, sample_s=sampled - computed)
         return SpeculativeOutput(StepOutput(outputs), timing)
 

@@ -4,6 +4,7 @@ A policy first bounds what is drafted, from what is known before (the scheduler 
 chooses how much of the drafts is verified.  It sees sequences and confidences, never what tokens mean.
 """
 
+import math
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -25,8 +26,11 @@ _PROMISES_KEPT = 0.97
 """Of what is known of them, with each draft that is verified, and each step at which none is."""
 _LEAST_BELIEVED = 0.85
 """Share of the chances: what is farther off is for the acceptance model to find out."""
-DRAFTING_S = 15e-6
-"""What proposing, judging and learning take for one sequence (measured: docs/log.md)."""
+DRAFTING_S = 30e-6
+"""What proposing, judging and learning take for one sequence, before it was seen (docs/log.md)."""
+_DRAFTING_RATE = 0.05
+_DRAFTING_MOST = 2.0
+"""Times what is believed of it; more is a step that was held up."""
 _TRIES = 4
 """Drafts in a row of which nothing is worth verifying, after which they are likely in vain."""
 _VAIN_SHARE = 0.005
@@ -61,6 +65,9 @@ class DepthPolicy(Protocol):
     def observe(self, num_rows: int, seconds: float) -> None:
         """Hear how long a step of decodes and verify windows took."""
 
+    def observe_drafting(self, num_sequences: int, seconds: float) -> None:
+        """Hear how long drafts from what is free took so many sequences, from proposing to learning."""
+
     def retire(self, sequence: Sequence) -> None:
         """Forget a sequence, which has ended."""
 
@@ -92,6 +99,9 @@ class FixedDepth:
     def observe(self, num_rows: int, seconds: float) -> None:
         """Nothing changes it."""
 
+    def observe_drafting(self, num_sequences: int, seconds: float) -> None:
+        """Nothing changes it."""
+
     def retire(self, sequence: Sequence) -> None:
         """Nothing is kept of a sequence."""
 
@@ -120,6 +130,7 @@ class AdaptiveDepth:
         self._prospects: dict[int, _Prospect] = {}
         """By number of decodes, as costs were lately: they are asked for each sequence of a step."""
         self._observed = 0
+        self._drafting_s = DRAFTING_S
         self._patience: dict[SequenceKey, _Patience] = {}
         self._promises: dict[SequenceKey, float] = {}
         """Draft tokens that are being verified and were expected to be accepted."""
@@ -144,7 +155,7 @@ class AdaptiveDepth:
         pays = rates.max() > rates[0] * WORTH_IT
         return _Prospect(
             deepest=-(-int(rates.argmax()) // num_decodes) if pays else 0,
-            period=min(_LONGEST_PERIOD, -(-int(1e9 * num_decodes * DRAFTING_S) // int(1e9 * _VAIN_SHARE * seconds[0]))),
+            period=min(_LONGEST_PERIOD, math.ceil(num_decodes * self._drafting_s / (_VAIN_SHARE * seconds[0]))),
         )
 
     def choose(self, sequences: Ordered[Sequence], drafts: Ordered[DraftTokens], num_decodes: int) -> list[int]:
@@ -180,6 +191,11 @@ class AdaptiveDepth:
         self._observed += 1
         if self._observed % _STEPS_ALIKE == 0:
             self._prospects.clear()
+
+    def observe_drafting(self, num_sequences: int, seconds: float) -> None:
+        """See `DepthPolicy`."""
+        seen = min(seconds / num_sequences, _DRAFTING_MOST * self._drafting_s)
+        self._drafting_s += _DRAFTING_RATE * (seen - self._drafting_s)
 
     def retire(self, sequence: Sequence) -> None:
         """See `DepthPolicy`."""

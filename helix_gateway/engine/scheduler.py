@@ -1,7 +1,7 @@
 """Who computes what at each step: admission, chunks and depths, room in the cache, and how sequences end.
 
 There is no prefill phase and no decode phase: every running sequence computes what it lacks, as far as the
-step's token budget goes.  Knows the cache's accounts but no page, and nothing of tensors.
+step's token budget goes, and what is left of it goes to drafts.  Knows the cache's accounts but no page, and nothing of tensors.
 
 Memory, when short: cached blocks go first (the pool does that), then depth, then a drafter's own KV, then the sequence
 that ranks last is preempted and computed again later.  The first in rank is never preempted, so something always finishes.
@@ -17,6 +17,9 @@ from helix_gateway.engine.kv_cache import PageCopy, PagedKVCache
 from helix_gateway.engine.plan import ScheduledSequence, StepPlan
 from helix_gateway.engine.sequence import Sequence, SequenceKey
 from helix_gateway.engine.waiting import WaitingQueue
+
+_KEPT_TIMES = 2
+"""Drafts keep so many times the room that they lately took from prompts: those that prove right grow."""
 
 
 class PlanningError(Exception):
@@ -97,7 +100,9 @@ class Scheduler:
         Raises:
             PlanningError: something in it failed; the sequence that was being planned holds no blocks any more.
         """
-        step = _StepInMaking(max_tokens)
+        lately = sum(sequence.num_lately_drafted for sequence in self.running)
+        most = max(0, max_tokens - len(self.running)) // 2
+        step = _StepInMaking(max_tokens, kept_for_drafts=min(most, _KEPT_TIMES * lately))
         try:
             self._fill(step)
         except Exception as error:
@@ -106,11 +111,7 @@ class Scheduler:
 
     def _fill(self, step: "_StepInMaking") -> None:
         # Those that lack least come first: a long prompt's chunk must not hold up everybody's next token.
-        order = sorted(self.running, key=lambda s: s.num_pending_tokens)
-        has_prompts = bool(self.waiting) or (bool(order) and order[-1].num_pending_tokens > 1)
-        for place, sequence in enumerate(order):
-            step.num_sharers = len(order) - place
-            step.kept_for_prompts = step.budget // 2 if has_prompts else 0
+        for sequence in sorted(self.running, key=lambda s: s.num_pending_tokens):
             if sequence in self.running and step.budget:
                 step.at = sequence
                 self._continue(sequence, step)
@@ -118,34 +119,52 @@ class Scheduler:
             step.at = self.waiting.head()
             if not self._admit(step.at, step):
                 break
+        self._deepen(step)
 
     def _broken_off(self, step: "_StepInMaking") -> StepPlan:
-        plan, last = step.plan(), step.at
-        if last is not None:
-            wanted = min(last.num_pending_tokens, step.budget)
-            self._preempt(last, step)
-            plan.scheduled.append(ScheduledSequence(last, last.num_computed_tokens, wanted, 0))
+        last = step.at
+        if last is None:
+            return step.plan()
+        wanted = min(last.num_pending_tokens, step.budget)
+        self._preempt(last, step)
+        plan = step.plan()
+        plan.scheduled.append(ScheduledSequence(last, last.num_computed_tokens, wanted, 0))
         return plan
 
     def _continue(self, sequence: Sequence, step: "_StepInMaking") -> None:
         """Give a running sequence its part of the step, if need be at the cost of those that rank after it."""
         start = sequence.num_computed_tokens
-        # While others wait, nobody's prompt takes more than half of what is left: they join at this very step.
-        share = max(1, step.budget // 2) if self.waiting else step.budget
-        num_tokens = min(sequence.num_pending_tokens, share)
-        reaches_end = num_tokens == sequence.num_pending_tokens
-        depth = self._depth(sequence, step.share_for_drafts(num_tokens)) if reaches_end else 0
+        num_tokens = min(sequence.num_pending_tokens, self._share(step))
         while True:
             try:
-                copies = self._cache.reserve(sequence.key, start, start + num_tokens + depth)
+                copies = self._cache.reserve(sequence.key, start, start + num_tokens)
             except NoFreeBlocksError:
-                if depth:
-                    depth = 0
-                elif not self._cache.evict_guest() and self._preempt_last(step) is sequence:
+                if not self._cache.evict_guest() and self._preempt_last(step) is sequence:
                     return
             else:
-                step.add(ScheduledSequence(sequence, start, num_tokens, depth), copies)
+                step.add(ScheduledSequence(sequence, start, num_tokens, 0), copies)
                 return
+
+    def _share(self, step: "_StepInMaking") -> int:
+        """Tokens of the step that one sequence may have: at least the one that it needs to go on."""
+        share = step.budget - step.kept_for_drafts
+        # While others wait, nobody's prompt takes more than half of what is left: they join at this very step.
+        return max(1, share // 2 if self.waiting else share)
+
+    def _deepen(self, step: "_StepInMaking") -> None:
+        """Share what is left of the step among those that may have drafts; nobody gives way for them."""
+        ends = [entry for entry in step.scheduled if entry.samples]
+        for place, entry in enumerate(ends):
+            step.at = entry.sequence
+            depth = self._depth(entry.sequence, step.budget // (len(ends) - place))
+            if depth:
+                try:
+                    copies = self._cache.reserve(
+                        entry.sequence.key, entry.start, entry.start + entry.num_tokens + depth
+                    )
+                except NoFreeBlocksError:
+                    continue
+                step.deepen(entry, depth, copies)
 
     def _depth(self, sequence: Sequence, budget: int) -> int:
         """What the policy wishes, as far as the request allows and can be accepted before its end."""
@@ -224,26 +243,35 @@ class Scheduler:
 
 
 class _StepInMaking:
-    """A plan while it may still change."""
+    """A plan while it may still change.
 
-    def __init__(self, budget: int) -> None:
+    Args:
+        budget: tokens that it may have.
+        kept_for_drafts: of those, as many as prompts leave.
+    """
+
+    def __init__(self, budget: int, kept_for_drafts: int = 0) -> None:
         self.budget = budget
+        self.kept_for_drafts = kept_for_drafts
         self.at: Sequence | None = None
         """Whose part is being planned."""
-        self.num_sharers = 1
-        """Sequences that still have to get their part, this one included."""
-        self.kept_for_prompts = 0
-        """Tokens of the budget that are not for drafts."""
         self._parts: dict[SequenceKey, tuple[ScheduledSequence, list[PageCopy]]] = {}
 
-    def share_for_drafts(self, num_tokens: int) -> int:
-        """What one may have for drafts beside ``num_tokens``: whoever comes after keeps a token and as large a share."""
-        return (self.budget - num_tokens - (self.num_sharers - 1) - self.kept_for_prompts) // self.num_sharers
+    @property
+    def scheduled(self) -> list[ScheduledSequence]:
+        """The parts so far."""
+        return [scheduled for scheduled, _ in self._parts.values()]
 
     def add(self, scheduled: ScheduledSequence, copies: list[PageCopy]) -> None:
         """Take a sequence's part into the step."""
         self._parts[scheduled.sequence.key] = scheduled, copies
         self.budget -= scheduled.num_tokens + scheduled.depth
+
+    def deepen(self, scheduled: ScheduledSequence, depth: int, copies: list[PageCopy]) -> None:
+        """Let a part that is in the step have drafts."""
+        scheduled.depth = depth
+        self._parts[scheduled.sequence.key][1].extend(copies)
+        self.budget -= depth
 
     def withdraw(self, sequence: Sequence) -> None:
         """Take it out again, where it is in."""
@@ -253,5 +281,4 @@ class _StepInMaking:
 
     def plan(self) -> StepPlan:
         """What stands at the end."""
-        parts = self._parts.values()
-        return StepPlan([scheduled for scheduled, _ in parts], [copy for _, copies in parts for copy in copies])
+        return StepPlan(self.scheduled, [copy for _, copies in self._parts.values() for copy in copies])

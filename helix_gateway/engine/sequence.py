@@ -56,6 +56,8 @@ class Sequence:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     ledger: DraftLedger = field(default_factory=DraftLedger)
+    num_lately_drafted: int = 0
+    """Draft tokens that were verified with its newest token."""
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     num_accepted_prediction_tokens: int = 0
@@ -81,6 +83,7 @@ class Sequence:
     def count_draft(self, source: str | None, drafted: int, accepted: int) -> None:
         """Keep account of what came of one window, drafted for or not."""
         self.ledger.count(source, drafted, accepted)
+        self.num_lately_drafted = drafted
         self.num_draft_tokens += drafted
         self.num_accepted_tokens += accepted
         if source == PREDICTION:

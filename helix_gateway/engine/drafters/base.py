@@ -27,7 +27,7 @@ class DraftTokens:
     beside: "DraftTokens | None" = None
     """What another drafter proposed in the same place: never verified, but what it was worth is learned from."""
     is_reading: bool = False
-    """Whether it is empty because the drafter only read of the sequence at this step, to draft at a later one."""
+    """Whether it is empty because the drafter is yet reading the sequence, to draft at a later step."""
 
     def first(self, count: int) -> "DraftTokens":
         """The first ``count`` of them."""

@@ -31,10 +31,13 @@ class DraftChain:
 
     def __init__(self, free: Drafter, costly: CostlyDrafter | None, vocab_size: int) -> None:
         self._free = GuardedDrafter(free, vocab_size)
+        self.num_asked = 0
+        """For how many of the last proposals what costs was asked."""
         self._costly = costly and CostlyDrafter(GuardedChoosyDrafter(costly.drafter, vocab_size), costly.policy)
 
     def propose(self, sequences: Ordered[Sequence], depths: Ordered[int], num_decodes: int) -> list[DraftTokens]:
         """As `Drafter` has it, in a step in which so many sequences get a token."""
+        self.num_asked = 0
         drafts = self._free.propose(sequences, depths)
         return (
             drafts if self._costly is None else self._with_costly(self._costly, sequences, depths, drafts, num_decodes)
@@ -51,6 +54,7 @@ class DraftChain:
         able = costly.drafter.begin_step(sequences, depths)
         asked = costly.policy.ask(sequences, free, able, num_decodes)
         chosen = [index for index, depth in enumerate(asked) if depth]
+        self.num_asked = len(chosen)
         if not chosen:
             return free
         others = [NOTHING] * len(free)

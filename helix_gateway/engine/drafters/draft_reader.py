@@ -99,8 +99,8 @@ class GrowingDraft:
     """Tokens behind which nothing can follow."""
     token_ids: list[int] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
-    has_read: bool = False
-    """Whether tokens of the sequence were read for it."""
+    is_reading: bool = False
+    """Whether the sequence is being read for it, though it be others' turn at this step."""
 
     @property
     def position(self) -> int:
@@ -129,7 +129,7 @@ class GrowingDraft:
     def proposal(self) -> DraftTokens:
         """In the target's tokens."""
         if not self.token_ids:
-            return READING if self.has_read else NOTHING
+            return READING if self.is_reading else NOTHING
         told = self.reader.text.to_target(self.token_ids)
         bounds = [0, *told.rests_on]
         confidences = [np.prod(self.confidences[a:b]) for a, b in pairwise(bounds)]

@@ -158,15 +158,14 @@ class ModelDrafter(Generic[Logits]):
             reader = draft.reader
             count = unread = reader.num_unread
             if unread > _NEAR:
-                count = min(unread, budget)
-                if not count or not self._policy.worth_catching_up(reader.sequence, reader.num_lacking):
+                if not self._policy.worth_catching_up(reader.sequence, reader.num_lacking):
                     continue
+                count = min(unread, budget)
+                draft.is_reading = count < unread
                 budget -= count
             reader.read(count)
             if count == unread:
                 whole.append(draft)
-            else:
-                draft.has_read = True
         return whole
 
     def _is_open(self, draft: GrowingDraft) -> bool:
@@ -206,8 +205,11 @@ class ModelDrafter(Generic[Logits]):
             behind = draft.reader.num_behind
             count = behind
             if behind > _NEAR:
+                if not self._policy.worth_catching_up(draft.reader.sequence, behind):
+                    continue
                 count = min(behind, budget)
-                if not count or not self._policy.worth_catching_up(draft.reader.sequence, behind):
+                if not count:
+                    draft.is_reading = True
                     continue
                 budget -= count
             part = self._reserved(draft, count, len(drafts))
@@ -243,7 +245,7 @@ class ModelDrafter(Generic[Logits]):
         logits = self._runner.forward(batch)
         for part in parts:
             part.draft.reader.write(part.start, part.token_ids)
-            part.draft.has_read = True
+            part.draft.is_reading = True
         drawing = [part.draft for part in parts if part.draws]
         if drawing:
             token_ids = self._runner.sample(logits, self._rows(drawing))
