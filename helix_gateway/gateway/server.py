@@ -102,9 +102,10 @@ async def serve(
     with suppress(asyncio.CancelledError):
         async with listening(app, settings, sockets) as where:
             await start()
-            sys.stdout.write(f"Helix listens on {' and '.join(where)}\n")
-            sys.stdout.flush()
             with quick_turns():
+                # Told last: whoever hears it asks at once.
+                sys.stdout.write(f"Helix listens on {' and '.join(where)}\n")
+                sys.stdout.flush()
                 await stop.first()
                 await _drain(app, settings.drain_timeout_s)
 
