@@ -110,13 +110,13 @@ class EngineClient(ABC):
         request_id = call.request.request_id
         # A reader that never comes back does not get to the end of this function: its engine is told at once.
         backlog = Backlog(lambda: limit_bytes(len(self._in_flight)), lambda: self._send(Cancel(request_id)))
-        texts = [ChoiceText(self._tokenizer, call) for _ in range(call.request.sampling.n)]
-        unfinished = len(texts)
+        unfinished = call.request.sampling.n
         self._in_flight.add(request_id, self._sink(backlog))
         try:
             # Once more: an engine that has gone meanwhile has told everybody, but not this one.
             self._refuse_unless_ready()
             self._send(Submit(call))
+            texts = [ChoiceText(self._tokenizer, call) for _ in range(unfinished)]  # while the engine is at work
             while unfinished:
                 try:
                     event = await backlog.get()
