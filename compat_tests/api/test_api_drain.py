@@ -10,8 +10,9 @@ import pytest
 from conftest import Gateway, chat_body, events_of, until
 from fake_service import FakeService
 
+from helix_gateway.gateway.addresses import bind
 from helix_gateway.gateway.app import create_app
-from helix_gateway.gateway.server import _drain, bind, serve
+from helix_gateway.gateway.server import _drain, serve
 from helix_gateway.gateway.settings import GatewaySettings
 from helix_gateway.gateway.state import DRAIN
 
