@@ -406,17 +406,14 @@ def main():
         return measure_curve(options.measure)
     with ProcessPoolExecutor(options.processes) as pool:
         measured = pool.map(partial(measure, seeds=range(options.seeds)), cells := list(chosen(options)))
-        rows = list(report_progress(measured, len(cells)))
+        rows = []
+        with report.progress("cells", len(cells)) as advance:
+            for row in measured:
+                rows.append(row)
+                advance(1)
     short = print_rows(rows)
     report.save("depth_policy", {"seeds": options.seeds, "cells": rows}, plot(rows), folder=options.out, size=(16, 8))
     return 1 if short else 0
-
-
-def report_progress(rows, total):
-    for number, row in enumerate(rows, 1):
-        print(f"\r{number} of {total}", end="", file=sys.stderr)
-        yield row
-    print(file=sys.stderr)
 
 
 if __name__ == "__main__":
