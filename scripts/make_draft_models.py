@@ -1,9 +1,9 @@
-"""Makes draft models out of a target, as folders in Hugging Face layout: for tests and benchmarks of speculation.
+"""Makes models out of a target, as folders in Hugging Face layout: for tests and benchmarks of speculation and quantisation.
 
-    python scripts/make_draft_models.py OUT [--model MODEL] [--kind rounded|shallow|other-tokenizer …]
+    python scripts/make_draft_models.py OUT [--model MODEL] [--kind rounded|shallow|equal|other-tokenizer …]
 
 ``rounded`` has the target's weights rounded to 4 bits in groups, and is often right; ``shallow`` lacks its last ten layers,
-and is seldom right; ``other-tokenizer`` is a small random model whose tokenizer knows half of the target's merges.
+and is seldom right; ``equal`` computes what the target computes, with other float32 numbers; ``other-tokenizer`` is a small random model whose tokenizer knows half of the target's merges.
 Tensors are written with safetensors, since transformers does not save what it has read from a GGUF file.
 """
 
@@ -69,6 +69,34 @@ def shallow(model: "PreTrainedModel") -> tuple["PreTrainedConfig", Tensors]:
     return config, {name: tensor for name, tensor in tensors_of(model).items() if _layer(name) < kept}
 
 
+def equal(model: "PreTrainedModel") -> tuple["PreTrainedConfig", Tensors]:
+    """The same function, but for float32's rounding, with its channels in another order; of a Llama without biases.
+
+    The float32 numbers of a 4-bit file, rounded to four bits in the same groups, are that file again: they tell nothing
+    about rounding a float model.  Here channels of the residual stream, of the MLP and of each head's values are
+    exchanged at random, so that a group has numbers of 32 groups of the file, and lies on the grid of none.
+    """
+    tensors, dice, config = tensors_of(model), torch.Generator().manual_seed(1), model.config
+    stream = torch.randperm(config.hidden_size, generator=dice)
+    for name, tensor in tensors.items():
+        writes_stream = name.endswith(("norm.weight", "o_proj.weight", "down_proj.weight"))
+        tensors[name] = tensor[stream] if writes_stream else tensor[:, stream]
+    for number in range(config.num_hidden_layers):
+        attention, mlp = f"model.layers.{number}.self_attn.", f"model.layers.{number}.mlp."
+        gated = torch.randperm(config.intermediate_size, generator=dice)
+        for name in ("gate_proj", "up_proj"):
+            tensors[f"{mlp}{name}.weight"] = tensors[f"{mlp}{name}.weight"][gated]
+        tensors[f"{mlp}down_proj.weight"] = tensors[f"{mlp}down_proj.weight"][:, gated]
+        values = tensors[f"{attention}v_proj.weight"]
+        dim = len(values) // config.num_key_value_heads
+        order = torch.randperm(dim, generator=dice)
+        for name, channels in (("v_proj", 0), ("o_proj", 1)):
+            matrix = tensors[f"{attention}{name}.weight"]
+            heads = dim * torch.arange(matrix.shape[channels] // dim)
+            tensors[f"{attention}{name}.weight"] = matrix.index_select(channels, (heads[:, None] + order).reshape(-1))
+    return config, {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
 def _layer(name: str) -> int:
     """The number of the layer that a tensor belongs to; 0 where it belongs to none."""
     before, found, after = name.partition(".layers.")
@@ -126,6 +154,7 @@ def write_tokenizer(folder: Path, definition: TokenizerDefinition, tokenizer_jso
 KINDS: dict[str, Callable[["PreTrainedModel"], tuple["PreTrainedConfig", Tensors]]] = {
     "rounded": rounded,
     "shallow": shallow,
+    "equal": equal,
 }
 
 
@@ -135,7 +164,7 @@ def make_draft_models(model_path: str, out: Path, kinds: list[str]) -> Iterator[
     Args:
         model_path: the target, a GGUF file or a folder.
         out: where the folders go, each under its kind's name.
-        kinds: of ``rounded``, ``shallow`` and ``other-tokenizer``.
+        kinds: of ``rounded``, ``shallow``, ``equal`` and ``other-tokenizer``.
     """
     is_folder = Path(model_path).is_dir()
     definition = load_huggingface_tokenizer(model_path) if is_folder else load_gguf_tokenizer(model_path)

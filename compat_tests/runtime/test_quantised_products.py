@@ -240,3 +240,27 @@ def test_a_gated_row_is_rounded_as_if_it_had_been_written_down_first():
     assert records[0].any()
     exact = torch.nn.functional.silu(both[0].double()) * both[1].double()
     assert np.allclose(wide, exact, rtol=1e-5, atol=1e-30)
+
+
+def test_four_bits_lose_less_than_rounding_between_the_extremes_of_a_group():
+    weight = torch.randn(96, 160, generator=torch.Generator().manual_seed(3))
+    groups = weight.view(-1, 32)
+    least, most = groups.aminmax(dim=1, keepdim=True)
+    step = (most - least) / 15
+    plain = (((groups - least) / step).round() * step + least - groups).square().mean()
+    assert (Int4Weight.from_float(weight).unpacked() - weight).square().mean() < 0.85 * plain
+
+
+def test_what_lies_on_a_grid_of_sixteen_steps_keeps_its_numbers():
+    dice = torch.Generator().manual_seed(4)
+    steps = torch.randint(0, 16, (64, 5, 32), generator=dice).float()
+    steps[..., 0], steps[..., 1] = 0, 15
+    scales, minima = (torch.rand(64, 5, 1, generator=dice).half().float() for _ in range(2))
+    weight = (steps * scales - minima).view(64, 160)
+    assert torch.equal(Int4Weight.from_float(weight).unpacked(), weight)
+
+
+@pytest.mark.parametrize("number", [0.0, 0.75, -3.0])
+def test_a_group_of_one_number_stays_that_number(number):
+    weight = torch.full((32, 64), number)
+    assert torch.equal(Int4Weight.from_float(weight).unpacked(), weight)

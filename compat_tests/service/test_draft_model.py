@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from compat_tests.tiny_models import make_model
 from helix_gateway import HelixEngine
@@ -43,6 +44,17 @@ def answers(folders, **settings):
         results += engine.generate(PROMPTS, temperature=1.0, presence_penalty=0.5, **OPTIONS)
     tokens = [result.token_ids for result in results]
     return tokens, sum(r.metrics.draft_tokens for r in results), sum(r.metrics.accepted_tokens for r in results)
+
+
+def test_a_model_made_equal_has_other_weights_and_the_same_logits(folders, tmp_path):
+    (equal,) = make_draft_models(folders["target"], tmp_path, ["equal"])
+    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (folders["target"], equal)]
+    ids = torch.arange(5, 45)[None]
+    with torch.inference_mode():
+        target, made = (model(ids).logits for model in models)
+    torch.testing.assert_close(made, target, rtol=1e-4, atol=1e-4)
+    before, after = (model.model.layers[0].mlp.down_proj.weight for model in models)
+    assert not torch.equal(before, after)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from helix_gateway.runtime.cpu.emitter import LANES
+from helix_gateway.runtime.cpu.four_bits import LARGEST, best_scales
 from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS
 from helix_gateway.runtime.cpu.packed import PackedWeight
 from helix_gateway.runtime.cpu.quantised_kernels import GROUP_INPUTS, INT4, INT8, group_bytes
@@ -25,7 +26,7 @@ Bytes = npt.NDArray[np.uint8]
 
 # Weights quantised and packed at a time, so that temporaries stay small beside the matrix.
 _PIECE_WEIGHTS = 1 << 20
-_LARGEST8, _LARGEST4, _OFFSET8 = 127, 15, 128
+_LARGEST8, _OFFSET8 = 127, 128
 # Eight times as much is the largest float16.
 _LARGEST_Q4_0 = np.float16(8188)
 
@@ -161,10 +162,10 @@ class Int4Weight(QuantisedWeight):
     @staticmethod
     def _quantised(rows: npt.NDArray[np.float32]) -> tuple[npt.NDArray[Any], ...]:
         groups = rows.reshape(len(rows), -1, GROUP_INPUTS)
-        least, most = groups.min(axis=2), groups.max(axis=2)
-        scales, minima = ((most - least) / _LARGEST4).astype(np.float16), least.astype(np.float16)
+        found = best_scales(configure_threads(), groups.reshape(-1, GROUP_INPUTS))
+        scales, minima = (numbers.reshape(groups.shape[:2]).astype(np.float16) for numbers in found)
         steps = np.rint((groups - minima.astype(np.float32)[..., None]) * _inverse(scales))
-        return np.clip(steps, 0, _LARGEST4).astype(np.uint8).reshape(rows.shape), scales, minima
+        return np.clip(steps, 0, LARGEST).astype(np.uint8).reshape(rows.shape), scales, minima
 
     def _put(self, first_tile: int, *numbers: npt.NDArray[Any]) -> None:
         steps, scales, minima = numbers
