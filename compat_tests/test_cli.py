@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -16,6 +17,8 @@ from helix_gateway.cli.main import app, main
 from helix_gateway.cli.sizes import parse_size, size_text
 from helix_gateway.core.errors import EngineUnavailableError
 from helix_gateway.gateway import addresses
+from helix_gateway.service import launch
+from helix_gateway.service.settings import EngineSettings
 
 
 def helix(*arguments):
@@ -250,3 +253,24 @@ def test_what_is_no_size_is_refused_with_an_example(text):
 @pytest.mark.parametrize("text", ["1023", "1KiB", "1025", "32MiB", "3GiB", "1536MiB", "2TiB"])
 def test_sizes_are_written_as_they_are_read(text):
     assert size_text(parse_size(text)) == text
+
+
+@pytest.mark.parametrize(
+    "where", ["helix_gateway.text.tokenizer.Tokenizer.load", "helix_gateway.gateway.app.create_app"]
+)
+def test_what_compiles_ahead_is_ended_where_a_start_fails_before_anything_listens(where, monkeypatch):
+    closed = []
+
+    def fail(*arguments):
+        assert closed == []
+        raise OSError("no room")
+
+    monkeypatch.setattr("helix_gateway.telemetry.logging.configure_logging", lambda settings: None)
+    monkeypatch.setattr(launch, "EngineProcess", object)
+    monkeypatch.setattr(launch, "CompilingAhead", lambda: SimpleNamespace(close=lambda: closed.append(True)))
+    monkeypatch.setattr("helix_gateway.text.tokenizer.Tokenizer.load", lambda path: None)
+    monkeypatch.setattr(where, fail)
+    gateway = SimpleNamespace(served_model_names=("tiny",), otlp_endpoint=None)
+    with pytest.raises(OSError, match="no room"):
+        serve_module._run(EngineSettings(model_path="tiny"), gateway, [], "tiny")
+    assert closed == [True]

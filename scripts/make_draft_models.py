@@ -1,10 +1,11 @@
-"""Makes models out of a target, as folders in Hugging Face layout: for tests and benchmarks of speculation and quantisation.
+"""Makes models out of a target, as folders in Hugging Face layout: to test and measure speculation and quantisation.
 
     python scripts/make_draft_models.py OUT [--model MODEL] [--kind rounded|shallow|equal|other-tokenizer …]
 
 ``rounded`` has the target's weights rounded to 4 bits in groups, and is often right; ``shallow`` lacks its last ten layers,
-and is seldom right; ``equal`` computes what the target computes, with other float32 numbers; ``other-tokenizer`` is a small random model whose tokenizer knows half of the target's merges.
-Tensors are written with safetensors, since transformers does not save what it has read from a GGUF file.
+and is seldom right; ``equal`` computes what the target computes, with other float32 numbers; ``other-tokenizer`` is a
+small random model whose tokenizer knows half of the target's merges.  Tensors are written with safetensors, since
+transformers does not save what it has read from a GGUF file.
 """
 
 import argparse

@@ -7,10 +7,10 @@ from numba.core.errors import TypingError
 from numba.core.typing import signature
 from numba.extending import intrinsic
 
-from helix_gateway.runtime.cpu.linking import check_linked, emit_call, link
+from helix_gateway.runtime.cpu.linking import check_linked, emit_call, link, linked_name
 
-_NAME = "helix_test_count_up"
 _TYPES = (types.Array(types.int64, 1, "C"), types.int64)
+_NAME = linked_name("test_count_up", _TYPES)
 
 
 @njit
@@ -52,3 +52,15 @@ def test_code_that_calls_what_is_not_linked_is_refused_and_runs_once_it_is():
     assert _count_up.signatures == [_TYPES]
     with pytest.raises(ValueError, match="negative"):
         _caller()(numbers, -1)
+
+
+def test_a_name_stands_for_one_function_and_its_types():
+    others = [
+        (types.Array(types.int64, 1, "A"), types.int64),
+        (types.Array(types.int64, 2, "C"), types.int64),
+        (types.Array(types.int64, 1, "C"), types.int32),
+        (types.Array(types.int64, 1, "C"), types.int64, types.int64),
+    ]
+    names = {_NAME, linked_name("test_count_down", _TYPES), *(linked_name("test_count_up", other) for other in others)}
+    assert len(names) == 6
+    assert linked_name("test_count_up", (types.Array(types.int64, 1, "C"), types.int64)) == _NAME

@@ -1,12 +1,15 @@
 """The process that compiles, at a first start, what needs no model."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
 
+from helix_gateway.runtime.cpu.compiled import mark_compiled_ahead
 from helix_gateway.service import launch
 from helix_gateway.service.launch import CompilingAhead
 
@@ -19,7 +22,7 @@ def compiled():
     rooms = ("helix_gateway.engine", "helix_gateway.runtime.sampling")
     modules = [module for name, module in sys.modules.items() if name.startswith(rooms)]
     kernels = {kernel.py_func: kernel for module in modules for kernel in vars(module).values()
-               if isinstance(kernel, Dispatcher)}
+               if isinstance(kernel, Dispatcher) and kernel.py_func.__module__.startswith(rooms)}
     return {f"{function.__module__}.{function.__name__}: {types}"
             for function, kernel in kernels.items() for types in kernel.signatures}
 
@@ -78,8 +81,32 @@ def test_a_process_that_cannot_be_started_is_done_without(tmp_path, monkeypatch)
     assert CompilingAhead().pid is None
 
 
-def test_it_does_not_outlive_who_started_it(tmp_path):
-    environment = {"NUMBA_CACHE_DIR": str(tmp_path), "PATH": "", "PYTHONPATH": ":".join(sys.path)}
-    with subprocess.Popen(launch.COMPILING_COMMAND, stdin=subprocess.PIPE, env=environment) as process:
+@pytest.mark.usefixtures("cores", "sleeping")
+def test_where_all_of_it_was_compiled_ahead_it_does_not_run_again_however_little_that_is(tmp_path, monkeypatch):
+    """As on a GPU, where nothing else is compiled."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    mark_compiled_ahead()
+    assert CompilingAhead().pid is None
+
+
+SLOW_TORCH = """
+import pathlib, time
+pathlib.Path(__file__).with_name("importing").touch()
+time.sleep(60)
+"""
+
+
+def test_while_it_still_imports_it_ends_with_who_started_it_and_is_deaf_to_ctrl_c(tmp_path):
+    (tmp_path / "torch.py").write_text(SLOW_TORCH)
+    environment = {"NUMBA_CACHE_DIR": str(tmp_path), "PATH": "", "PYTHONPATH": ":".join([str(tmp_path), *sys.path])}
+    command = launch.COMPILING_COMMAND
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        while not (tmp_path / "importing").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
         process.stdin.close()
-        assert process.wait(60) == 3
+        assert process.wait(20) == 3
+        assert process.stderr.read() == b""

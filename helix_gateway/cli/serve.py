@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from helix_gateway.cli.settings import ServeSettings
     from helix_gateway.cli.sources import Effective
+    from helix_gateway.service.launch import CompilingAhead, EngineProcess
     from helix_gateway.telemetry.tracing import Tracer
     from helix_gateway.text.tokenizer import Tokenizer
 
@@ -99,8 +100,18 @@ def _run(engine: EngineSettings, gateway: GatewaySettings, sockets: "Sequence[so
     typer.echo(f"Loading {model_name}", err=True)
     # Before this process's own imports: it has more to import, and does so meanwhile.
     launched = EngineProcess()
-    compiling = CompilingAhead()
+    with contextlib.closing(CompilingAhead()) as compiling:
+        return _answer(engine, gateway, sockets, launched, compiling)
 
+
+def _answer(
+    engine: EngineSettings,
+    gateway: GatewaySettings,
+    sockets: "Sequence[socket]",
+    launched: "EngineProcess",
+    compiling: "CompilingAhead",
+) -> int:
+    """Answer HTTP until told to stop; what compiles ahead is ended as soon as the engine serves."""
     from helix_gateway.cli.first_start import telling_of_compilation
     from helix_gateway.gateway.app import create_app
     from helix_gateway.gateway.server import run

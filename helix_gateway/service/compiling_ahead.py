@@ -1,12 +1,10 @@
-"""Compiles what any engine needs, whatever its model, into the cache: ``python -m helix_gateway.service.compiling_ahead``.
+"""Compiles what any engine needs, whatever its model, into the cache; run by `compiling_ahead_main`.
 
-Sampling, drafting and their figures are as much to compile as a model's own step.  At a first start this process
-compiles them on another core, while the engine's compiles the rest, and then finds them.  It ends when it is done, or
-with the process that started it, which holds its standard input.  Knows nothing about who needs what it leaves.
+Sampling, drafting and their figures are as much to compile as a model's own step.  At a first start a process of its own
+compiles them on another core, while the engine's compiles the rest, and then finds them.  Knows nothing about who needs what
+it leaves.
 """
 
-import sys
-import threading
 from collections.abc import Sequence
 
 import torch
@@ -14,8 +12,9 @@ import torch
 from helix_gateway.core.kv import KVGroup
 from helix_gateway.core.step import Int32s, LogprobRows, SamplingRows, StepBatch
 from helix_gateway.engine.engine import Engine, EngineLimits
+from helix_gateway.runtime.cpu.compile_cache import write_in_turn
+from helix_gateway.runtime.cpu.compiled import mark_compiled_ahead
 from helix_gateway.runtime.sampling import make_sampler
-from helix_gateway.service.parent import end_with_parent
 from helix_gateway.service.settings import EngineSettings
 from helix_gateway.service.speculation import make_speculation
 from helix_gateway.service.warm_up import warm_up
@@ -51,14 +50,10 @@ class NoModel:
 
 def compile_ahead() -> None:
     """Let an engine of no model serve what every engine serves first."""
+    write_in_turn()
     runner = NoModel()
     speculation = make_speculation(EngineSettings(model_path=""), runner, _ROWS)
     limits = EngineLimits(max_model_len=128, max_num_seqs=4, max_num_batched_tokens=_ROWS, max_queue_len=4)
     engine = Engine(runner, limits, drafter=speculation.drafter, depth_policy=speculation.depth_policy)
     warm_up(engine)
-
-
-if __name__ == "__main__":
-    threading.Thread(target=end_with_parent, name="parent-watch", daemon=True).start()
-    compile_ahead()
-    sys.exit()
+    mark_compiled_ahead()

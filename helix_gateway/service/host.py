@@ -12,6 +12,7 @@ from helix_gateway.core.event import TokenEvent
 from helix_gateway.engine.audit import BrokenInvariantError
 from helix_gateway.engine.engine import ChoiceHooks, Engine, EngineLimits
 from helix_gateway.engine.kv_cache import PagedKVCache
+from helix_gateway.runtime.cpu.compile_cache import write_in_turn
 from helix_gateway.runtime.factory import LoadedRunner, load_runners
 from helix_gateway.service.api import GenerationCall
 from helix_gateway.service.messages import Invalid, NotTaken, PromptTooLong, QueueFull, Refused
@@ -37,6 +38,7 @@ class EngineHost:
     """
 
     def __init__(self, settings: EngineSettings, tokenizer: Tokenizer | None = None) -> None:
+        write_in_turn()
         self._tokenizer = tokenizer or Tokenizer.load(settings.model_path)
         loaded, draft_model = _load(settings, self._tokenizer)
         self.vocab_size = loaded.runner.vocab_size

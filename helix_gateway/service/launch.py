@@ -21,7 +21,7 @@ from helix_gateway.runtime.cpu.threads import engine_environment, usable_cores
 
 ENGINE_COMMAND = (sys.executable, "-m", "helix_gateway.service.engine_process_main")
 """What is started; it is told what to do on its standard input."""
-COMPILING_COMMAND = (sys.executable, "-m", "helix_gateway.service.compiling_ahead")
+COMPILING_COMMAND = (sys.executable, "-m", "helix_gateway.service.compiling_ahead_main")
 """What compiles beside it; it ends with its standard input."""
 
 _CORES_TO_COMPILE = 2

@@ -161,7 +161,7 @@ def _compiled_kernels() -> Iterator[Finding]:
     folder = Path(os.environ.get(_COMPILE_CACHE_VARIABLE, ""))
     size_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     said = f"{folder}, {size_bytes / 1e6:.1f} MB"
-    if folder.name.startswith(_TEMPORARY_PREFIX):
+    if folder.parent.name.startswith(_TEMPORARY_PREFIX):
         advice = "The user's cache folder cannot be written, so every start compiles anew: mend that, or set NUMBA_CACHE_DIR."
         yield Finding("compiled kernels", "warning", said, advice)
     else:

@@ -60,7 +60,9 @@ def _write_layer(kind, stored, shape, offsets, plan, key, value):  # type: ignor
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def _attend_layer(kind, stored, shape, offsets, plan, written, query, key, value, scaling, softcap, out, works):  # type: ignore[no-untyped-def]
+def _attend_layer(  # type: ignore[no-untyped-def]
+    kind, stored, shape, offsets, plan, written, query, key, value, scaling, softcap, out, works
+):
     """Write the rows from ``written`` on, then attend, each thread its items."""
     write_rows(kind, stored, shape, offsets, plan, written, len(plan.positions), key, value)
     for thread in prange(len(plan.bounds) - 1):
@@ -69,7 +71,9 @@ def _attend_layer(kind, stored, shape, offsets, plan, written, query, key, value
 
 
 @njit(cache=True)
-def _plan_tiles(shape, cu_seqlens, positions, row_sequence, tile_row, tile_tokens, tile_cost):  # type: ignore[no-untyped-def]
+def _plan_tiles(  # type: ignore[no-untyped-def]
+    shape, cu_seqlens, positions, row_sequence, tile_row, tile_tokens, tile_cost
+):
     """Cut every sequence's rows into tiles; returns how many, and the numbers of scratch that the largest needs."""
     group, window, unit = shape[GROUP], shape[WINDOW], shape[UNIT]
     # Floats keep the scores of all heads at once, int8 those of one KV head, beside their weights in half the room.

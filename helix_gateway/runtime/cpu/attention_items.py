@@ -16,7 +16,7 @@ from numba.np.numpy_support import from_dtype
 from helix_gateway.runtime.cpu.attention_float_items import attend_float_item, write_float_rows
 from helix_gateway.runtime.cpu.attention_int8_items import attend_int8_item, write_int8_rows
 from helix_gateway.runtime.cpu.attention_shape import Plan
-from helix_gateway.runtime.cpu.linking import check_linked, emit_call, link
+from helix_gateway.runtime.cpu.linking import check_linked, emit_call, link, linked_name
 
 
 def _array(dtype: types.Type, dimensions: int = 1) -> Any:
@@ -72,8 +72,9 @@ def link_items(kind: Any, stored: Any) -> None:
     dtypes = from_dtype(kind.dtype), from_dtype(stored.dtype)
     is_int8 = dtypes[1] == types.int8
     write, attend = (write_int8_rows, attend_int8_item) if is_int8 else (write_float_rows, attend_float_item)
-    link(write, _name("write_rows", *dtypes), (*_settled(*dtypes), *_WRITE))
-    link(attend, _name("attend_item", *dtypes), (*_settled(*dtypes), *_ATTEND))
+    for function, name, numbers in ((write, "write_rows", _WRITE), (attend, "attend_item", _ATTEND)):
+        taken = (*_settled(*dtypes), *numbers)
+        link(function, linked_name(name, taken), taken)
 
 
 def _settled(kind: types.Type, stored: types.Type) -> tuple[Any, ...]:
@@ -81,15 +82,11 @@ def _settled(kind: types.Type, stored: types.Type) -> tuple[Any, ...]:
     return (_array(kind), _array(stored), _INT64S, _INT64S, _PLAN)
 
 
-def _name(function: str, kind: types.Type, stored: types.Type) -> str:
-    """What stands for a function in compiled code."""
-    return f"helix_{function}_{kind}_{stored}"
-
-
 def _call(function: str, kind: types.Type, pages: tuple[types.Type, ...], numbers: tuple[types.Type, ...]) -> Any:
     """What an intrinsic returns that calls a linked function; numbers are cast to what it takes, arrays are not."""
     dtypes = kind.dtype, pages[0].dtype
-    name, taken = _name(function, *dtypes), _settled(*dtypes)
+    taken = _settled(*dtypes)
+    name = linked_name(function, (*taken, *numbers))
     check_linked(name)
     if pages != taken[1:]:
         return None

@@ -1,32 +1,38 @@
 """Where numba keeps compiled code between runs: Helix's cache folder, one subfolder for each state of the sources.
 
-numba by itself writes beside the sources, which may be read-only, and knows a cached function by the time stamp of its
-own file alone: code inlined from another file would go stale unseen.  Here the folder's name is a digest of every
-source with compiled code, so a change to any of them compiles all anew.  Knows nothing about what is compiled.
+numba by itself writes beside the sources, which may be read-only, and knows a cached function by its own file alone: code
+inlined from another file, or a constant of one, would go stale unseen.  Here the folder's name is a digest of every source
+that compiled code is made of, so a change to any of them compiles all anew; and processes that write there at once do so in
+turn.  Knows nothing about what is compiled.
 """
 
 import hashlib
 import os
+import re
 import shutil
 import sys
 import tempfile
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from helix_gateway.runtime.cache_folder import cache_folder
 
 _VARIABLE = "NUMBA_CACHE_DIR"
 _KEPT_FOLDERS = 8
+_FOLDER_NAME = re.compile(r"helix-[0-9a-f]{16}")
+_WHOLE_FOLDER = "runtime/cpu/"
+_CONSTANTS = ("runtime/kv_format.py",)
+_LOCK_WAIT_S = 2.0
 
 
 def use_compile_cache() -> None:
-    """Point numba at this version's folder, unless the user has named one (``NUMBA_CACHE_DIR``).
+    """Point numba at this version's folder: in Helix's cache folder, or in what the user has named (``NUMBA_CACHE_DIR``).
 
-    Where the user's cache folder cannot be written, a temporary one serves this process: it compiles at each start.
+    Where that cannot be written, a temporary one serves this process: it compiles at each start.
     """
-    if os.environ.get(_VARIABLE):
-        return
-    folder = cache_folder() / "compiled" / _sources_digest(Path(__file__).parent.parent.parent)
+    folder = _home() / f"helix-{_digest(compiled_sources(Path(__file__).parent.parent.parent))}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)
@@ -34,26 +40,75 @@ def use_compile_cache() -> None:
         writable = False
     if writable:
         _forget_others(folder)
-    os.environ[_VARIABLE] = str(folder) if writable else tempfile.mkdtemp(prefix="helix-compiled-")
+    os.environ[_VARIABLE] = str(folder if writable else _temporary(folder.name))
     if "numba" in sys.modules:
         sys.modules["numba"].config.reload_config()
 
 
-def _sources_digest(folder: Path) -> str:
-    """A name for the state of all sources under a folder that have something to do with numba."""
+def compiled_sources(package: Path) -> dict[str, bytes]:
+    """What compiled code is made of, by its path in the package: functions, what emits code, the constants of both."""
+    start = len(package.as_posix()) + 1
+    sources = {path.as_posix()[start:]: path.read_bytes() for path in sorted(package.rglob("*.py"))}
+    return {
+        place: source
+        for place, source in sources.items()
+        if b"numba" in source or place.startswith(_WHOLE_FOLDER) or place in _CONSTANTS
+    }
+
+
+@cache
+def write_in_turn() -> None:
+    """Let numba, in this process, add to what lies in the folder only while it holds the folder's lock.
+
+    By itself it reads a function's index, adds an entry and writes it back: of two processes that compile one function for
+    different types at the same time, both may put their code into one file, and one type then finds the other's.
+    To be called before anything is compiled.
+    """
+    import filelock
+    from numba import config
+    from numba.core.caching import IndexDataCacheFile
+
+    save, lock = IndexDataCacheFile.save, filelock.FileLock(Path(config.CACHE_DIR) / ".lock")
+
+    def save_alone(index: Any, key: Any, data: Any) -> None:
+        with ExitStack() as held:
+            # Where a file system has no locks, or somebody stands still with this one, it is as without it.
+            with suppress(OSError, NotImplementedError):
+                held.enter_context(lock.acquire(timeout=_LOCK_WAIT_S))
+            save(index, key, data)
+
+    IndexDataCacheFile.save = save_alone
+
+
+def _home() -> Path:
+    """What the folders of all versions lie in."""
+    named = os.environ.get(_VARIABLE)
+    if not named:
+        return cache_folder() / "compiled"
+    # A process that started this one, perhaps of another version, has named its own.
+    return Path(named).parent if _FOLDER_NAME.fullmatch(Path(named).name) else Path(named)
+
+
+def _temporary(name: str) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="helix-compiled-")) / name
+    folder.mkdir()
+    return folder
+
+
+def _digest(sources: dict[str, bytes]) -> str:
+    """A name for the state of sources."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        source = path.read_bytes()
-        if b"numba" in source:
-            digest.update(path.name.encode() + b"\0" + source)
+    for place, source in sources.items():
+        digest.update(place.encode() + b"\0" + source + b"\0")
     return digest.hexdigest()[:16]
 
 
 def _forget_others(current: Path) -> None:
-    """Delete all but the most recent folders; the current one becomes the most recent."""
+    """Delete all but the most recent folders of Helix; the current one becomes the most recent."""
     # Another process may be doing the same: what has gone meanwhile is no trouble.
     with suppress(OSError):
         os.utime(current)
-        by_age = sorted(current.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+        folders = [path for path in current.parent.iterdir() if _FOLDER_NAME.fullmatch(path.name)]
+        by_age = sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
         for path in by_age[_KEPT_FOLDERS:]:
             shutil.rmtree(path, ignore_errors=True)

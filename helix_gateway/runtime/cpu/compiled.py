@@ -1,21 +1,41 @@
-"""How much compiled code there is already, for whoever wants to show that more is being made.
+"""How much compiled code there is already, for whoever wants to show that more is being made, or to make some ahead.
 
 Looks at the folder that this package's import has chosen; knows nothing about what is compiled.
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 USUAL_FUNCTIONS = 91
 """That a first start of the default model leaves compiled; another model's are about as many."""
 
+_MARK = "compiled-ahead"
+
 
 def num_compiled() -> int:
     """Functions that lie compiled in this version's folder; 0 where there is none yet."""
-    folder = os.environ.get("NUMBA_CACHE_DIR")
-    return sum(1 for _ in Path(folder).rglob("*.nbc")) if folder else 0
+    folder = _folder()
+    return sum(1 for _ in folder.rglob("*.nbc")) if folder else 0
 
 
 def is_first_start() -> bool:
-    """Whether most is still to be compiled: at the first start of a version, or after one that was broken off."""
-    return num_compiled() < USUAL_FUNCTIONS // 2
+    """Whether most is still to be compiled: at the first start of a version, or after one that was broken off.
+
+    Elsewhere than on a CPU few functions are ever compiled; there it tells that all those compiled ahead are.
+    """
+    folder = _folder()
+    return not (folder and (folder / _MARK).exists()) and num_compiled() < USUAL_FUNCTIONS // 2
+
+
+def mark_compiled_ahead() -> None:
+    """Note that all that any engine needs lies compiled: no start is a first one any more."""
+    folder = _folder()
+    if folder:
+        with suppress(OSError):  # what could not be kept either: the next start tries again
+            (folder / _MARK).touch()
+
+
+def _folder() -> Path | None:
+    folder = os.environ.get("NUMBA_CACHE_DIR")
+    return Path(folder) if folder else None

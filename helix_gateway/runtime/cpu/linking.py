@@ -6,6 +6,7 @@ resolved when compiled code is loaded.  So it must be linked before a caller is 
 Knows nothing about what the functions do.
 """
 
+import hashlib
 from typing import Any
 
 from llvmlite import binding, ir
@@ -16,12 +17,18 @@ from numba.core.errors import TypingError
 _linked: set[str] = set()
 
 
+def linked_name(function: str, argument_types: tuple[types.Type, ...]) -> str:
+    """What stands for a function and the types that it is linked for; other types never answer to it."""
+    digest = hashlib.sha256(str(argument_types).encode()).hexdigest()[:16]
+    return f"helix_{function}_{digest}"
+
+
 def link(function: Any, name: str, argument_types: tuple[types.Type, ...]) -> None:
     """Compile a function that returns nothing (or load it from the cache), and let compiled code call it by a name.
 
     Args:
         function: what ``njit`` has made.
-        name: stands for the function and the types of its arguments, in every process.
+        name: `linked_name`: the same in every process.
         argument_types: of numba.
     """
     if name in _linked:

@@ -3,7 +3,8 @@
 Found by structure, not by name: a layer must have the parts of one of these families, all packed and alike, and their code
 must be, line for line, that of transformers' own family, since equal parts can be put to other uses (rotary in other pairs,
 or none; queries scaled by position).  What is outside of the layers (embedding, last norm, head) is read off the modules and
-the configuration; whoever computes by it has to be held to transformers' forward.  Knows nothing about how it is computed.
+the configuration; whoever computes by it has to be held to transformers' forward.  Knows nothing about threads, pages
+or steps, nor about how a packed layer multiplies.
 """
 
 import inspect

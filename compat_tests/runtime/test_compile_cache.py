@@ -1,0 +1,142 @@
+"""Where compiled code is kept, what makes it be made anew, and who writes it."""
+
+import ast
+import os
+import subprocess
+import sys
+from importlib import import_module
+from numbers import Number
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+import helix_gateway
+from helix_gateway.runtime.cpu.compile_cache import compiled_sources
+
+PACKAGE = Path(helix_gateway.__file__).parent
+WHERE = "import os, helix_gateway.runtime.cpu; print(os.environ['NUMBA_CACHE_DIR'])"
+
+
+def chosen_folder(named: Path) -> Path:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(named)}
+    done = subprocess.run([sys.executable, "-c", WHERE], env=environment, capture_output=True, text=True, check=True)
+    return Path(done.stdout.strip())
+
+
+def test_in_a_folder_that_the_user_names_there_is_one_for_each_state_of_the_sources(tmp_path):
+    others, older = tmp_path / "somebody_else", tmp_path / "helix-0123456789abcdef"
+    for folder in (others, older):
+        folder.mkdir()
+    chosen = chosen_folder(tmp_path)
+    assert chosen.parent == tmp_path
+    assert chosen != older
+    # A process that it starts finds it, and so does one that a process of another version starts.
+    assert chosen_folder(chosen) == chosen
+    assert chosen_folder(older) == chosen
+    for number in range(8):
+        (tmp_path / f"helix-{number:016x}").mkdir()
+    os.utime(older, (0, 0))
+    chosen_folder(tmp_path)
+    assert others.exists()
+    assert not older.exists()
+    assert len(list(tmp_path.glob("helix-*"))) == 8
+
+
+ENGINES_OWN = """
+import helix_gateway.engine.acceptance as acceptance
+from numba.core.dispatcher import Dispatcher
+for kernel in vars(acceptance).values():
+    if isinstance(kernel, Dispatcher):
+        print(kernel._cache.cache_path)
+"""
+
+
+def test_the_engines_own_code_lies_there_too_whatever_is_imported_first(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+    environment["HELIX_CACHE"] = str(tmp_path)
+    command = [sys.executable, "-c", ENGINES_OWN]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    (folder,) = set(done.stdout.splitlines())
+    assert Path(folder).parent.parent == tmp_path / "compiled"
+
+
+def test_a_folder_that_cannot_be_written_is_replaced_by_one_that_can(tmp_path):
+    (tmp_path / "file").touch()
+    chosen = chosen_folder(tmp_path / "file")
+    assert chosen.parent.name.startswith("helix-compiled-")
+    assert list(chosen.iterdir()) == []
+    chosen.rmdir()
+    chosen.parent.rmdir()
+
+
+def test_the_sources_are_those_that_compiled_code_takes_functions_and_constants_from():
+    sources = compiled_sources(PACKAGE)
+    known = {"runtime/cpu/structures.py", "runtime/cpu/vector_math.py", "runtime/sampling/cpu_kernels.py"}
+    assert known <= set(sources)
+    assert "gateway/app.py" not in sources
+    taken = [
+        (place, module, name)
+        for place, source in sources.items()
+        if place.startswith(("runtime/", "engine/"))
+        for module, name in imported_constants(source)
+    ]
+    assert ("runtime/cpu/quantised_step.py", "runtime/cpu/structures.py", "UNCAPPED") in taken
+    assert [constant for constant in taken if constant[1] not in sources] == []
+
+
+def imported_constants(source: bytes):
+    """What a source takes from others of the package and numba would build into code: numbers, and modules for theirs."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("helix_gateway."):
+            continue
+        module = import_module(node.module)
+        for alias in node.names:
+            value = getattr(module, alias.name)
+            if isinstance(value, ModuleType):
+                yield place_of(value), alias.name
+            elif is_built_in(value):
+                yield place_of(module), alias.name
+
+
+def is_built_in(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(map(is_built_in, value))
+    return isinstance(value, (Number, np.ndarray))
+
+
+def place_of(module: ModuleType) -> str:
+    return Path(module.__file__).relative_to(PACKAGE).as_posix()
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+import helix_gateway.runtime.cpu
+from numba.core.caching import IndexDataCacheFile
+from helix_gateway.runtime.cpu.compile_cache import write_in_turn
+write_in_turn()
+write_in_turn()
+folder, name = Path(sys.argv[1]), sys.argv[2]
+index = IndexDataCacheFile(str(folder), "function", "stamp")
+(folder / name).touch()
+while not (folder / "go").exists():
+    time.sleep(0.001)
+for number in range(100):
+    index.save((name, number), (name, number))
+"""
+
+
+def test_two_processes_that_add_to_one_index_lose_and_cross_nothing(tmp_path):
+    from numba.core.caching import IndexDataCacheFile
+
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    names = ("one", "other")
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), name], env=environment) for name in names]
+    while not all((tmp_path / name).exists() for name in names):
+        assert all(writer.poll() is None for writer in writers)
+    (tmp_path / "go").touch()
+    assert [writer.wait(60) for writer in writers] == [0, 0]
+    index = IndexDataCacheFile(str(tmp_path), "function", "stamp")
+    keys = [(name, number) for name in names for number in range(100)]
+    assert [index.load(key) for key in keys] == keys
