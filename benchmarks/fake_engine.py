@@ -1,7 +1,8 @@
-"""An engine process with no model in it: it speaks the engine's wire, gives each request its first token at once and one more at every step.
+"""An engine process with no model in it, which speaks the engine's wire.
 
-What is left of a request's time is then the gateway's.  Started by `gateway_bench.py` in the real engine's place;
-the time between steps comes in ``HELIX_FAKE_STEP_MS``.
+It gives each request its first token at once and one more at every step: what is left of a request's time is the
+gateway's.  Started by `gateway_bench.py` in the real engine's place; the time between steps comes in
+``HELIX_FAKE_STEP_MS``.
 """
 
 import os

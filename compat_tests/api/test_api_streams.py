@@ -6,10 +6,13 @@ import json
 import time
 
 import pytest
+from aiohttp.test_utils import make_mocked_request
 from conftest import chat_body, events_of, running, until
 from fake_service import FakeService
 
 from helix_gateway.core.errors import EngineUnavailableError, QueueFullError
+from helix_gateway.gateway import sse
+from helix_gateway.gateway.limits.time import TimeLimit
 from helix_gateway.service.api import TextDelta
 
 pytestmark = pytest.mark.alone
@@ -99,6 +102,38 @@ async def test_silence_is_broken_by_comments():
     assert 1 <= before.count(": ping\n\n") <= 2
     assert 1 <= between.count(": ping\n\n") <= 2
     assert payload.endswith("data: [DONE]\n\n")
+
+
+class PingsWait:
+    """A response to a client that leaves no room for pings, but for the small events between them."""
+
+    prepared = True
+
+    def __init__(self):
+        self.num_pings = self.num_ended = 0
+
+    async def write(self, payload):
+        if payload == sse.PING:
+            self.num_pings += 1
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.num_ended += 1
+
+    async def write_eof(self):
+        pass
+
+
+async def test_a_ping_that_waits_for_the_client_is_the_only_one_and_ends_with_the_stream():
+    async def events():
+        for _ in range(3):
+            yield b"data: a\n\n"
+            await asyncio.sleep(0.2)
+
+    stream = sse.EventStream(make_mocked_request("GET", "/"), TimeLimit(), 0.02)
+    stream._response = response = PingsWait()
+    await stream.run(events(), explain=None)
+    assert (response.num_pings, response.num_ended) == (1, 1)
 
 
 async def test_a_stream_that_speaks_gets_no_comments():

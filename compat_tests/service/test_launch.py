@@ -1,14 +1,16 @@
 """An engine's process from its launch on, and what the process beside it need not import."""
 
 import asyncio
+import gc
 import json
+import socket
 import subprocess
 import sys
 
 import pytest
 
 from helix_gateway.core.errors import ModelLoadError
-from helix_gateway.service import launch
+from helix_gateway.service import engine_process, launch
 from helix_gateway.service.launch import EngineProcess
 from helix_gateway.service.process import ProcessService
 from helix_gateway.service.settings import EngineSettings
@@ -64,6 +66,20 @@ async def test_a_process_that_cannot_be_spoken_to_is_ended(monkeypatch):
     assert await asyncio.wait_for(launched.wait(), 60) == -9
 
 
+def loopback_pair():
+    """As `socket.socketpair` makes one where there are no Unix sockets."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ours = socket.create_connection(server.getsockname())
+        return ours, server.accept()[0]
+
+
+def test_a_connection_over_loopback_keeps_no_message_back_at_either_end(monkeypatch):
+    monkeypatch.setattr(socket, "socketpair", loopback_pair)
+    ours, theirs = launch._pair()
+    with ours, theirs:
+        assert [end.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0 for end in (ours, theirs)] == [True, True]
+
+
 def test_a_gateway_imports_nothing_that_computes(smollm2_path):
     """All that `helix serve` imports and does until it is ready, in a process of its own."""
     program = f"""
@@ -95,3 +111,16 @@ print(gc.isenabled(), gc.get_freeze_count() > 100_000)
 """
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert said.stdout.splitlines()[-1] == "True True"
+
+
+def test_an_import_that_ends_its_thread_leaves_garbage_to_be_collected_all_the_same(monkeypatch):
+    def ends(_name):
+        raise SystemExit
+
+    monkeypatch.setattr(engine_process, "import_module", ends)
+    try:
+        with pytest.raises(SystemExit):
+            engine_process._import_what_is_heavy()
+        assert gc.isenabled()
+    finally:
+        gc.enable()

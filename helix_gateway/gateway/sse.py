@@ -58,7 +58,8 @@ class EventStream:
         self._interval_s = ping_interval_s
         self._loop = asyncio.get_running_loop()
         self._last_write_s = self._loop.time()
-        self._writing = False
+        self._num_writing = 0
+        """Writes under way: of an event, of a ping, or of both where one waits for the client."""
         self._alarm = self._loop.call_later(ping_interval_s, self._break_silence)
         # A task only while a ping is written: one that waited beside each stream would end as a knot of objects that
         # refer to each other (the task, why it was cancelled, the frames of that), for the garbage collector to find.
@@ -113,19 +114,19 @@ class EventStream:
             raise ConnectionResetError("The client does not read.") from None
 
     async def _write(self, payload: bytes) -> None:
-        self._writing = True
+        self._num_writing += 1
         try:
             if not self._response.prepared:
                 self._time_limit.told_by_stream = True
                 await self._response.prepare(self._request)
             await self._response.write(payload)
         finally:
-            self._writing = False
+            self._num_writing -= 1
             self._last_write_s = self._loop.time()
 
     def _break_silence(self) -> None:
         silence_s = self._loop.time() - self._last_write_s
-        if silence_s >= self._interval_s and not self._writing:
+        if silence_s >= self._interval_s and not self._num_writing:
             self._ping = self._loop.create_task(self._write_ping())
             silence_s = 0.0
         wait_s = max(self._interval_s - silence_s, self._interval_s / 10)

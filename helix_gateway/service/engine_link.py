@@ -1,12 +1,11 @@
-"""The gateway's end of the connection to one engine's process: commands out, replies in, and when the engine counts as gone.
+"""The gateway's end of the connection to an engine's process: commands out, replies in, and when it counts as gone.
 
-Replies are acted on where the event loop reads them: no task and no thread is woken in between.  Knows nothing about what
-commands and replies mean, but for those that a load ends with.
+Replies are acted on where the event loop reads them: no task and no thread is woken in between.  Knows nothing about
+what commands and replies mean, but for those that a load ends with.
 """
 
 import asyncio
 import sys
-import time
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -26,6 +25,8 @@ _READ_BYTES = 64 * 1024
 """Read in one turn of the loop: logprobs of so many bytes take it about a millisecond."""
 _LAST_WORDS_S = 1.0
 """How long what an ended engine has said may take to come, and an engine that has hung up to end."""
+_LOOKS = 20
+"""In how many turns an engine's silence is waited out: a gateway that stood still all the while has waited for one."""
 
 
 class EngineGone(Exception):
@@ -47,8 +48,8 @@ class EngineLink(asyncio.BufferedProtocol):
         self._take = self._unheard.append
         self._failure: Exception | None = None
         """Why no sense could be made of a reply."""
-        self._heard_s = 0.0
-        """When something came last, on `time.monotonic`."""
+        self._heard = False
+        """Whether something has come since that was last looked for."""
         self._buffer = bytearray(_READ_BYTES)
         self._frames = Frames()
 
@@ -64,7 +65,7 @@ class EngineLink(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """See `asyncio.BufferedProtocol`."""
-        self._heard_s = time.monotonic()
+        self._heard = True
         if nbytes == _READ_BYTES:  # there is more: let those read first who wait for this
             self._transport.pause_reading()
             asyncio.get_running_loop().call_soon(self._read_on)
@@ -103,6 +104,8 @@ class EngineLink(asyncio.BufferedProtocol):
         waited_s = 0.0
         # However long it takes: how long a load may take, nobody knows.  But whoever looks at the log shall see.
         while not await self._done(self._first, LOADING_TOLD_EVERY_S):
+            if self._failure is not None:
+                raise ModelLoadError(f"The engine says what makes no sense: {self._failure}.") from self._failure
             if self._is_gone():
                 why = await self._why_gone()
                 if self._first.done():
@@ -123,27 +126,27 @@ class EngineLink(asyncio.BufferedProtocol):
             EngineGone: it ended, or has said nothing for ``silence_s``.
             Exception: a reply made no sense, or ``take`` raised it.
         """
-        self._heard_s = time.monotonic()
         for reply in self._unheard:
             take(reply)
         self._take = take
+        looks_in_vain = 0
         while not self._is_gone():
-            left_s = self._heard_s + silence_s - time.monotonic()
-            if left_s <= 0.0:
+            if looks_in_vain == _LOOKS:
                 raise EngineGone(f"it has said nothing for {silence_s:.0f} s")
-            await self._done(self._closed, left_s)
+            looks_in_vain = 0 if await self._speaks(silence_s / _LOOKS) else looks_in_vain + 1
         if self._failure is not None:
             raise self._failure
         raise EngineGone(await self._why_gone())
 
     async def close(self) -> None:
-        """End the process and close the connection."""
+        """End the process and close the connection: even if whoever waits for the end of both is cancelled."""
+        self.process.kill()
         self._transport.abort()
-        await self._closed
-        if self.process.returncode is None:
-            self.process.kill()
-        await self._ended
-        self.process.close()
+        awaited: set[asyncio.Future[Any]] = {self._closed, self._ended}
+        try:
+            await asyncio.wait(awaited)
+        finally:
+            self.process.close()
 
     def _is_gone(self) -> bool:
         return self._closed.done() or self._ended.done()
@@ -153,6 +156,14 @@ class EngineLink(asyncio.BufferedProtocol):
         waited: set[asyncio.Future[Any]] = {future, self._closed, self._ended}
         await asyncio.wait(waited, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         return future.done()
+
+    async def _speaks(self, wait_s: float) -> bool:
+        """Whether anything comes in that time; it is waited out, unless the engine is gone first."""
+        self._heard = False
+        await self._done(self._closed, wait_s)
+        # Where this process was stopped meanwhile, the time is over before what has come is read.
+        await asyncio.sleep(0)
+        return self._heard
 
     async def _why_gone(self) -> str:
         """How it ended, once all that it said has come."""

@@ -1,8 +1,8 @@
 """The engine in a process of its own, started by `engine_process_main`.
 
-Started by exec, never by fork (`launch.py`).  Its last argument says which socket leads to the gateway, the first line of its
-standard input what to load; the rest of that pipe says nothing, but its end means that the parent is gone, and then so is
-this process.
+Started by exec, never by fork (`launch.py`).  Its last argument says which socket leads to the gateway, the first line
+of its standard input what to load; the rest of that pipe says nothing, but its end means that the parent is gone, and
+then so is this process.  Knows nothing about models, nor about what the gateway asks once one is loaded.
 """
 
 import gc
@@ -29,7 +29,8 @@ log = structlog.get_logger(__name__)
 
 def main() -> None:
     """Read the assignment, load, serve until the parent goes away."""
-    # Ctrl-C, and a service manager's SIGTERM, reach the whole group; when to stop is the gateway's decision, which comes as the end of the pipe.
+    # Ctrl-C, and a service manager's SIGTERM, reach the whole group; when to stop is the gateway's decision, which
+    # comes as the end of the pipe.
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
     # What takes longest goes on while nobody has said yet what to load.
@@ -56,11 +57,13 @@ def _import_what_is_heavy() -> None:
     # Hundreds of thousands of objects are made, and none of them is garbage: looking for some again and again takes a
     # sixth of the time.  Nor is it looked for among them later.
     gc.disable()
-    # What goes wrong here goes wrong again where the parent can be told.
-    with suppress(Exception):
-        import_module("helix_gateway.service.host")
-    gc.freeze()
-    gc.enable()
+    try:
+        # What goes wrong here goes wrong again where the parent can be told.
+        with suppress(Exception):
+            import_module("helix_gateway.service.host")
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def _serve(settings: EngineSettings, link: GatewayLink) -> bool:

@@ -1,7 +1,7 @@
 """The engine's end of the connection to its gateway: commands in, replies out, neither of which may hold a step up.
 
-A reply is written by whoever tells it, for that wakes the gateway soonest; what the connection does not take at once, since
-the gateway is busy or stopped, is written by a thread.  Knows nothing about what commands and replies mean.
+A reply is written by whoever tells it, for that wakes the gateway soonest; what the connection does not take at once,
+since the gateway is busy or stopped, is written by a thread.  Knows nothing about what commands and replies mean.
 """
 
 import selectors
@@ -16,6 +16,8 @@ from helix_gateway.service.wire import Frames, command_decoder, encoded, framed
 _READ_BYTES = 64 * 1024
 _LINGER_S = 1.0
 """How long an end waits for the last replies to be taken."""
+_LOOK_UP_S = 0.2
+"""How soon the thread notices that the link is closed while it waits for the gateway."""
 
 
 class GatewayLink:
@@ -30,8 +32,10 @@ class GatewayLink:
         self._frames = Frames()
         self._unsent: deque[bytes] = deque()
         self._changed = threading.Condition()
-        """Guards `_unsent`."""
-        threading.Thread(target=self._send_later, name="replies", daemon=True).start()
+        """Guards `_unsent` and `_closed`."""
+        self._closed = False
+        self._sender = threading.Thread(target=self._send_later, name="replies", daemon=True)
+        self._sender.start()
 
     def receive(self, timeout_s: float) -> list[Command]:
         """See `Inbox`; of no timeout but an empty list means that nothing has come, or not all of a command."""
@@ -51,9 +55,14 @@ class GatewayLink:
                     self._changed.notify_all()
 
     def close(self) -> None:
-        """Say that nothing more will come, once what was told is sent."""
+        """Say that nothing more will come, once what was told is sent.  May be called twice."""
         with self._changed:
             self._changed.wait_for(lambda: not self._unsent, _LINGER_S)
+            self._closed = True
+            self._changed.notify_all()
+        self._sender.join()
+        self._readable.close()
+        self._writable.close()
         self._socket.close()
 
     def _received(self) -> list[Command]:
@@ -80,10 +89,15 @@ class GatewayLink:
     def _send_later(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._unsent)
-            self._writable.select()
-            with self._changed:
-                data = self._unsent.popleft()
-                if rest := data[self._sent(data) :]:
-                    self._unsent.appendleft(rest)
-                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._unsent or self._closed)
+                if self._closed:
+                    return
+            if self._writable.select(_LOOK_UP_S):
+                self._send_next()
+
+    def _send_next(self) -> None:
+        with self._changed:
+            data = self._unsent.popleft()
+            if rest := data[self._sent(data) :]:
+                self._unsent.appendleft(rest)
+            self._changed.notify_all()

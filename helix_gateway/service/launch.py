@@ -1,8 +1,8 @@
 """Starts an engine's process, and waits for its end, from the earliest moment on: no event loop is needed for that.
 
-What takes longest in a new process, importing what models are made of, it does before it is told what to load.  Beside it,
-at a first start, another process compiles what any engine needs.  Imports nothing heavy itself.  Knows nothing about
-what an engine is told or answers.
+What takes longest in a new process, importing what models are made of, it does before it is told what to load.
+Beside it, at a first start, another process compiles what any engine needs.  Imports nothing heavy itself.  Knows
+nothing about what an engine is told or answers.
 
 The process inherits one of a pair of sockets (where there are none of Unix', Python makes a pair of loopback's) and is
 told which as its last argument.  It ends when its standard input does.
@@ -35,7 +35,7 @@ class EngineProcess:
     """
 
     def __init__(self) -> None:
-        self.connection, theirs = socket.socketpair()
+        self.connection, theirs = _pair()
         """To the process; whoever takes it closes it too."""
         try:
             with theirs:
@@ -83,22 +83,30 @@ class EngineProcess:
                 self._process.stdin.close()
 
 
+def _pair() -> tuple[socket.socket, socket.socket]:
+    """Two connected sockets that send what they are given at once."""
+    pair = socket.socketpair()
+    for end in pair:
+        if end.family in (socket.AF_INET, socket.AF_INET6):
+            # Else TCP would keep a short message back until the one before it is acknowledged.
+            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return pair
+
+
 def _started(theirs: socket.socket) -> "subprocess.Popen[bytes]":
     command = (*ENGINE_COMMAND, str(theirs.fileno()))
     environment = {**os.environ, **engine_environment()}
     if sys.platform == "win32":
         theirs.set_inheritable(True)
         only = subprocess.STARTUPINFO(lpAttributeList={"handle_list": [theirs.fileno()]})
-        return subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=sys.stderr, env=environment, startupinfo=only, close_fds=False
-        )
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.stderr, env=environment, startupinfo=only)
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=sys.stderr, env=environment, pass_fds=(theirs.fileno(),)
     )
 
 
 class CompilingAhead:
-    """A process that compiles what the engine will want later, where little is compiled yet and there is a core for it."""
+    """A process that compiles what the engine will want later, where little is compiled and a core is to spare."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None

@@ -1,7 +1,8 @@
 """The engine in its own process, kept alive: started, listened to, missed when it dies or hangs, started again.
 
 Python's lock is never shared between the gateway's loop and the engine's.  When the engine dies, requests in flight
-end with an error, and later ones are refused until a new engine is ready; the gateway stays up.
+end with an error, and later ones are refused until a new engine is ready; the gateway stays up.  Knows nothing about
+how commands and replies travel, nor about HTTP.
 """
 
 import asyncio
@@ -134,8 +135,8 @@ class ProcessService(EngineClient):
 
 async def _end(process: EngineProcess) -> None:
     process.kill()
-    await process.wait()
     process.close()
+    await process.wait()
 
 
 async def _started_engine(settings: EngineSettings, launched: EngineProcess | None = None) -> tuple[EngineLink, Ready]:
