@@ -98,8 +98,13 @@ def test_numbers_of_rows_that_the_device_has_no_room_for_are_not_measured():
 # ---- how much is drafted at most
 
 
+def sequence_of(key, *, prompt=1, max_tokens=None, prediction=()):
+    request = SimpleNamespace(prediction_token_ids=list(prediction), sampling=SimpleNamespace(max_tokens=max_tokens))
+    return SimpleNamespace(key=key, request=request, token_ids=[1] * prompt, num_output_tokens=0)
+
+
 def most(costs, num_decodes, max_depth=32):
-    return AdaptiveDepth(StepCosts(costs), max_depth=max_depth).most(SimpleNamespace(key="new"), num_decodes)
+    return AdaptiveDepth(StepCosts(costs), max_depth=max_depth).most(sequence_of("new"), num_decodes)
 
 
 @pytest.mark.parametrize("num_decodes", [1, 16, 64])
@@ -109,19 +114,37 @@ def test_where_rows_cost_nothing_the_depth_does_not_fall_with_the_number_of_sequ
 
 def test_a_sequence_that_drafts_are_in_vain_for_is_drafted_for_seldom_where_drafting_is_felt():
     policy = AdaptiveDepth(StepCosts({1: 0.001, 64: 0.0011, 4096: 0.01}), max_depth=8)
-    sequence = SimpleNamespace(key="a")
+    sequence = sequence_of("a")
     asked = [policy.most(sequence, 16) > 0 for _ in range(100)]
     assert asked[:4] == [True] * 4
-    assert sum(asked[4:]) == 6
-    policy._patience["a"].waited = 15
+    assert sum(asked[4:]) == 1
+    policy._patience["a"].waited = 63
     policy.most(sequence, 16)
     assert policy.choose([sequence], [draft([0.99] * 4)], 16) == [4]
     assert policy.most(sequence, 16) > 0
 
 
+def test_where_little_can_be_won_little_is_tried():
+    policy = AdaptiveDepth(StepCosts({1: 0.01, 16: 0.16, 32: 0.28}), max_depth=8)
+    sequence = sequence_of("a")
+    asked = [policy.most(sequence, 16) > 0 for _ in range(100)]
+    assert asked[:2] == [True, False]
+    assert 10 < sum(asked) < 20
+
+
+def test_a_long_prompt_is_read_for_drafts_only_where_that_may_pay():
+    dear, cheap = StepCosts({1: 0.01, 16: 0.16, 32: 0.3}), StepCosts({1: 0.01, 64: 0.011})
+    for costs, num_decodes, expected in ((dear, 16, False), (cheap, 1, True)):
+        policy = AdaptiveDepth(costs, max_depth=8)
+        assert (policy.most(sequence_of("long", prompt=20_000), num_decodes) > 0) is expected
+        assert policy.most(sequence_of("short", prompt=10), num_decodes)
+        assert not policy.most(sequence_of("ends", prompt=20_000, max_tokens=1), num_decodes)
+        assert policy.most(sequence_of("predicted", prompt=20_000, prediction=[1, 2]), num_decodes)
+
+
 def test_how_seldom_is_seen_from_what_drafting_takes():
     policy = AdaptiveDepth(StepCosts({1: 0.001, 64: 0.0011, 4096: 0.01}), max_depth=8)
-    sequence = SimpleNamespace(key="a")
+    sequence = sequence_of("a")
     for _ in range(200):
         policy.observe_drafting(16, 16 * 1e-6)
     policy.observe_drafting(16, 1.0)  # held up
@@ -132,7 +155,7 @@ def test_how_seldom_is_seen_from_what_drafting_takes():
 
 def test_steps_in_which_a_drafter_only_read_are_not_held_against_it():
     policy = AdaptiveDepth(StepCosts({1: 0.001, 64: 0.0011, 4096: 0.01}), max_depth=8)
-    sequence = SimpleNamespace(key="a")
+    sequence = sequence_of("a")
     for _ in range(50):
         assert policy.most(sequence, 16) > 0
         policy.excuse(sequence)
@@ -143,7 +166,7 @@ def test_steps_in_which_a_drafter_only_read_are_not_held_against_it():
 
 def test_where_steps_are_long_every_step_may_draft():
     policy = AdaptiveDepth(StepCosts({1: 0.03, 64: 0.031, 4096: 0.04}), max_depth=8)
-    assert all(policy.most(SimpleNamespace(key="a"), 4) for _ in range(100))
+    assert all(policy.most(sequence_of("a"), 4) for _ in range(100))
 
 
 def test_numbers_of_rows_behind_which_costs_are_in_proportion_are_not_measured(monkeypatch):
@@ -194,7 +217,7 @@ def test_a_depth_that_pays_is_found_where_deeper_ones_do_not():
 
 def test_a_sequence_that_drafts_fail_for_has_less_room_reserved():
     policy = AdaptiveDepth(StepCosts({1: 0.01, 64: 0.0101}), max_depth=32)
-    sequence = SimpleNamespace(key="a")
+    sequence = sequence_of("a")
     before = policy.most(sequence, 1)
     for _ in range(40):
         policy.learn(sequence, draft([0.9]), np.array([7], np.int32))
@@ -204,9 +227,9 @@ def test_a_sequence_that_drafts_fail_for_has_less_room_reserved():
 def test_a_least_depth_is_verified_whether_it_pays_or_not():
     dear = StepCosts({rows: 0.01 * rows**1.5 for rows in (1, 2, 4, 8, 16, 32)})
     policy = AdaptiveDepth(dear, max_depth=4, min_depth=2)
-    assert policy.most(SimpleNamespace(key="a"), 1) == 4
+    assert policy.most(sequence_of("a"), 1) == 4
     drafts = [draft([0.1, 0.1, 0.1]), draft([0.1])]
-    assert policy.choose([SimpleNamespace(key="a"), SimpleNamespace(key="b")], drafts, 2) == [2, 1]
+    assert policy.choose([sequence_of("a"), sequence_of("b")], drafts, 2) == [2, 1]
 
 
 def test_costs_beyond_the_table_go_on_in_proportion():

@@ -188,7 +188,8 @@ def test_a_fault_anywhere_fails_those_at_work_and_nobody_else(wanted, room):
     for faults in every_fault(lambda: ZeroDivisionError("a fault")):
         scene, failures = served(faults, wanted, room)
         # Without a draft a sequence goes on plainly.
-        assert bool(failures) == bool(faults.raised and faults.raised[0] != "ScriptedDrafter.propose")
+        harmless = {"ScriptedDrafter.propose", "FixedDepth.most"}
+        assert bool(failures) == bool(faults.raised and faults.raised[0] not in harmless)
         assert failures.keys() <= scene.concerned
         assert all("ZeroDivisionError" in last.error for last in failures.values())
         assert all(last.error_kind == "failed" for last in failures.values())

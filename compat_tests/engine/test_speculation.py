@@ -209,8 +209,43 @@ def test_what_may_be_drafted_keeps_nobody_waiting_who_fits_the_step():
     assert [(computed, drafted) for _, computed, drafted in windows_of(engine)] == [(4, 1)] * 8
 
 
+def test_drafting_begins_though_prompts_fill_the_steps():
+    drafter = ScriptedDrafter(lambda sequence, tokens: 11)
+    engine = make_engine(
+        2000, drafter=drafter, depth_policy=FixedDepth(8), budget=40, max_num_seqs=40, max_model_len=900
+    )
+    for i in range(4):
+        engine.submit(request(f"short{i}", [1, 2, i], max_tokens=400, ignore_eos=True))
+    engine.step()
+    for i in range(30):
+        engine.submit(request(f"long{i}", [1, 2, 3, i] * 40, max_tokens=4))
+    drafted = []
+    while engine.num_waiting:
+        windows = windows_of(engine)
+        drafted.append([n for name, _, n in windows if name.startswith("short")])
+        assert sum(computed for name, computed, _ in windows if name.startswith("long")) >= 18
+    assert len(drafted) > 50
+    assert all(min(depths) >= 2 for depths in drafted[5:])
+
+
+def test_a_policy_that_raises_costs_drafts_and_nothing_else():
+    class Broken(FixedDepth):
+        def most(self, sequence, num_decodes):
+            raise ArithmeticError
+
+    engine = make_engine(400, drafter=ScriptedDrafter(lambda *_: 11), depth_policy=Broken(8), budget=40)
+    wanted = {}
+    for i in range(3):
+        engine.submit(one := request(f"r{i}", [1, 2, i], max_tokens=20, ignore_eos=True))
+        wanted |= alone(one)
+    answers = drain(engine)
+    assert {key: answer.token_ids for key, answer in answers.items()} == {
+        key: answer.token_ids for key, answer in wanted.items()
+    }
+
+
 def test_who_never_drafts_leaves_a_long_prompt_all_of_a_step():
-    engine = make_engine(400, drafter=NoDrafter(), depth_policy=FixedDepth(32), budget=40, max_num_seqs=8)
+    engine = make_engine(400, drafter=NoDrafter(), depth_policy=FixedDepth(0), budget=40, max_num_seqs=8)
     engine.submit(request("short", [1, 2, 3], max_tokens=100, ignore_eos=True))
     engine.step()
     engine.submit(request("long", [1, 2, 3, 4] * 40, max_tokens=4))

@@ -76,6 +76,7 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
         began = perf_counter()
         # Before a drafter takes blocks: the sources are nobody's any more.
         self._runner.copy_pages(plan.copies)
+        copied = perf_counter()
         drafts = self._draft(plan)
         windows = lay_out(plan.scheduled, [verified.token_ids.tolist() for _, verified in drafts])
         drafted = perf_counter()
@@ -84,10 +85,12 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
         computed = perf_counter()
         outputs = self._choose(windows, logits, batch.logits_rows)
         sampled = perf_counter()
-        self._learn(plan, drafts, outputs, sampled - drafted)
-        num_asked = sum(entry.depth > 0 for entry in plan.scheduled)
-        if num_asked and not self._drafter.num_asked:
-            self._depth_policy.observe_drafting(num_asked, drafted - began + perf_counter() - sampled)
+        self._learn(drafts, outputs)
+        if all(entry.num_tokens == 1 for entry in plan.scheduled):  # what prompts take says nothing of drafts
+            self._depth_policy.observe(len(outputs) + sum(o.num_draft_tokens for o in outputs), sampled - drafted)
+            num_asked = sum(entry.depth > 0 for entry in plan.scheduled)
+            if num_asked and not self._drafter.num_asked:
+                self._depth_policy.observe_drafting(num_asked, drafted - copied + perf_counter() - sampled)
         timing = StepSeconds(draft_s=drafted - began, verify_s=computed - drafted, sample_s=sampled - computed)
         return SpeculativeOutput(StepOutput(outputs), timing)
 
@@ -115,8 +118,8 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
             drafts[wanted[place]] = _Draft(proposed[place], proposed[place].first(depth))
         return drafts
 
-    def _learn(self, plan: StepPlan, drafts: list["_Draft"], outputs: list[SequenceOutput], seconds: float) -> None:
-        """Count what came of drafts, and let the depth policy know of it and of what the step cost."""
+    def _learn(self, drafts: list["_Draft"], outputs: list[SequenceOutput]) -> None:
+        """Count what came of drafts, and let the depth policy know of it."""
         for (proposed, verified), output in zip(drafts, outputs, strict=True):
             if not output.token_ids:
                 continue
@@ -126,8 +129,6 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
             if output.num_draft_tokens:
                 output.draft_source = verified.source
             self.ledger.count(output.draft_source, output.num_draft_tokens, output.num_accepted)
-        if all(entry.num_tokens == 1 for entry in plan.scheduled):
-            self._depth_policy.observe(len(outputs) + sum(output.num_draft_tokens for output in outputs), seconds)
 
     def _choose(self, windows: list[Window], logits: Logits, rows: Int32s) -> list[SequenceOutput]:
         sampled = self._sample(windows, logits, rows)

@@ -24,7 +24,7 @@ _PROMISES_PRIOR = 8.0
 """Tokens."""
 _PROMISES_KEPT = 0.97
 """Of what is known of them, with each draft that is verified, and each step at which none is."""
-_LEAST_BELIEVED = 0.85
+_LEAST_BELIEVED = 0.6
 """Share of the chances: what is farther off is for the acceptance model to find out."""
 DRAFTING_S = 30e-6
 """What proposing, judging and learning take for one sequence, before it was seen (docs/log.md)."""
@@ -32,9 +32,18 @@ _DRAFTING_RATE = 0.05
 _DRAFTING_MOST = 2.0
 """Times what is believed of it; more is a step that was held up."""
 _TRIES = 4
-"""Drafts in a row of which nothing is worth verifying, after which they are likely in vain."""
+"""Drafts in a row of which nothing is worth verifying, after which they are likely in vain; fewer where little can be won."""
 _VAIN_SHARE = 0.005
-_LONGEST_PERIOD = 16
+"""Of a step's time, most that goes to drafts that are likely in vain."""
+_VAIN_SHARE_OF_GAIN = 0.003
+"""And most for all that could be won, if drafts were right throughout, as a share of plain decoding."""
+_LONGEST_PERIOD = 64
+_READING_S = 0.5e-6
+"""What a token takes that a drafter has not seen yet (docs/log.md)."""
+_LUCK = 0.1
+"""Share of what could be won that a sequence is believed to win of which nothing is known."""
+_ANSWER_TOKENS = 64
+"""Tokens that an answer of unknown length is believed to have."""
 _STEPS_ALIKE = 16
 """Steps for which it is believed that costs have changed too little to ask again whether any draft could pay."""
 _REACH_MARGIN = 4
@@ -144,18 +153,38 @@ class AdaptiveDepth:
         prospect = self._prospects.get(num_decodes)
         if prospect is None:
             prospect = self._prospects[num_decodes] = self._prospect(max(1, num_decodes))
-        if not prospect.deepest or not self._patience.setdefault(sequence.key, _Patience()).is_turn(prospect.period):
+        if not prospect.deepest or not self._is_worth_asking(sequence, prospect):
             return 0
         return min(prospect.deepest, _REACH_MARGIN + int(_REACH_TIMES * self._acceptance.reach(sequence.key)))
+
+    def _is_worth_asking(self, sequence: Sequence, prospect: "_Prospect") -> bool:
+        patience = self._patience.get(sequence.key)
+        if patience is None:
+            if not sequence.request.prediction_token_ids and not self._is_worth_reading(sequence, prospect):
+                return False
+            patience = self._patience[sequence.key] = _Patience()
+        return patience.is_turn(prospect)
+
+    def _is_worth_reading(self, sequence: Sequence, prospect: "_Prospect") -> bool:
+        """Whether drafters should read a sequence at all, for what may come of it."""
+        tokens = sequence.request.sampling.max_tokens
+        left = _ANSWER_TOKENS if tokens is None else min(_ANSWER_TOKENS, tokens - sequence.num_output_tokens)
+        reading_s = _READING_S * len(sequence.token_ids) + prospect.tries * self._drafting_s
+        return _LUCK * prospect.saved_s * left > reading_s
 
     def _prospect(self, num_decodes: int) -> "_Prospect":
         rows = np.arange(num_decodes, num_decodes * (1 + self._max_depth) + 1)
         seconds = np.interp(rows, self._costs.rows, self._costs.seconds)
         rates = rows / seconds
-        pays = rates.max() > rates[0] * WORTH_IT
+        gain = float(rates.max() / rates[0]) - 1.0
+        if gain <= WORTH_IT - 1.0:
+            return _NOTHING_TO_WIN
+        vain_s = min(_VAIN_SHARE, _VAIN_SHARE_OF_GAIN * gain) * float(seconds[0])
         return _Prospect(
-            deepest=-(-int(rates.argmax()) // num_decodes) if pays else 0,
-            period=min(_LONGEST_PERIOD, math.ceil(num_decodes * self._drafting_s / (_VAIN_SHARE * seconds[0]))),
+            deepest=-(-int(rates.argmax()) // num_decodes),
+            saved_s=float(1.0 / rates[0] - 1.0 / rates.max()),
+            period=min(_LONGEST_PERIOD, math.ceil(num_decodes * self._drafting_s / vain_s)),
+            tries=1 + int((_TRIES - 1) * min(1.0, gain)),
         )
 
     def choose(self, sequences: Ordered[Sequence], drafts: Ordered[DraftTokens], num_decodes: int) -> list[int]:
@@ -209,8 +238,15 @@ class _Prospect(NamedTuple):
 
     deepest: int
     """No draft token behind is worth its row, though all be right, and all of the others' too; 0: none is."""
+    saved_s: float
+    """Seconds of a token that this would save."""
     period: int
-    """Steps between two drafts of a sequence that are likely in vain, so that these take no more than `_VAIN_SHARE`."""
+    """Steps between two drafts of a sequence that are likely in vain."""
+    tries: int
+    """Drafts in a row of which nothing is worth verifying, after which they are likely in vain."""
+
+
+_NOTHING_TO_WIN = _Prospect(deepest=0, saved_s=0.0, period=_LONGEST_PERIOD, tries=1)
 
 
 @dataclass(slots=True)
@@ -222,13 +258,13 @@ class _Patience:
     waited: int = 0
     """Steps since the last of them."""
 
-    def is_turn(self, period: int) -> bool:
+    def is_turn(self, prospect: _Prospect) -> bool:
         """Whether to draft at this step, of which this is the only question."""
-        if self.fruitless < _TRIES:
+        if self.fruitless < prospect.tries:
             self.fruitless += 1
             return True
         self.waited += 1
-        if self.waited < period:
+        if self.waited < prospect.period:
             return False
         self.waited = 0
         return True

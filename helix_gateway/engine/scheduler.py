@@ -10,6 +10,8 @@ that ranks last is preempted and computed again later.  The first in rank is nev
 from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
 
+import structlog
+
 from helix_gateway.core.kv import KVGroup
 from helix_gateway.engine.block_pool import NoFreeBlocksError
 from helix_gateway.engine.depth import DepthPolicy
@@ -18,8 +20,10 @@ from helix_gateway.engine.plan import ScheduledSequence, StepPlan
 from helix_gateway.engine.sequence import Sequence, SequenceKey
 from helix_gateway.engine.waiting import WaitingQueue
 
+log = structlog.get_logger(__name__)
+
 _KEPT_TIMES = 2
-"""Drafts keep so many times the room that they lately took from prompts: those that prove right grow."""
+"""Drafts keep so many times the room from prompts that they lately took: those that prove right grow."""
 
 
 class PlanningError(Exception):
@@ -100,9 +104,9 @@ class Scheduler:
         Raises:
             PlanningError: something in it failed; the sequence that was being planned holds no blocks any more.
         """
-        lately = sum(sequence.num_lately_drafted for sequence in self.running)
+        wanted = sum(max(_KEPT_TIMES * s.num_lately_drafted, s.lacked_room_for_drafts) for s in self.running)
         most = max(0, max_tokens - len(self.running)) // 2
-        step = _StepInMaking(max_tokens, kept_for_drafts=min(most, _KEPT_TIMES * lately))
+        step = _StepInMaking(max_tokens, kept_for_drafts=min(most, wanted))
         try:
             self._fill(step)
         except Exception as error:
@@ -112,10 +116,10 @@ class Scheduler:
     def _fill(self, step: "_StepInMaking") -> None:
         # Those that lack least come first: a long prompt's chunk must not hold up everybody's next token.
         for sequence in sorted(self.running, key=lambda s: s.num_pending_tokens):
-            if sequence in self.running and step.budget:
+            if sequence in self.running and self._share(sequence, step) > 0:
                 step.at = sequence
                 self._continue(sequence, step)
-        while self.waiting and step.budget and len(self.running) < self._max_num_seqs:
+        while self.waiting and step.left_for_prompts > 0 and len(self.running) < self._max_num_seqs:
             step.at = self.waiting.head()
             if not self._admit(step.at, step):
                 break
@@ -125,16 +129,16 @@ class Scheduler:
         last = step.at
         if last is None:
             return step.plan()
-        wanted = min(last.num_pending_tokens, step.budget)
+        pending = last.num_pending_tokens
         self._preempt(last, step)
         plan = step.plan()
-        plan.scheduled.append(ScheduledSequence(last, last.num_computed_tokens, wanted, 0))
+        plan.scheduled.append(ScheduledSequence(last, last.num_computed_tokens, min(pending, step.budget), 0))
         return plan
 
     def _continue(self, sequence: Sequence, step: "_StepInMaking") -> None:
         """Give a running sequence its part of the step, if need be at the cost of those that rank after it."""
         start = sequence.num_computed_tokens
-        num_tokens = min(sequence.num_pending_tokens, self._share(step))
+        num_tokens = min(sequence.num_pending_tokens, self._share(sequence, step))
         while True:
             try:
                 copies = self._cache.reserve(sequence.key, start, start + num_tokens)
@@ -145,18 +149,19 @@ class Scheduler:
                 step.add(ScheduledSequence(sequence, start, num_tokens, 0), copies)
                 return
 
-    def _share(self, step: "_StepInMaking") -> int:
-        """Tokens of the step that one sequence may have: at least the one that it needs to go on."""
-        share = step.budget - step.kept_for_drafts
+    def _share(self, sequence: Sequence, step: "_StepInMaking") -> int:
+        """Tokens of the step that a sequence may have."""
+        if sequence.num_pending_tokens == 1:
+            return min(1, step.budget)
         # While others wait, nobody's prompt takes more than half of what is left: they join at this very step.
-        return max(1, share // 2 if self.waiting else share)
+        return -(-step.left_for_prompts // 2) if self.waiting else step.left_for_prompts
 
     def _deepen(self, step: "_StepInMaking") -> None:
         """Share what is left of the step among those that may have drafts; nobody gives way for them."""
         ends = [entry for entry in step.scheduled if entry.samples]
         for place, entry in enumerate(ends):
             step.at = entry.sequence
-            depth = self._depth(entry.sequence, step.budget // (len(ends) - place))
+            depth = self._depth(entry.sequence, -(-step.budget // (len(ends) - place)), len(ends))
             if depth:
                 try:
                     copies = self._cache.reserve(
@@ -166,16 +171,30 @@ class Scheduler:
                     continue
                 step.deepen(entry, depth, copies)
 
-    def _depth(self, sequence: Sequence, budget: int) -> int:
-        """What the policy wishes, as far as the request allows and can be accepted before its end."""
+    def _depth(self, sequence: Sequence, room: int, num_decodes: int) -> int:
+        """What the policy wishes, as far as there is room, and the request allows."""
+        left = self._acceptable(sequence)
+        wished = min(left, self._most(sequence, num_decodes)) if left > 0 else 0
+        sequence.lacked_room_for_drafts = room == 0 < wished
+        if sequence.lacked_room_for_drafts:  # which is nothing against its drafts
+            self._depth_policy.excuse(sequence)
+        return min(wished, room)
+
+    def _most(self, sequence: Sequence, num_decodes: int) -> int:
+        try:
+            return self._depth_policy.most(sequence, num_decodes)
+        except Exception:  # a depth is no more than a wish: everybody's step is worth more
+            log.exception("depth_policy_failed", request_id=sequence.request.request_id)
+            return 0
+
+    def _acceptable(self, sequence: Sequence) -> int:
+        """Most draft tokens that a sequence could accept before its end, and that its request allows."""
         request = sequence.request
         # The step yields one token more than the drafts it accepts.
-        left = min(budget, self._max_model_len - len(sequence.token_ids) - 1)
+        left = self._max_model_len - len(sequence.token_ids) - 1
         if request.sampling.max_tokens is not None:
             left = min(left, request.sampling.max_tokens - sequence.num_output_tokens - 1)
-        if request.max_depth is not None:
-            left = min(left, request.max_depth)
-        return min(left, self._depth_policy.most(sequence, len(self.running))) if left > 0 else 0
+        return left if request.max_depth is None else min(left, request.max_depth)
 
     def _preempt_last(self, step: "_StepInMaking") -> Sequence:
         victim = self._last_holder()
@@ -247,7 +266,7 @@ class _StepInMaking:
 
     Args:
         budget: tokens that it may have.
-        kept_for_drafts: of those, as many as prompts leave.
+        kept_for_drafts: of those, as many as prompts leave alone.
     """
 
     def __init__(self, budget: int, kept_for_drafts: int = 0) -> None:
@@ -256,6 +275,11 @@ class _StepInMaking:
         self.at: Sequence | None = None
         """Whose part is being planned."""
         self._parts: dict[SequenceKey, tuple[ScheduledSequence, list[PageCopy]]] = {}
+
+    @property
+    def left_for_prompts(self) -> int:
+        """Tokens that prompts may still take; less than 0 where those who decode have taken of what was kept."""
+        return self.budget - self.kept_for_drafts
 
     @property
     def scheduled(self) -> list[ScheduledSequence]:

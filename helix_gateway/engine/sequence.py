@@ -58,6 +58,8 @@ class Sequence:
     ledger: DraftLedger = field(default_factory=DraftLedger)
     num_lately_drafted: int = 0
     """Draft tokens that were verified with its newest token."""
+    lacked_room_for_drafts: bool = False
+    """Whether it would have been drafted for at the last step, had prompts left it a token."""
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     num_accepted_prediction_tokens: int = 0
