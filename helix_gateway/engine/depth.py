@@ -42,7 +42,7 @@ _READING_S = 0.5e-6
 """What a token takes that a drafter has not seen yet (docs/log.md)."""
 _LUCK = 0.1
 """Share of what could be won that a sequence is believed to win of which nothing is known."""
-_ANSWER_TOKENS = 64
+ANSWER_TOKENS = 64
 """Tokens that an answer of unknown length is believed to have."""
 _STEPS_ALIKE = 16
 """Steps for which it is believed that costs have changed too little to ask again whether any draft could pay."""
@@ -168,7 +168,7 @@ class AdaptiveDepth:
     def _is_worth_reading(self, sequence: Sequence, prospect: "_Prospect") -> bool:
         """Whether drafters should read a sequence at all, for what may come of it."""
         tokens = sequence.request.sampling.max_tokens
-        left = _ANSWER_TOKENS if tokens is None else min(_ANSWER_TOKENS, tokens - sequence.num_output_tokens)
+        left = ANSWER_TOKENS if tokens is None else min(ANSWER_TOKENS, tokens - sequence.num_output_tokens)
         reading_s = _READING_S * len(sequence.token_ids) + prospect.tries * self._drafting_s
         return _LUCK * prospect.saved_s * left > reading_s
 

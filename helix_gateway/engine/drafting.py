@@ -13,7 +13,7 @@ import numba
 import numpy as np
 
 from helix_gateway.engine.acceptance import AcceptanceModel, Float64s
-from helix_gateway.engine.depth import WORTH_IT
+from helix_gateway.engine.depth import ANSWER_TOKENS, WORTH_IT
 from helix_gateway.engine.drafters.base import DraftTokens
 from helix_gateway.engine.sequence import Sequence
 from helix_gateway.engine.step_costs import StepCosts
@@ -28,8 +28,6 @@ _FEW = 8
 """Sequences of which each is tried both ways."""
 _FORGOTTEN = 1e-3
 """Share of what is known of a drafter that a step in which it is not asked forgets: a try again within minutes."""
-_ANSWER_TOKENS = 64
-"""Tokens that an answer of unknown length is believed to have left, beside as many as it has."""
 
 
 class DraftingPolicy(Protocol):
@@ -144,7 +142,8 @@ class AdaptiveDrafting:
 
     def worth_catching_up(self, sequence: Sequence, num_tokens: int) -> bool:
         """See `DraftingPolicy`."""
-        expected = _ANSWER_TOKENS + sequence.num_output_tokens
+        # An answer of unknown length is believed to go on for as long again as it is already, and then some.
+        expected = ANSWER_TOKENS + sequence.num_output_tokens
         if sequence.request.sampling.max_tokens is not None:
             expected = min(expected, sequence.request.sampling.max_tokens - sequence.num_output_tokens)
         return self._min_depth > 0 or expected * self._saved_s > self._draft_costs.seconds_for(num_tokens)

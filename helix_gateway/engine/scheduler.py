@@ -116,7 +116,7 @@ class Scheduler:
     def _fill(self, step: "_StepInMaking") -> None:
         # Those that lack least come first: a long prompt's chunk must not hold up everybody's next token.
         for sequence in sorted(self.running, key=lambda s: s.num_pending_tokens):
-            if sequence in self.running and self._share(sequence, step) > 0:
+            if sequence in self.running:
                 step.at = sequence
                 self._continue(sequence, step)
         while self.waiting and step.left_for_prompts > 0 and len(self.running) < self._max_num_seqs:
@@ -139,7 +139,7 @@ class Scheduler:
         """Give a running sequence its part of the step, if need be at the cost of those that rank after it."""
         start = sequence.num_computed_tokens
         num_tokens = min(sequence.num_pending_tokens, self._share(sequence, step))
-        while True:
+        while num_tokens > 0:
             try:
                 copies = self._cache.reserve(sequence.key, start, start + num_tokens)
             except NoFreeBlocksError:

@@ -162,6 +162,8 @@ class ModelDrafter(Generic[Logits]):
                     continue
                 count = min(unread, budget)
                 draft.is_reading = count < unread
+                if not count:
+                    continue
                 budget -= count
             reader.read(count)
             if count == unread:
