@@ -86,6 +86,41 @@ async def test_the_head_comes_in_one_packet_with_the_first_event(gateway):
     assert b"data: {" in packet
 
 
+async def test_the_end_comes_in_one_packet_with_the_last_event():
+    async with running(FakeService("x")) as gateway:
+        body = json.dumps(chat_body(stream=True)).encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer.write(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        packet = await reader.read(65536)
+        writer.close()
+        await writer.wait_closed()
+    assert packet.startswith(b"HTTP/1.1 200")
+    assert b'"finish_reason":"stop"' in packet
+    assert packet.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
+
+async def test_an_engine_that_goes_while_it_is_asked_keeps_no_part_of_the_request():
+    class Goes(FakeService):
+        def generate(self, call):
+            if self.calls:
+                raise EngineUnavailableError("gone")
+            self.calls.append(call)
+            return Unread(self)
+
+    class Unread:
+        def __init__(self, service):
+            self.service = service
+            service.open += 1
+
+        async def aclose(self):
+            self.service.open -= 1
+
+    async with running(Goes()) as gateway:
+        status, body = await gateway.answer(COMPLETIONS, {"prompt": ["a", "b"]})
+    assert (status, body["error"]["code"]) == (503, "engine_unavailable")
+    assert (len(gateway.service.calls), gateway.service.open) == (1, 0)
+
+
 async def test_silence_is_broken_by_comments():
     async def script(call):
         await asyncio.sleep(0.25)
@@ -120,7 +155,7 @@ class PingsWait:
             finally:
                 self.num_ended += 1
 
-    async def write_eof(self):
+    async def write_eof(self, data=b""):
         pass
 
 

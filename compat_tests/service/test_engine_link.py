@@ -17,13 +17,17 @@ from importlib.util import find_spec
 
 import pytest
 
+from compat_tests.scraping import Scrape
 from helix_gateway.core.errors import ModelLoadError
+from helix_gateway.core.event import SequenceStart, TokenEvent
 from helix_gateway.service import engine_link, launch, process
 from helix_gateway.service.gateway_link import GatewayLink
 from helix_gateway.service.loop import Closed
-from helix_gateway.service.messages import Alive, Cancel, Invalid, Ready
+from helix_gateway.service.messages import Alive, Cancel, Events, Invalid, Ready
+from helix_gateway.service.observer import EngineObserver
 from helix_gateway.service.settings import EngineSettings
 from helix_gateway.service.wire import Frames, command_encoder, framed, reply_decoder
+from helix_gateway.telemetry.metrics import Metrics
 
 ENGINE = """
 import os, socket, subprocess, sys, time
@@ -307,3 +311,26 @@ def test_an_engine_whose_gateway_is_gone_stops_asking(pair):
     link.tell(Alive())
     with pytest.raises(Closed):
         link.receive(0.0)
+
+
+async def test_first_tokens_are_passed_on_first_and_nobody_waits_for_the_counting():
+    metrics, woken = Metrics(), []
+    service = process.ProcessService(EngineSettings(model_path="none"), None, EngineObserver(metrics, "none"))
+    for name in ("old", "new"):
+        service._in_flight.add(name, lambda event: woken.append((event.request_id, event.token_ids)))
+    start = SequenceStart(
+        queue_time_s=0.0, time_to_first_token_s=0.1, prompt_tokens=3, queried_tokens=0, cached_tokens=0
+    )
+    service._receive(
+        Events(
+            [
+                TokenEvent(request_id="old", index=0, token_ids=[1]),
+                TokenEvent(request_id="old", index=1, token_ids=[2]),
+                TokenEvent(request_id="new", index=0, token_ids=[3], start=start),
+            ]
+        )
+    )
+    assert woken == [("new", [3]), ("old", [1]), ("old", [2])]
+    assert Scrape(metrics.render("")[0].decode()).value("generation_tokens_total") == 0
+    await asyncio.sleep(0)
+    assert Scrape(metrics.render("")[0].decode()).value("generation_tokens_total") == 3

@@ -76,6 +76,25 @@ async def test_closing_a_stream_frees_its_blocks_within_a_step(service, tokenize
     assert service.host.engine.num_running == 0
 
 
+async def test_a_stream_that_nobody_began_to_read_ends_when_it_is_closed(service, tokenizer):
+    stream = service.generate(call(tokenizer, "Once upon a time", ignore_eos=True, max_tokens=None))
+    for _ in range(500):
+        await asyncio.sleep(0.02)
+        if service.host.engine.num_running:
+            break
+    assert service.host.engine.num_running == 1
+    await stream.aclose()
+    await stream.aclose()
+    for _ in range(500):
+        await asyncio.sleep(0.02)
+        if not service.host.engine.cache.pool.num_referenced:
+            break
+    assert service.host.engine.cache.pool.num_referenced == 0
+    assert len(service._in_flight) == 0
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+
+
 async def test_a_prompt_that_is_too_long_is_refused_before_the_first_delta(service, tokenizer):
     with pytest.raises(ContextLengthError):
         await text_of(service, call(tokenizer, "word " * 9000))

@@ -101,6 +101,16 @@ def test_other_families_give_the_references_tokens(tmp_path, pre):
     assert_equal_to_reference(tokenizer, [fuzzed(rng, ["<|im_start|>"]) for _ in range(3000)])
 
 
+def test_what_comes_again_is_encoded_as_before_and_handed_out_anew(smollm2):
+    text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nBe brief.<|im_end|>\n"
+    first = smollm2.encode(text)
+    expected = list(first)
+    first.append(-1)
+    hits = smollm2._fast_path._encode_again.cache_info().hits
+    assert smollm2.encode(text) == expected
+    assert smollm2._fast_path._encode_again.cache_info().hits > hits
+
+
 @pytest.mark.parametrize("pre", ["smollm", "llama-bpe", "tekken"])
 def test_a_long_text_is_cut_only_where_that_changes_nothing(tmp_path, pre, monkeypatch):
     monkeypatch.setattr(tiktoken_fast_path, "_SEGMENT_CHARS", 5)

@@ -7,6 +7,7 @@ about what the fields mean.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 from aiohttp import web
@@ -73,9 +74,7 @@ async def _receive(request: web.Request, limit: int) -> tuple[list[bytes], int]:
 async def _open_elsewhere(request: web.Request, pieces: list[bytes], schema: type[WireModel]) -> Envelope:
     context_tokens = models_of(request).longest_context
     limit = None if context_tokens is None else limit_bytes(context_tokens)
-    wanted = Wanted(
-        fields=list(schema.model_fields), bounded=schema.prompt_field, opening=schema.one_prompt, limit_bytes=limit
-    )
+    wanted = Wanted(fields=_names(schema), bounded=schema.prompt_field, opening=schema.one_prompt, limit_bytes=limit)
     try:
         opened = await request.app[LONG_BODIES].read(pieces, wanted)
     except JsonError as error:
@@ -94,6 +93,11 @@ def _prompt_too_long(name: str | None, size: int, context_tokens: int | None) ->
     )
 
 
+@lru_cache
+def _names(schema: type[WireModel]) -> frozenset[str]:
+    return frozenset(schema.model_fields)
+
+
 def parse_body(data: bytes, schema: type[Schema]) -> Body[Schema]:
     """Parse and check a body.
 
@@ -102,7 +106,7 @@ def parse_body(data: bytes, schema: type[Schema]) -> Body[Schema]:
         pydantic.ValidationError: a field is of the wrong type or out of its bounds.
     """
     try:
-        opened = read_envelope(data, Wanted(fields=list(schema.model_fields)))
+        opened = read_envelope(data, Wanted(fields=_names(schema)))
     except JsonError as error:
         raise _bad_json(error) from None
     assert isinstance(opened, Envelope), "no bound was given"

@@ -20,8 +20,11 @@ async def count_and_drain(request: web.Request, handler: Handler) -> web.StreamR
     drain = request.app[DRAIN]
     if drain.draining:
         raise ApiError.stopping(settings_of(request).retry_after_s)
-    with drain.counted():
+    drain.enter()
+    try:
         return await handler(request)
+    finally:
+        drain.leave()
 
 
 async def drain(app: web.Application, timeout_s: float) -> int:

@@ -31,7 +31,7 @@ class JsonError(Exception):
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     """What is to be taken out of an object."""
 
-    fields: list[str]
+    fields: frozenset[str]
     bounded: str | None = None
     """The field that may not be longer than `limit_bytes`, if it begins as `opening` says."""
     opening: str = ""

@@ -1,12 +1,12 @@
 """What both generation routes do between a checked body and a written answer.
 
-Opens the exchange (plan, headers, log fields), counts what passes, and writes a JSON body or a stream.  Knows
+Plans the exchange, asks the engine, tells headers and log of it, counts what passes, and writes a JSON body or a stream.  Knows
 nothing about what chat and completions look like.
 """
 
 import re
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from time import perf_counter
 from typing import Any, TypeVar
@@ -16,14 +16,23 @@ from aiohttp import web
 from helix_gateway.gateway.body import Body
 from helix_gateway.gateway.chunks import in_pieces, to_json
 from helix_gateway.gateway.errors import ApiError, to_api_error
-from helix_gateway.gateway.generation import Deltas, closing, generate, without_output
+from helix_gateway.gateway.generation import Deltas, closing, merged, without_output
 from helix_gateway.gateway.params import Plan, Wanted, make_plan
 from helix_gateway.gateway.prompts import Prompt
 from helix_gateway.gateway.registry import ServedModel
 from helix_gateway.gateway.reply import Reply, Tally
 from helix_gateway.gateway.schemas.common import GenerationRequest
 from helix_gateway.gateway.sse import EventStream
-from helix_gateway.gateway.state import Generation, RequestContext, context_of, settings_of, sized
+from helix_gateway.gateway.state import (
+    INLINE_SIZE,
+    Generation,
+    RequestContext,
+    context_of,
+    in_worker,
+    settings_of,
+    sized,
+)
+from helix_gateway.service.api import TextDelta
 
 MAX_HEADER_CHARACTERS = 1000
 
@@ -34,42 +43,75 @@ _unsafe_in_header = re.compile(r"[^A-Za-z0-9_.\[\]-]")
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """One request on its way: what was planned for it and what has been counted."""
+    """One request on its way: what was planned for it and what has been counted.
+
+    As a context it asks the engine, and ends what has not ended on the way out, which frees the engine's blocks.
+    """
 
     request: web.Request
     context: RequestContext
     served: ServedModel
+    body: Body[Any]
     reply: Reply
     prompts: Sequence[Prompt]
     plan: Plan
     tally: Tally
+    _streams: list[AsyncIterator[TextDelta]] = field(default_factory=list)
+    """Of each prompt."""
+
+    async def __aenter__(self) -> None:
+        """Ask first: the engine is at work while the rest is made."""
+        try:
+            for call in self.plan.calls:
+                self._streams.append(self.served.service.generate(call))
+        except BaseException:
+            await self.__aexit__()
+            raise
+        finally:
+            self._tell()
+
+    async def __aexit__(self, *_: object) -> None:
+        for stream in self._streams:
+            async with closing(stream):
+                pass
+        self.context.log.update(self.tally.for_log())
 
     async def deltas(self) -> Deltas:
         """The engine's deltas, counted as they pass."""
-        try:
-            async with closing(self._source()) as source:
-                async for choice, delta in source:
-                    self.tally.add(choice, delta)
-                    self.context.tokens = self.tally.total_tokens  # a request that the engine refuses costs none
-                    yield choice, delta
-        finally:
-            self.context.log.update(self.tally.for_log())
+        deltas = merged(self._streams, self.plan.num_choices)
+        async with closing(without_output(deltas) if self.plan.prompt_only else deltas) as source:
+            async for choice, delta in source:
+                self.tally.add(choice, delta)
+                self.context.tokens = self.tally.total_tokens  # a request that the engine refuses costs none
+                yield choice, delta
 
     async def written(self, size: int, write: Callable[..., T], *args: Any) -> T:
         """What ``write(*args)`` makes, in a worker thread where ``size`` (of `weight`) says that it takes long."""
-        return await sized(self.request, size, write, *args)
+        return write(*args) if size <= INLINE_SIZE else await in_worker(self.request, write, *args)
 
     async def whole(self, size: int, write: Callable[..., Mapping[str, object]], *args: Any) -> web.Response:
         """The answer that is not a stream: the JSON of what ``write(*args)`` makes; ``size`` as for `written`."""
         payload = await self.written(size, lambda: in_pieces(write(*args)))
         return web.Response(body=payload, content_type="application/json")
 
-    def _source(self) -> Deltas:
-        deltas = generate(self.served.service, self.plan)
-        return without_output(deltas) if self.plan.prompt_only else deltas
+    def _tell(self) -> None:
+        """Say in headers and log what the client and the operator should know."""
+        context, plan, stream = self.context, self.plan, self.body.fields.stream
+        context.headers["x-helix-seed"] = str(plan.seed)
+        if self.body.ignored:
+            context.headers["x-helix-ignored-fields"] = context.log["ignored_fields"] = _header_list(self.body.ignored)
+        if plan.clamped_to is not None:
+            context.headers["x-helix-clamped"] = context.log["clamped"] = f"max_tokens={plan.clamped_to}"
+        context.log.update(model=self.served.name, stream=stream, choices=plan.num_choices * len(self.prompts))
+        if settings_of(self.request).log_prompts:
+            context.log["prompts"] = [one.token_ids if one.text is None else one.text for one in self.prompts]
+        tally = self.tally
+        context.generation = Generation(
+            plan.calls, self.served.name, self.reply.id, stream, tally.measured, tally.finish_reasons, perf_counter()
+        )
 
 
-async def open_exchange(
+async def plan_exchange(
     request: web.Request,
     served: ServedModel,
     body: Body[Any],
@@ -77,7 +119,7 @@ async def open_exchange(
     prompts: Sequence[Prompt],
     wanted: Wanted,
 ) -> Exchange:
-    """Plan the calls and say in headers and log what the client should know.
+    """Plan the calls.
 
     Raises:
         ApiError: 400.
@@ -85,24 +127,8 @@ async def open_exchange(
     fields: GenerationRequest = body.fields
     size = sum(map(len, fields.bad_words))
     plan = await sized(request, size, make_plan, reply.id, served, fields, prompts, wanted)
-    context = context_of(request)
-    _tell(context, body.ignored, plan)
-    context.log.update(model=served.name, stream=fields.stream, choices=plan.num_choices * len(prompts))
-    if settings_of(request).log_prompts:
-        context.log["prompts"] = [prompt.token_ids if prompt.text is None else prompt.text for prompt in prompts]
     tally = Tally([len(prompt.token_ids) for prompt in prompts], plan.num_choices)
-    context.generation = Generation(
-        plan.calls, served.name, reply.id, fields.stream, tally.measured, tally.finish_reasons, perf_counter()
-    )
-    return Exchange(request, context, served, reply, prompts, plan, tally)
-
-
-def _tell(context: RequestContext, ignored: list[str], plan: Plan) -> None:
-    context.headers["x-helix-seed"] = str(plan.seed)
-    if ignored:
-        context.headers["x-helix-ignored-fields"] = context.log["ignored_fields"] = _header_list(ignored)
-    if plan.clamped_to is not None:
-        context.headers["x-helix-clamped"] = context.log["clamped"] = f"max_tokens={plan.clamped_to}"
+    return Exchange(request, context_of(request), served, body, reply, prompts, plan, tally)
 
 
 def _header_list(names: list[str]) -> str:

@@ -1,22 +1,19 @@
-"""One HTTP request's answers, as one stream: all prompts and choices interleaved, closed whatever happens.
+"""One HTTP request's answers, as one stream: all prompts and choices interleaved.
 
-Closing (or cancelling) the stream closes every generator of the service behind it, which frees the engine's
-blocks.  Knows nothing about how answers are written.
+Knows nothing about how answers are written, nor who closes the service's streams (`exchange.py` does).
 """
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import msgspec
 
 from helix_gateway.core.errors import EngineUnavailableError, OutOfMemoryError
 from helix_gateway.core.event import SequenceMetrics, TokenLogprobs
 from helix_gateway.gateway.errors import GenerationFailedError
-from helix_gateway.gateway.params import Plan
-from helix_gateway.service.api import ModelService, TextDelta
+from helix_gateway.service.api import TextDelta
 
 T = TypeVar("T")
 
@@ -27,26 +24,30 @@ INTERLEAVE_BUFFER = 64
 """Deltas of several prompts that wait for a client that reads slowly; then their generators wait too."""
 
 
-@asynccontextmanager
-async def closing(stream: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
+class closing(Generic[T]):  # noqa: N801 - as contextlib's `aclosing`
     """Close ``stream`` on the way out, if it is of a kind that can be."""
-    try:
-        yield stream
-    finally:
-        aclose = getattr(stream, "aclose", None)
+
+    def __init__(self, stream: AsyncIterator[T]) -> None:
+        self._stream = stream
+
+    async def __aenter__(self) -> AsyncIterator[T]:
+        return self._stream
+
+    async def __aexit__(self, *_: object) -> None:
+        aclose = getattr(self._stream, "aclose", None)
         if aclose is not None:
             await aclose()
 
 
-async def generate(service: ModelService, plan: Plan) -> Deltas:
-    """All deltas of all choices, in the order in which they come.
+async def merged(streams: Sequence[AsyncIterator[TextDelta]], num_choices: int) -> Deltas:
+    """All deltas of all choices, in the order in which they come; there is a stream for each prompt.
 
     Raises:
         QueueFullError, EngineUnavailableError: as the service does.
         GenerationFailedError: the engine gave up on a sequence.
     """
-    unfinished = len(plan.calls) * plan.num_choices
-    async with closing(_merged(service, plan)) as deltas:
+    unfinished = len(streams) * num_choices
+    async with closing(_numbered(streams[0]) if len(streams) == 1 else _interleaved(streams, num_choices)) as deltas:
         async for choice, delta in deltas:
             if delta.finish_reason is not None:
                 _raise_if_failed(delta)
@@ -56,17 +57,9 @@ async def generate(service: ModelService, plan: Plan) -> Deltas:
         raise EngineUnavailableError("The engine stopped before the answer was complete.")
 
 
-def _merged(service: ModelService, plan: Plan) -> Deltas:
-    streams = [service.generate(call) for call in plan.calls]
-    if len(streams) == 1:
-        return _numbered(streams[0])
-    return _interleaved(streams, plan.num_choices)
-
-
 async def _numbered(stream: AsyncIterator[TextDelta]) -> Deltas:
-    async with closing(stream) as deltas:
-        async for delta in deltas:
-            yield delta.index, delta
+    async for delta in stream:
+        yield delta.index, delta
 
 
 async def _interleaved(streams: Sequence[AsyncIterator[TextDelta]], num_choices: int) -> Deltas:
@@ -74,9 +67,8 @@ async def _interleaved(streams: Sequence[AsyncIterator[TextDelta]], num_choices:
 
     async def pump(prompt_index: int, stream: AsyncIterator[TextDelta]) -> None:
         try:
-            async with closing(stream) as deltas:
-                async for delta in deltas:
-                    await queue.put((prompt_index * num_choices + delta.index, delta))
+            async for delta in stream:
+                await queue.put((prompt_index * num_choices + delta.index, delta))
         except Exception as error:  # noqa: BLE001 - raised again where the queue is read
             await queue.put(error)
         else:
@@ -171,11 +163,12 @@ class Answer:
         return sum(token.logprob for token in self.logprobs) / max(1, len(self.logprobs))
 
 
-def weight(*parts: TextDelta | Answer) -> int:
+def weight(part: TextDelta | Answer) -> int:
     """How much there is to write as JSON, in characters of text: a token id counts for one, a logprob for two."""
-    return sum(
-        len(part.token_ids) + logprobs_weight(part.logprobs) + logprobs_weight(part.prompt_logprobs) for part in parts
-    )
+    size = len(part.token_ids)
+    if part.logprobs is not None or part.prompt_logprobs is not None:
+        size += logprobs_weight(part.logprobs) + logprobs_weight(part.prompt_logprobs)
+    return size
 
 
 def logprobs_weight(logprobs: Sequence[TokenLogprobs | None] | None) -> int:

@@ -69,8 +69,16 @@ def host_allowed(host_header: str | None, listening_on: str, allowed: Collection
     """Whether a request under that `Host` is meant for this server; only a loopback listener asks."""
     if host_header is None or not is_loopback(listening_on) or ANY in allowed:
         return True
-    try:
-        hostname = urlsplit(f"//{host_header}").hostname or ""
-    except ValueError:
+    hostname = _hostname(host_header)
+    if hostname is None:
         return False
     return is_loopback(hostname) or hostname == CONTAINER_HOST or named(hostname, allowed)
+
+
+@lru_cache(maxsize=256)
+def _hostname(host_header: str) -> str | None:
+    """The name in a `Host`, without its port; None where it is none."""
+    try:
+        return urlsplit(f"//{host_header}").hostname or ""
+    except ValueError:
+        return None

@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from helix_gateway import __version__
 from helix_gateway.core.errors import EngineUnavailableError
@@ -28,7 +29,12 @@ class ServedModel:
     @property
     def fingerprint(self) -> str:
         """OpenAI's ``system_fingerprint``: the same for as long as model and version are."""
-        return "fp_" + hashlib.sha256(f"{self.name} {__version__}".encode()).hexdigest()[:12]
+        return _fingerprint(self.name)
+
+
+@lru_cache(maxsize=64)
+def _fingerprint(name: str) -> str:
+    return "fp_" + hashlib.sha256(f"{name} {__version__}".encode()).hexdigest()[:12]
 
 
 class ModelRegistry:
@@ -68,12 +74,12 @@ class ModelRegistry:
         """
         if model := self._by_name.get(name):
             return model
+        if not name and len(models := self.models) == 1:
+            return models[0]
         served = ", ".join(f"`{known}`" for known in self._by_name)
         if name:
             raise ApiError.model_not_found(f"There is no model `{name[:200]}` on this server. It serves: {served}.")
-        if len(models := self.models) != 1:
-            raise ApiError.model_not_found(f"The request names no model, and this server has several: {served}.")
-        return models[0]
+        raise ApiError.model_not_found(f"The request names no model, and this server has several: {served}.")
 
     def resolve_ready(self, name: str) -> ServedModel:
         """The same, of a model that would serve a call now.

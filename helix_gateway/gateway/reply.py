@@ -3,8 +3,8 @@
 Knows nothing about chat or completions.
 """
 
+import os
 import time
-import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -38,7 +38,7 @@ class Reply:
 
 def new_reply(prefix: str, served: ServedModel) -> Reply:
     """A fresh identity; ``prefix`` is ``chatcmpl`` or ``cmpl``."""
-    return Reply(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), served.name, served.fingerprint)
+    return Reply(f"{prefix}-{os.urandom(16).hex()}", int(time.time()), served.name, served.fingerprint)
 
 
 @dataclass(slots=True)
@@ -71,6 +71,11 @@ class Tally:
     def cached_tokens(self) -> int:
         """Prompt tokens that were not computed: of a prompt's choices the one that found least counts."""
         return sum(self._cached.values())
+
+    @property
+    def complete(self) -> bool:
+        """Whether every choice has come to its end."""
+        return len(self.finish_reasons) == len(self.prompt_tokens) * self.num_choices
 
     @property
     def total_tokens(self) -> int:

@@ -88,8 +88,9 @@ class EventStream:
         return self._response
 
     async def _relay(self, events: AsyncGenerator[bytes, None], explain: Callable[[Exception], ApiError]) -> None:
+        last = b""
         try:
-            await in_time(self._time_limit, self._write_all(events))
+            last = await in_time(self._time_limit, self._write_all(events))
         except ConnectionResetError:
             raise
         except Exception as error:
@@ -98,11 +99,16 @@ class EventStream:
             # The head is sent: all that is left is to say it in an event.
             await self._write_last(event(explain(error).body()))
         self.answered = True
-        await self._response.write_eof()
+        await self._response.write_eof(last)
 
-    async def _write_all(self, events: AsyncGenerator[bytes, None]) -> None:
+    async def _write_all(self, events: AsyncGenerator[bytes, None]) -> bytes:
+        """Write all events but those at the end, which `DONE` closes: they go in one packet with the response's own end."""
         async for payload in events:
+            if payload.endswith(DONE):
+                await self._prepare()
+                return payload
             await self._write(payload)
+        return b""
 
     async def _write_last(self, payload: bytes) -> None:
         """Write what explains the end; a client that has stopped reading would keep it waiting for ever."""
@@ -116,13 +122,16 @@ class EventStream:
     async def _write(self, payload: bytes) -> None:
         self._num_writing += 1
         try:
-            if not self._response.prepared:
-                self._time_limit.told_by_stream = True
-                await self._response.prepare(self._request)
+            await self._prepare()
             await self._response.write(payload)
         finally:
             self._num_writing -= 1
             self._last_write_s = self._loop.time()
+
+    async def _prepare(self) -> None:
+        if not self._response.prepared:
+            self._time_limit.told_by_stream = True
+            await self._response.prepare(self._request)
 
     def _break_silence(self) -> None:
         silence_s = self._loop.time() - self._last_write_s

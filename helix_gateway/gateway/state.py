@@ -4,11 +4,10 @@ Knows nothing about what is in them.
 """
 
 import asyncio
+import os
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -102,17 +101,16 @@ class Drain:
         """Set while nothing is in flight."""
         self.idle.set()
 
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        """Count one request for as long as it lasts."""
+    def enter(self) -> None:
+        """Count one request, until it is told that it `leave`s."""
         self.in_flight += 1
         self.idle.clear()
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
-            if not self.in_flight:
-                self.idle.set()
+
+    def leave(self) -> None:
+        """See `enter`."""
+        self.in_flight -= 1
+        if not self.in_flight:
+            self.idle.set()
 
 
 DRAIN = web.AppKey("helix_drain", Drain)
@@ -134,7 +132,7 @@ def context_of(request: web.BaseRequest) -> RequestContext:
 
 def new_request_id() -> str:
     """An id for a request that brought none."""
-    return f"req_{uuid.uuid4().hex}"
+    return f"req_{os.urandom(16).hex()}"
 
 
 def settings_of(request: web.Request) -> GatewaySettings:

@@ -75,9 +75,10 @@ class ModelService(Protocol):
         """Whether a call would be served now."""
 
     def generate(self, call: GenerationCall) -> AsyncIterator[TextDelta]:
-        """Stream the deltas of all choices until each has finished.
+        """Ask the engine, and stream the deltas of all choices until each has finished.
 
-        Closing the iterator (or cancelling the task that reads it) aborts the request and frees its blocks.
+        Closing the iterator (or cancelling the task that reads it) aborts the request and frees its blocks; whoever has
+        called this closes it, read or not.
 
         Raises:
             QueueFullError, EngineUnavailableError: before the first delta.

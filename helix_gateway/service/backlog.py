@@ -37,7 +37,7 @@ def limit_bytes(num_requests: int) -> int:
 
 
 class Backlog:
-    """A queue of one request's events.
+    """A queue of one request's events, for one reader.
 
     Args:
         limit: how many bytes may wait, asked at each event.
@@ -53,7 +53,8 @@ class Backlog:
         self._ahead: list[TokenLogprobs | None] = []
         """A long prompt's first logprobs, which come in parts."""
         self._failure: HelixError | None = None
-        self._arrival = asyncio.Event()
+        self._arrival: asyncio.Future[None] | None = None
+        """What the reader waits for, while it does."""
         self.num_bytes = 0
         """About what the waiting events take."""
 
@@ -67,15 +68,16 @@ class Backlog:
             self._add(event)
             if self.num_bytes > self._limit():
                 self._give_up()
-        self._arrival.set()
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
 
     async def get(self) -> TokenEvent:
         """The next event, waiting for one.  Raises HelixError when the request has failed."""
         while not self._waiting:
             if self._failure is not None:
                 raise self._failure
-            self._arrival.clear()
-            await self._arrival.wait()
+            self._arrival = asyncio.get_running_loop().create_future()
+            await self._arrival
         slot = self._waiting.popleft()
         event = slot[0]
         if self._newest.get(event.index) is slot:

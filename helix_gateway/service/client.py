@@ -4,12 +4,14 @@ Where the engine runs, and how commands get there, is the subclass's affair.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import Sequence
 
 from helix_gateway.core.errors import EngineUnavailableError, HelixError
+from helix_gateway.core.event import TokenEvent
 from helix_gateway.core.stats import EngineStats
-from helix_gateway.service.api import GenerationCall, ServiceState, TextDelta
+from helix_gateway.service.api import GenerationCall, ServiceState
 from helix_gateway.service.backlog import Backlog, limit_bytes
+from helix_gateway.service.engine_stream import EngineStream
 from helix_gateway.service.messages import (
     Alive,
     Cancel,
@@ -28,7 +30,6 @@ from helix_gateway.service.observer import EngineObserver
 from helix_gateway.service.requests_in_flight import RequestsInFlight, Sink
 from helix_gateway.service.seeds import SEED_BITS, seed_source
 from helix_gateway.service.settings import EngineSettings
-from helix_gateway.service.stops import ChoiceText
 from helix_gateway.telemetry.metrics import Metrics
 from helix_gateway.text.tokenizer import Tokenizer
 
@@ -104,40 +105,42 @@ class EngineClient(ABC):
         if self._state != "ready":
             raise EngineUnavailableError(_UNAVAILABLE[self._state])
 
-    async def generate(self, call: GenerationCall) -> AsyncGenerator[TextDelta, None]:
+    def generate(self, call: GenerationCall) -> EngineStream:
         """See `ModelService`."""
         self._refuse_unless_ready()
         request_id = call.request.request_id
-        # A reader that never comes back does not get to the end of this function: its engine is told at once.
+
+        def end(unfinished: int) -> None:
+            self._in_flight.remove(request_id)
+            if unfinished:
+                self._send(Cancel(request_id))
+
+        # A reader that never comes back does not get to the end of its stream: its engine is told at once.
         backlog = Backlog(lambda: limit_bytes(len(self._in_flight)), lambda: self._send(Cancel(request_id)))
-        unfinished = call.request.sampling.n
         self._in_flight.add(request_id, self._sink(backlog))
         try:
             # Once more: an engine that has gone meanwhile has told everybody, but not this one.
             self._refuse_unless_ready()
             self._send(Submit(call))
-            texts = [ChoiceText(self._tokenizer, call) for _ in range(unfinished)]  # while the engine is at work
-            while unfinished:
-                try:
-                    event = await backlog.get()
-                except HelixError as error:
-                    if isinstance(error, EngineUnavailableError):
-                        self._observer.lose(unfinished)
-                    unfinished = 0
-                    raise
-                unfinished -= event.finish_reason is not None
-                yield texts[event.index].take(event)
-        finally:
+            return EngineStream(call, self._tokenizer, backlog, self._lose, end)  # made while the engine is at work
+        except BaseException:
             self._in_flight.remove(request_id)
-            if unfinished:
-                self._send(Cancel(request_id))
+            raise
+
+    def _lose(self, error: HelixError, unfinished: int) -> None:
+        if isinstance(error, EngineUnavailableError):
+            self._observer.lose(unfinished)
+
+    def _observe(self, events: Sequence[TokenEvent]) -> None:
+        """Count what a step had to tell, which is being passed on."""
+        self._observer.take_events(events)
 
     def _receive(self, reply: Reply) -> None:
         """Act on one reply of the engine."""
         match reply:
             case Events(events=events):
-                self._observer.take_events(events)
                 self._in_flight.deliver(events)
+                self._observe(events)
             case EngineStats():
                 self._observer.take_stats(reply)
             case PromptTooLong() | QueueFull() | Invalid() | NotTaken():

@@ -146,9 +146,10 @@ class HelixEngine:
     async def _generate_one(self, prompt: Prompt, options: dict[str, Any]) -> GenerationResult:
         call = self._call(prompt, options)
         result = GenerationResult(call.request.prompt_token_ids, [Choice() for _ in range(call.request.sampling.n)])
-        async for delta in self._service.generate(call):
-            _raise_failure(delta)
-            _add(result, delta)
+        async with aclosing(self._service.generate(call)) as stream:
+            async for delta in stream:
+                _raise_failure(delta)
+                _add(result, delta)
         return result
 
     async def generate_stream(self, prompt: Prompt, /, **options: Any) -> AsyncGenerator[TextDelta, None]:

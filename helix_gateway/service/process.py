@@ -7,11 +7,13 @@ how commands and replies travel, nor about HTTP.
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 
 import msgspec
 import structlog
 
 from helix_gateway.core.errors import EngineUnavailableError
+from helix_gateway.core.event import TokenEvent
 from helix_gateway.service.backlog import Backlog
 from helix_gateway.service.client import EngineClient
 from helix_gateway.service.engine_link import EngineLink, connected
@@ -91,6 +93,10 @@ class ProcessService(EngineClient):
 
     def _sink(self, backlog: Backlog) -> Sink:
         return backlog.put
+
+    def _observe(self, events: Sequence[TokenEvent]) -> None:
+        # Those who wait for the events have been woken by now, and come first.
+        asyncio.get_running_loop().call_soon(super()._observe, events)
 
     async def _keep(self) -> None:
         """Listen to the engine, and replace it whenever it ends."""

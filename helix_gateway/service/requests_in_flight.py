@@ -47,8 +47,11 @@ class RequestsInFlight:
             self._sinks.pop(request_id, None)
 
     def deliver(self, events: Iterable[TokenEvent]) -> None:
-        """Pass events on; those of requests that nobody waits for any more are dropped."""
-        for event in events:
+        """Pass a step's events on, a sequence's first tokens before what others go on with.
+
+        Events of requests that nobody waits for any more are dropped.
+        """
+        for event in sorted(events, key=_goes_on):
             sink = self._sinks.get(event.request_id)
             if sink is not None:
                 sink(event)
@@ -65,6 +68,10 @@ class RequestsInFlight:
             sinks = list(self._sinks.values())
         for sink in sinks:
             sink(EngineUnavailableError(message))
+
+
+def _goes_on(event: TokenEvent) -> bool:
+    return event.start is None
 
 
 def _as_error(refused: Refused) -> HelixError:

@@ -50,7 +50,11 @@ class ChoiceText:
 
     def __init__(self, tokenizer: Tokenizer, call: GenerationCall) -> None:
         self._detokenizer = _detokenizer(tokenizer, call)
-        self._filter = StopStringFilter(call.stop.strings, include_in_output=call.stop.include_in_output)
+        self._filter = (
+            StopStringFilter(call.stop.strings, include_in_output=call.stop.include_in_output)
+            if call.stop.strings
+            else None
+        )
         self._num_exempt = call.request.sampling.min_tokens
 
     def take(self, event: TokenEvent) -> TextDelta:
@@ -72,10 +76,14 @@ class ChoiceText:
         )
 
     def _feed(self, token_ids: list[int]) -> str:
+        if self._filter is None:
+            return self._detokenizer.feed(token_ids)
         exempt, rest = token_ids[: self._num_exempt], token_ids[self._num_exempt :]
         self._num_exempt -= len(exempt)
         return self._detokenizer.feed(exempt) + self._filter.feed(self._detokenizer.feed(rest))
 
     def _rest(self) -> str:
+        if self._filter is None:
+            return self._detokenizer.flush()
         # The last half-character can complete a stop string of U+FFFD only here, where nobody stops any more.
         return self._filter.feed(self._detokenizer.flush()) + self._filter.flush()

@@ -16,6 +16,7 @@ to the reference, so that no input can exhaust tiktoken's stack.  Knows nothing 
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 import structlog
@@ -32,6 +33,9 @@ _log = structlog.get_logger(__name__)
 # tiktoken's expressions keep a stack entry for each character of white space, a million at most, and its older releases
 # need quadratic time for one long piece; twice this length passes both in milliseconds.
 _SEGMENT_CHARS = 16_384
+_REMEMBERED_TEXTS, _REMEMBERED_CHARS = 256, 2000
+"""Texts between two added tokens whose ids are kept, and how long they may be: what a chat template writes itself, and the
+system's message, come again with each conversation."""
 _Encode = Callable[[str], list[int]]
 
 
@@ -66,6 +70,7 @@ class TiktokenFastPath:
         self._added = added
         self._composes = composes
         self._reference = reference
+        self._encode_again = lru_cache(maxsize=_REMEMBERED_TEXTS)(self._encode_plain)
         self._piece_end = piece_end(pattern)
         longest_first = sorted(added, key=len, reverse=True)
         self._added_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if added else None
@@ -80,7 +85,9 @@ class TiktokenFastPath:
         for index, part in enumerate(self._added_pattern.split(text)):
             if index % 2:
                 ids.append(self._added[part])
-            elif part:
+            elif len(part) <= _REMEMBERED_CHARS:
+                ids += self._encode_again(part)
+            else:
                 ids += self._encode_plain(part)
         return ids
 

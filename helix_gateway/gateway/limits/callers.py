@@ -3,9 +3,6 @@
 A caller is the name of a key; where no keys are set everybody is one caller.  Knows nothing about requests.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from helix_gateway.gateway.errors import ApiError, duration, no_room
 from helix_gateway.gateway.limits.bucket import Bucket
 from helix_gateway.gateway.settings import GatewaySettings
@@ -23,9 +20,8 @@ class Caller:
         self._most_at_once = settings.concurrency_limit
         self.in_flight = 0
 
-    @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """Count a request for as long as it lasts.
+    def enter(self) -> None:
+        """Count a request, until it is told that it `leave`s.
 
         Raises:
             ApiError: 429; nothing was counted.
@@ -34,13 +30,10 @@ class Caller:
         if self._requests is not None:
             self._requests.take(1)
         self.in_flight += 1
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
 
-    def spend(self, tokens: int) -> None:
-        """Count the tokens of a request that has ended."""
+    def leave(self, tokens: int) -> None:
+        """A request has ended, which cost so many tokens; see `enter`."""
+        self.in_flight -= 1
         if self._tokens is not None:
             self._tokens.take(tokens)
 

@@ -25,12 +25,12 @@ async def limit_rate(request: web.Request, handler: Handler) -> web.StreamRespon
         return await handler(request)
     context = context_of(request)
     caller = request.app[CALLERS].of(context.key_name)
-    with caller.admitted():
+    caller.enter()
+    try:
         context.headers.update(caller.headers())
-        try:
-            return await handler(request)
-        finally:
-            caller.spend(context.tokens)
+        return await handler(request)
+    finally:
+        caller.leave(context.tokens)
 
 
 @web.middleware

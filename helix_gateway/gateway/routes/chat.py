@@ -10,7 +10,7 @@ from aiohttp import web
 
 from helix_gateway.gateway.body import read_body
 from helix_gateway.gateway.chunks import NO_USAGE_YET, ChunkFrame, in_pieces, to_json
-from helix_gateway.gateway.exchange import Exchange, answer_stream, open_exchange
+from helix_gateway.gateway.exchange import Exchange, answer_stream, plan_exchange
 from helix_gateway.gateway.generation import Answer, best_answers, closing, gather_answers, weight
 from helix_gateway.gateway.logprobs import chat_logprobs, prompt_logprobs
 from helix_gateway.gateway.params import Wanted
@@ -32,11 +32,12 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     prompt = await chat_prompt(request, served, body.fields.messages)
     predicted = await predicted_tokens(request, served, body.fields.prediction)
     wanted = _wanted(body.fields, settings_of(request).default_max_tokens, predicted)
-    exchange = await open_exchange(request, served, body, new_reply("chatcmpl", served), [prompt], wanted)
-    if body.fields.stream:
-        return await answer_stream(request, _events(exchange, body.fields))
-    answers = await gather_answers(exchange.deltas(), exchange.plan.num_choices)
-    return await exchange.whole(weight(*answers), _body, exchange, body.fields, answers)
+    exchange = await plan_exchange(request, served, body, new_reply("chatcmpl", served), [prompt], wanted)
+    async with exchange:
+        if body.fields.stream:
+            return await answer_stream(request, _events(exchange, body.fields))
+        answers = await gather_answers(exchange.deltas(), exchange.plan.num_choices)
+        return await exchange.whole(sum(map(weight, answers)), _body, exchange, body.fields, answers)
 
 
 def _wanted(body: ChatRequest, default_max_tokens: int | None, predicted: list[int]) -> Wanted:
@@ -91,13 +92,17 @@ def _about_prompt(exchange: Exchange, body: ChatRequest, logprobs: Any) -> dict[
 
 
 async def _events(exchange: Exchange, body: ChatRequest) -> AsyncGenerator[bytes, None]:
-    include_usage = body.stream_options.include_usage
-    writer = _ChunkWriter(exchange, body)
+    writer, last = _ChunkWriter(exchange, body), b""
     async with closing(exchange.deltas()) as deltas:
         async for choice, delta in deltas:
-            if payload := await exchange.written(weight(delta), writer.chunks, choice, delta):
+            payload = await exchange.written(weight(delta), writer.chunks, choice, delta)
+            if exchange.tally.complete:
+                last = payload
+            elif payload:
                 yield payload
-    yield (writer.frame.usage_chunk(exchange.tally.usage()) if include_usage else b"") + DONE
+    if body.stream_options.include_usage:
+        last += writer.frame.usage_chunk(exchange.tally.usage())
+    yield last + DONE
 
 
 class _ChunkWriter:

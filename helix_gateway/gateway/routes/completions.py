@@ -12,7 +12,7 @@ from aiohttp import web
 from helix_gateway.core.event import TokenLogprobs
 from helix_gateway.gateway.body import read_body
 from helix_gateway.gateway.chunks import NO_USAGE_YET, ChunkFrame, in_pieces, to_json
-from helix_gateway.gateway.exchange import Exchange, answer_stream, open_exchange
+from helix_gateway.gateway.exchange import Exchange, answer_stream, plan_exchange
 from helix_gateway.gateway.generation import (
     Answer,
     best_answers,
@@ -44,11 +44,12 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
         request, served, body.fields.prompt, add_special_tokens=body.fields.add_special_tokens
     )
     reply = new_reply("cmpl", served)
-    exchange = await open_exchange(request, served, body, reply, prompts, _wanted(body.fields))
-    if body.fields.stream:
-        return await answer_stream(request, _events(exchange, body.fields))
-    answers = await gather_answers(exchange.deltas(), exchange.plan.num_choices * len(prompts))
-    return await exchange.whole(weight(*answers), _body, exchange, body.fields, answers)
+    exchange = await plan_exchange(request, served, body, reply, prompts, _wanted(body.fields))
+    async with exchange:
+        if body.fields.stream:
+            return await answer_stream(request, _events(exchange, body.fields))
+        answers = await gather_answers(exchange.deltas(), exchange.plan.num_choices * len(prompts))
+        return await exchange.whole(sum(map(weight, answers)), _body, exchange, body.fields, answers)
 
 
 def _wanted(body: CompletionRequest) -> Wanted:
@@ -140,16 +141,20 @@ def _choice(
 
 
 async def _events(exchange: Exchange, body: CompletionRequest) -> AsyncGenerator[bytes, None]:
-    writer = _ChunkWriter(exchange, body)
+    writer, last = _ChunkWriter(exchange, body), b""
     deltas = exchange.deltas()
     if exchange.plan.asks_prompt_logprobs:
         deltas = prompt_logprobs_first(deltas, exchange.plan.num_choices)
     async with closing(deltas) as source:
         async for choice, delta in source:
-            if payload := await exchange.written(writer.weight(choice, delta), writer.chunks, choice, delta):
+            payload = await exchange.written(writer.weight(choice, delta), writer.chunks, choice, delta)
+            if exchange.tally.complete:
+                last += payload  # of several deltas, where one waited for its prompt's logprobs
+            elif payload:
                 yield payload
-    include_usage = body.stream_options.include_usage
-    yield (writer.frame.usage_chunk(exchange.tally.usage()) if include_usage else b"") + DONE
+    if body.stream_options.include_usage:
+        last += writer.frame.usage_chunk(exchange.tally.usage())
+    yield last + DONE
 
 
 class _ChunkWriter:

@@ -12,7 +12,7 @@ from aiohttp import web
 from helix_gateway.core.event import SequenceMetrics, TokenLogprobs
 from helix_gateway.gateway.body import read_body
 from helix_gateway.gateway.chunks import in_pieces
-from helix_gateway.gateway.exchange import Exchange, answer_stream, open_exchange
+from helix_gateway.gateway.exchange import Exchange, answer_stream, plan_exchange
 from helix_gateway.gateway.generation import Answer, closing, gather_answers, weight
 from helix_gateway.gateway.logprobs import chat_logprobs, prompt_logprobs
 from helix_gateway.gateway.params import Wanted
@@ -53,11 +53,12 @@ async def _answer(request: web.Request, schema: type[GenerateRequest]) -> web.St
         logprobs=fields.logprobs,
         prompt_logprobs=fields.prompt_logprobs,
     )
-    exchange = await open_exchange(request, served, body, new_reply("gen", served), [prompt], wanted)
-    if fields.stream:
-        return await answer_stream(request, _events(exchange, fields))
-    (answer,) = await gather_answers(exchange.deltas(), 1)
-    return await exchange.whole(weight(answer), _body, exchange, fields, answer)
+    exchange = await plan_exchange(request, served, body, new_reply("gen", served), [prompt], wanted)
+    async with exchange:
+        if fields.stream:
+            return await answer_stream(request, _events(exchange, fields))
+        (answer,) = await gather_answers(exchange.deltas(), 1)
+        return await exchange.whole(weight(answer), _body, exchange, fields, answer)
 
 
 def _body(exchange: Exchange, body: GenerateRequest, answer: Answer) -> GenerateAnswer:
@@ -75,12 +76,16 @@ def _body(exchange: Exchange, body: GenerateRequest, answer: Answer) -> Generate
 
 
 async def _events(exchange: Exchange, body: GenerateRequest) -> AsyncGenerator[bytes, None]:
-    write = _first_chunk
+    write, last = _first_chunk, b""
     async with closing(exchange.deltas()) as deltas:
         async for _, delta in deltas:
-            yield await exchange.written(weight(delta), write, exchange, body, delta)
+            payload = await exchange.written(weight(delta), write, exchange, body, delta)
+            if exchange.tally.complete:
+                last = payload
+            else:
+                yield payload
             write = _chunk
-    yield DONE
+    yield last + DONE
 
 
 def _first_chunk(exchange: Exchange, body: GenerateRequest, delta: TextDelta) -> bytes:

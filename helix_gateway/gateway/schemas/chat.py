@@ -69,7 +69,7 @@ class ChatMessage(WireModel):
     """A text, or parts that are joined."""
     name: str | None = None
     """Who speaks, for templates that tell several users apart."""
-    tool_calls: list[Any] = Field([], json_schema_extra={"maxItems": 0})
+    tool_calls: list[Any] = Field(default_factory=list, json_schema_extra={"maxItems": 0})
     """Not supported yet."""
     function_call: dict[str, Any] | None = Field(None, json_schema_extra={"maxProperties": 0})
     """Not supported yet."""
@@ -141,15 +141,15 @@ class ChatRequest(GenerationRequest):
     """How many of the likeliest tokens to tell in each place; needs `logprobs`."""
     prediction: Prediction | None = None
     """A draft of the answer. `usage` tells how many of its tokens were right."""
-    tools: list[Any] = Field([], json_schema_extra={"maxItems": 0})
+    tools: list[Any] = Field(default_factory=list, json_schema_extra={"maxItems": 0})
     """Not supported yet."""
     tool_choice: Any = Field("none", json_schema_extra=NO_TOOLS)
     """Not supported yet."""
-    functions: list[Any] = Field([], json_schema_extra={"maxItems": 0})
+    functions: list[Any] = Field(default_factory=list, json_schema_extra={"maxItems": 0})
     """Not supported yet."""
     function_call: Any = Field("none", json_schema_extra=NO_TOOLS)
     """Not supported yet."""
-    modalities: list[str] = Field(["text"], json_schema_extra={"const": ["text"]})
+    modalities: list[str] = Field(default_factory=lambda: ["text"], json_schema_extra={"const": ["text"]})
     """Answers are text."""
     audio: Any = Field(None, json_schema_extra={"type": "null"})
     """Not supported."""

@@ -4,8 +4,9 @@ pydantic checks types strictly (no "1" for 1, no true for 1); a null is an absen
 knows are kept apart, so that they can be named.  Knows nothing about tokens.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -35,7 +36,11 @@ INT32_MAX = 2**31 - 1
 
 
 class WireModel(BaseModel):
-    """An object on the wire: strict, nulls dropped, unknown fields kept aside."""
+    """An object on the wire: strict, nulls dropped, unknown fields kept aside.
+
+    A default that is a list or an object is made by a factory: one that stands beside its field is copied deeply for each
+    request.
+    """
 
     model_config = ConfigDict(
         strict=True, extra="allow", allow_inf_nan=False, frozen=True, use_attribute_docstrings=True
@@ -67,6 +72,10 @@ class WireModel(BaseModel):
         told = handler(schema)
         body = handler.resolve_ref_schema(told)
         properties = body.setdefault("properties", {})
+        for name, field in cls.model_fields.items():
+            default = field.get_default(call_default_factory=True)
+            if name in properties and isinstance(default, list | dict):
+                properties[name].setdefault("default", default)
         for name in properties.keys() - set(body.get("required", ())):
             properties[name] = nullable(properties[name])
         for name in sorted(cls.inert_fields):
@@ -75,17 +84,16 @@ class WireModel(BaseModel):
 
     def unknown_below(self) -> list[str]:
         """Paths of unknown fields in this object's objects, each once, without indices: ``messages[].x``."""
-        known, set_by_client = type(self).model_fields, self.model_fields_set
-        # What the client did not send holds nothing unknown: most of some forty fields.
-        sent = [name for name in known if name in set_by_client]
-        return list(dict.fromkeys(path for name in sent for path in self._unknown_in(name)))
+        set_by_client = self.model_fields_set
+        # What the client did not send holds nothing unknown.
+        sent = [name for name in _fields_of_objects(type(self)) if name in set_by_client]
+        return list(dict.fromkeys(path for name in sent for path in self._unknown_in(name))) if sent else []
 
-    def _unknown_in(self, name: str) -> Iterator[str]:
+    def _unknown_in(self, name: str) -> list[str]:
         value = getattr(self, name)
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, WireModel):
-                prefix = f"{name}[]" if isinstance(value, list) else name
-                yield from (f"{prefix}.{path}" for path in item.unknown_here())
+        prefix, items = (f"{name}[]", value) if isinstance(value, list) else (name, [value])
+        objects = [item for item in items if isinstance(item, WireModel)]
+        return [f"{prefix}.{path}" for item in objects for path in item.unknown_here()]
 
     def overruled(self) -> list[str]:
         """Known fields that had to give way to others of this request."""
@@ -95,6 +103,18 @@ class WireModel(BaseModel):
         """Unknown fields of this object and of those in it."""
         own = [name for name in self.model_extra or () if name not in self.inert_fields]
         return own + self.unknown_below()
+
+
+@lru_cache
+def _fields_of_objects(model: type[WireModel]) -> tuple[str, ...]:
+    """The fields that may hold objects with fields of their own: of some forty, four."""
+    return tuple(name for name, field in model.model_fields.items() if _holds_objects(field.annotation))
+
+
+def _holds_objects(annotation: Any) -> bool:
+    if parts := get_args(annotation):
+        return any(map(_holds_objects, parts))
+    return isinstance(annotation, type) and issubclass(annotation, WireModel)
 
 
 def nullable(field: JsonSchemaValue) -> JsonSchemaValue:
@@ -170,6 +190,9 @@ class StreamOptions(WireModel):
     """Whether a last chunk tells the usage."""
 
 
+_NO_OPTIONS = StreamOptions()
+
+
 class ResponseFormat(WireModel):
     """Only text yet."""
 
@@ -196,7 +219,7 @@ class GenerationRequest(WireModel):
     """A served model's name. May be left out where one model is served."""
     stream: bool = False
     """Whether the answer comes as server-sent events."""
-    stream_options: StreamOptions = Field(default_factory=StreamOptions)  # a default that stands here is copied deeply
+    stream_options: StreamOptions = Field(default_factory=lambda: _NO_OPTIONS)
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     """Answers for each prompt; they share the prompt's keys and values."""
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
@@ -215,15 +238,15 @@ class GenerationRequest(WireModel):
     """Taken from a token's logit for each time that the answer holds it."""
     repetition_penalty: float = Field(1.0, gt=0.0, le=10.0)
     """Divides positive and multiplies negative logits of tokens in prompt or answer."""
-    logit_bias: Biases = {}
+    logit_bias: Biases = Field(default_factory=dict)
     """Added to logits, by token id."""
-    bad_words: BadWordList = []
+    bad_words: BadWordList = Field(default_factory=list)
     """What the answer must not hold."""
     min_tokens: int = Field(0, ge=0, le=INT32_MAX)
     """Tokens before which no stop counts."""
-    stop: StopStringList = []
+    stop: StopStringList = Field(default_factory=list)
     """Strings that end the answer; they are not part of it."""
-    stop_token_ids: TokenIdList = []
+    stop_token_ids: TokenIdList = Field(default_factory=list)
     """Tokens that end the answer."""
     ignore_eos: bool = False
     """Whether to go on past the end that the model makes."""
