@@ -1,4 +1,4 @@
-"""Writes a conversation as one prompt, with the model's own Jinja template in transformers' sandbox.
+"""Writes a conversation as one prompt, with the model's own Jinja template in a sandbox.
 
 What a template raises, and whatever else goes wrong inside it, is a fault of the request: an `InvalidRequestError`
 with its message.  `plain_messages` brings OpenAI's messages to the form that templates expect.  Knows nothing about
@@ -6,12 +6,19 @@ tokens or HTTP.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from helix_gateway.core.errors import InvalidRequestError
 from helix_gateway.text.encodable import check_encodable
 
+if TYPE_CHECKING:
+    from jinja2 import Template
+
 Message = Mapping[str, Any]
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""What clients call it; the first counts."""
 
 
 class ChatTemplate:
@@ -45,23 +52,31 @@ class ChatTemplate:
         Raises:
             InvalidRequestError: the template refused the messages, or failed on them.
         """
-        # Imported here: 0.4 s that a server of completions need not spend.
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         try:
-            rendered: Any = render_jinja_template(
-                conversations=[[dict(message) for message in messages]],
-                chat_template=self.source,
-                add_generation_prompt=add_generation_prompt,
+            return self._compiled.render(
+                messages=[_with_reasoning(message) for message in messages],
                 tools=None if tools is None else [dict(tool) for tool in tools],
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
                 **{**self._special_tokens, **(variables or {})},
             )
         except Exception as error:  # A template is a program of its own, and can raise whatever a program can.
             raise InvalidRequestError(
                 f"The model's chat template does not accept these messages: {error}", param="messages"
             ) from error
-        texts, _ = rendered
-        return str(texts[0])
+
+    @cached_property
+    def _compiled(self) -> "Template":
+        # Imported here: a server of completions needs no Jinja.
+        from helix_gateway.text.template_sandbox import compile_template
+
+        return compile_template(self.source)
+
+
+def _with_reasoning(message: Message) -> dict[str, Any]:
+    """A message whose reasoning is found under the names that templates look for it by, as transformers has it."""
+    reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    return dict(message) if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def no_chat_template() -> InvalidRequestError:
