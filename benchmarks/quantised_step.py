@@ -72,7 +72,7 @@ class Variant:
             kv_cache_dtype=options.kv_cache_dtype,
             max_tokens_in_use=max(ROWS[-1] * (options.context + BLOCK), options.prefill + BLOCK),
         ).runner
-        weights = {id(part.weight_tiles): part.weight_tiles.tiles for part in _packed(self._runner._model)}
+        weights = {id(part.weight_tiles): part.weight_tiles.tiles for part in _packed(self._runner.parts)}
         self._weight_bytes = sum(tiles.nbytes for tiles in weights.values())
 
     def step(self, batch):
@@ -83,8 +83,8 @@ class Variant:
         return self._weight_bytes + rows * context * self._runner.page_bytes // BLOCK
 
 
-def _packed(model):
-    return [module for module in model.modules() if hasattr(module, "weight_tiles")]
+def _packed(parts):
+    return [part for layer in parts.layers for together in layer.products for part in together] + [parts.head]
 
 
 def measure(variants, batch, steps, advance):

@@ -13,7 +13,7 @@ from compat_tests.effort import usually
 from compat_tests.engine.toy import Answers, drain, request
 from compat_tests.tiny_models import TINY_MODELS
 from helix_gateway.engine.engine import Engine, EngineLimits
-from helix_gateway.runtime.cpu.linear import pack_linears
+from helix_gateway.runtime.cpu.packing import pack_linears
 from helix_gateway.runtime.pool import make_runners
 
 NEW_TOKENS = 8

@@ -15,7 +15,7 @@ from compat_tests.tiny_models import make_model
 from helix_gateway.core.kv import KVGroup
 from helix_gateway.engine.engine import Engine, EngineLimits
 from helix_gateway.engine.kv_cache import PagedKVCache
-from helix_gateway.runtime.cpu.linear import pack_linears
+from helix_gateway.runtime.cpu.packing import pack_linears
 from helix_gateway.runtime.pool import make_runners
 from helix_gateway.runtime.torch_attention import TorchPagedAttention
 

@@ -72,7 +72,7 @@ def test_a_folder_that_cannot_be_written_is_replaced_by_one_that_can(tmp_path):
 
 def test_the_sources_are_those_that_compiled_code_takes_functions_and_constants_from():
     sources = compiled_sources(PACKAGE)
-    known = {"runtime/cpu/structures.py", "runtime/cpu/vector_math.py", "runtime/sampling/cpu_kernels.py"}
+    known = {"runtime/cpu/parts.py", "runtime/cpu/vector_math.py", "runtime/sampling/cpu_kernels.py"}
     assert known <= set(sources)
     assert "gateway/app.py" not in sources
     taken = [
@@ -81,7 +81,7 @@ def test_the_sources_are_those_that_compiled_code_takes_functions_and_constants_
         if place.startswith(("runtime/", "engine/"))
         for module, name in imported_constants(source)
     ]
-    assert ("runtime/cpu/quantised_step.py", "runtime/cpu/structures.py", "UNCAPPED") in taken
+    assert ("runtime/cpu/quantised_step.py", "runtime/cpu/parts.py", "UNCAPPED") in taken
     assert [constant for constant in taken if constant[1] not in sources] == []
 
 

@@ -19,9 +19,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from compat_tests.effort import deeply
-from helix_gateway.runtime.cpu import linear, threads
-from helix_gateway.runtime.cpu.linear import PackedEmbedding, PackedLinear, pack_linears, pack_weight
+from helix_gateway.runtime.cpu import linear, packing, threads
+from helix_gateway.runtime.cpu.linear import PackedEmbedding, PackedLinear, pack_weight
 from helix_gateway.runtime.cpu.math import exp_f32, load_bf16, store_bf16
+from helix_gateway.runtime.cpu.packing import pack_linears
 from helix_gateway.runtime.cpu.products import NARROW, WIDE
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -259,14 +260,14 @@ def test_a_tied_head_and_embedding_share_one_packed_matrix(tied):
 def test_packing_frees_each_matrix_as_it_goes(monkeypatch):
     model = tiny_llama(torch.float32, tied=True)
     alive = weakref.WeakSet(module.weight for module in model.modules() if isinstance(module, nn.Linear))
-    left, pack = [], linear.pack_weight
+    left, pack = [], packing.pack_weight
 
     def watched(matrix, **options):
         gc.collect()
         left.append(len(alive))
         return pack(matrix, **options)
 
-    monkeypatch.setattr(linear, "pack_weight", watched)
+    monkeypatch.setattr(packing, "pack_weight", watched)
     count = len(alive)
     pack_linears(model)
     assert left == list(range(count, 0, -1))

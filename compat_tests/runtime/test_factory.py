@@ -58,6 +58,12 @@ def test_memory_for_not_one_page_is_said_in_one_line(folder):
     assert "\n" not in str(refusal.value)
 
 
+@pytest.fixture(autouse=True)
+def nothing_remembered(tmp_path, monkeypatch):
+    """Each test's start is a model's first, through transformers."""
+    monkeypatch.setenv("HELIX_CACHE", str(tmp_path / "cache"))
+
+
 # ---- what weights, keys and values are stored in
 
 FLOAT32, BFLOAT16, INT8 = torch.float32, torch.bfloat16, torch.int8

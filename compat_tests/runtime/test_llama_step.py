@@ -9,8 +9,8 @@ import torch
 from compat_tests.runtime.paged import turn_wrongly_from
 from compat_tests.tiny_models import TINY_MODELS
 from helix_gateway.core.step import StepBatch
-from helix_gateway.runtime.cpu.linear import pack_linears
 from helix_gateway.runtime.cpu.llama import LlamaStep
+from helix_gateway.runtime.cpu.packing import pack_linears
 from helix_gateway.runtime.pool import make_runners
 
 LLAMA_LIKE = ["llama", "mistral", "qwen2", "phi3"]

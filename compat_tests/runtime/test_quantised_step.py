@@ -312,8 +312,11 @@ def test_the_trial_of_a_model_of_several_groups_stays_within_its_pages(num_pages
 
 
 @pytest.fixture(scope="module")
-def smollm2(smollm2_path):
-    return load_runner(smollm2_path, device="cpu", quantization="auto", max_tokens_in_use=4096).runner
+def smollm2(smollm2_path, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        # Nothing is remembered: it is its first start, through transformers.
+        patch.setenv("HELIX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return load_runner(smollm2_path, device="cpu", quantization="auto", max_tokens_in_use=4096).runner
 
 
 def test_the_shipped_model_keeps_its_files_numbers_and_no_others(smollm2, smollm2_path):

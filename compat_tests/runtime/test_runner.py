@@ -11,7 +11,7 @@ from compat_tests.runtime.paged import Feeder, random_sequences
 from compat_tests.tiny_models import TINY_MODELS, make_model
 from helix_gateway.core.errors import OutOfMemoryError
 from helix_gateway.core.step import StepBatch
-from helix_gateway.runtime.cpu.linear import pack_linears
+from helix_gateway.runtime.cpu.packing import pack_linears
 from helix_gateway.runtime.pool import make_runners
 from helix_gateway.runtime.torch_attention import TorchPagedAttention
 

@@ -99,7 +99,7 @@ GROUPS = {
 def test_windows_are_those_of_the_masks_that_transformers_builds(name):
     _, model = TINY_MODELS[name](0)
     layers, vocab_size = find_attention_layers(model)
-    groups = group_layers("m", [layer.shape for layer in layers])
+    groups = group_layers("m", [layer.use.shape for layer in layers])
     assert [(group.shape.window, len(group.layers)) for group in groups] == GROUPS[name]
     assert vocab_size == 256
 
@@ -172,7 +172,7 @@ def test_a_context_ends_where_a_rotary_regime_would_change(rope, length):
 def test_the_paged_attention_is_registered_without_a_mask():
     from transformers import AttentionMaskInterface
 
-    from helix_gateway.runtime import paged_attention
+    from helix_gateway.runtime import transformers_attention
 
-    assert paged_attention.NAME in AttentionInterface()
-    assert paged_attention.NAME not in AttentionMaskInterface()
+    assert transformers_attention.NAME in AttentionInterface()
+    assert transformers_attention.NAME not in AttentionMaskInterface()

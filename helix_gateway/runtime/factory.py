@@ -7,18 +7,24 @@ import gc
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 import structlog
 import torch
 from typing_extensions import Required, Unpack
 
 from helix_gateway.core.errors import ModelLoadError, OutOfMemoryError
+from helix_gateway.runtime.compiled_runner import CompiledRunner
+from helix_gateway.runtime.cpu.reading import Quantisation
+from helix_gateway.runtime.description import Description, Form, described_tensors, read_parts, recall, remember
 from helix_gateway.runtime.device import free_memory_bytes, get_device
 from helix_gateway.runtime.heap import return_freed_blocks, returning_freed_memory
 from helix_gateway.runtime.kv_format import kv_dtype
-from helix_gateway.runtime.loading import load_model, resolve_dtype
-from helix_gateway.runtime.pool import make_runners
+from helix_gateway.runtime.loading import load_model, open_checkpoint, resolve_dtype
+from helix_gateway.runtime.paged_runner import PagedRunner
+from helix_gateway.runtime.pool import PoolOptions, lay_out_pool, make_runners
+from helix_gateway.runtime.progress import terminal_bar
 from helix_gateway.runtime.promises import NotQuantisableError, Promises
 from helix_gateway.runtime.remembered import (
     NothingRemembered,
@@ -27,27 +33,30 @@ from helix_gateway.runtime.remembered import (
     remembered_folder,
     surroundings,
 )
-from helix_gateway.runtime.runner import TransformersRunner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from helix_gateway.runtime.runner import TransformersRunner
+
 log = structlog.get_logger(__name__)
 
 QuantizationName: TypeAlias = Literal["auto", "int8", "int4", "none"]
-Quantisation: TypeAlias = Literal["file", "int8", "int4"]
 
 _KV_SHARE = 0.5
 """Of the memory that is free once the weights are there; the rest is for activations and for everybody else."""
 _STEP_TOKENS_CPU = 256
 _STEP_TOKENS = 2048
+_TOLD_APART = {"dtype": "auto", "quantization": "auto", "kv_cache_dtype": "auto", "block_size": 16}
+"""Options under which different things are found out, with what they are where nobody says."""
+_MODULES = "modules"
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedRunner:
     """A runner and what only the model's configuration knows."""
 
-    runner: TransformersRunner
+    runner: PagedRunner
     context_length: int
     step_tokens: int
     """Tokens computed in one step that suit the device: more make a step longer and hardly more efficient."""
@@ -90,40 +99,110 @@ def load_runners(paths: Sequence[str], **options: Unpack[LoadOptions]) -> list[L
         ModelLoadError: what is wrong with a model, the device or the memory, in one line.
     """
     where = get_device(options.get("device", "auto"))
-    dtype = options.get("dtype", "auto")
-    requested = options.get("quantization", "auto")
-    quantisation = resolve_quantisation(where, dtype, requested)
-    stored = kv_dtype(options.get("kv_cache_dtype", "auto"))
+    # Told before anything is read.
+    resolve_quantisation(where, options.get("dtype", "auto"), options.get("quantization", "auto"))
     if where.type == "cpu":
         # torch's own team of threads, spinning beside ours, makes a product of 50 µs take 8 ms; it is not even started.
         torch.set_num_threads(1)
-    with returning_freed_memory():
-        if quantisation is None:
-            loaded = [_load_packed(path, where, resolve_dtype(path, dtype)) for path in paths]
-        elif requested == "auto":
-            loaded = [_load_quantised_or_packed(path, where, quantisation) for path in paths]
-        else:
-            loaded = [_load_quantised(path, where, quantisation) for path in paths]
-        models = [each.model for each in loaded]
-        stored = stored or _kv_beside(loaded[0], dtype)
-        asked = options.get("kv_cache_memory_bytes")
-        memory = asked or int(free_memory_bytes(where) * _KV_SHARE)
-        try:
-            runners = make_runners(
-                models,
-                device=where,
-                dtype=stored,
-                block_size=options.get("block_size", 16),
-                kv_memory_bytes=memory,
-                max_tokens=None if asked else options["max_tokens_in_use"],
-                remembered=_remembered(
-                    paths, models, where, [quantisation, str(stored), options.get("block_size", 16)]
-                ),
-            )
-        except OutOfMemoryError as error:
-            raise ModelLoadError(_does_not_fit(memory, where, error)) from error
+    known = _remembered(paths, where, options)
+    try:
+        with returning_freed_memory():
+            runners = _recalled(paths, known, where, options) or _loaded(paths, known, where, options)
+    except OutOfMemoryError as error:
+        raise ModelLoadError(_does_not_fit(_kv_memory_bytes(where, options), where, error)) from error
     step_tokens = _STEP_TOKENS_CPU if where.type == "cpu" else _STEP_TOKENS
     return [LoadedRunner(runner, runner.context_length, step_tokens) for runner in runners]
+
+
+def _recalled(
+    paths: Sequence[str], known: Sequence[Remembered], device: torch.device, options: LoadOptions
+) -> Sequence[PagedRunner] | None:
+    """Runners as an earlier start has written them down, without transformers; None where that cannot be."""
+    try:
+        descriptions = [_recalled_description(each) for each in known]
+        if None in descriptions:
+            return None
+        return _described_runners(paths, known, [each for each in descriptions if each], device, options)
+    except OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever it is, the files are there to tell
+        log.warning(
+            "quick_start_failed", models=list(paths), reason=f"{type(error).__name__}: {error}", remedy="checked again"
+        )
+    # Only now, without the error: its traceback holds all that was read.
+    gc.collect()
+    return_freed_blocks()
+    return None
+
+
+def _recalled_description(known: Remembered) -> Description | None:
+    """What is written down of a model, if transformers' sources are those that it was held to."""
+    return recall(known) if _are_as_they_were(known.get(_MODULES)) else None
+
+
+def _described_runners(
+    paths: Sequence[str],
+    known: Sequence[Remembered],
+    descriptions: Sequence[Description],
+    device: torch.device,
+    options: LoadOptions,
+) -> list[CompiledRunner]:
+    parts = []
+    for path, description in zip(paths, descriptions, strict=True):
+        tensors = described_tensors(description, open_checkpoint(path))
+        with terminal_bar(f"Loading {Path(path).name}", sum(tensor.nbytes for tensor in tensors.values())) as report:
+            parts.append(read_parts(description, tensors, report))
+    pages = lay_out_pool([each.uses for each in descriptions], **_pool_options(device, options, descriptions[0].form))
+    return [
+        CompiledRunner(own, its, vocab_size=each.vocab_size, context_length=each.context_length, remembered=remembered)
+        for own, its, each, remembered in zip(parts, pages, descriptions, known, strict=True)
+    ]
+
+
+def _loaded(
+    paths: Sequence[str], known: Sequence[Remembered], device: torch.device, options: LoadOptions
+) -> Sequence[PagedRunner]:
+    """Runners of transformers' models; what these turn out to be is written down for the next start."""
+    dtype, requested = options.get("dtype", "auto"), options.get("quantization", "auto")
+    quantisation = resolve_quantisation(device, dtype, requested)
+    if quantisation is None:
+        loaded = [_load_packed(path, device, resolve_dtype(path, dtype)) for path in paths]
+    elif requested == "auto":
+        loaded = [_load_quantised_or_packed(path, device, quantisation) for path in paths]
+    else:
+        loaded = [_load_quantised(path, device, quantisation) for path in paths]
+    for each, own in zip(loaded, known, strict=True):
+        own.hold_to(_MODULES, _modules_of(each.model))
+    pool = _pool_options(device, options, loaded[0].form)
+    runners = make_runners([each.model for each in loaded], remembered=known, **pool)
+    if device.type == "cpu":
+        for path, runner, each in zip(paths, runners, loaded, strict=True):
+            _write_down(path, runner, each.form)
+    return runners
+
+
+def _write_down(path: str, runner: "TransformersRunner", form: Form) -> None:
+    from helix_gateway.runtime.describing import describe
+
+    description = describe(runner, form, open_checkpoint(path))
+    if description is not None:
+        remember(description, runner.remembered)
+
+
+def _pool_options(device: torch.device, options: LoadOptions, target: Form) -> PoolOptions:
+    """``target``: what the target's weights are held in."""
+    asked, kv = options.get("kv_cache_memory_bytes"), options.get("kv_cache_dtype", "auto")
+    return PoolOptions(
+        device=device,
+        dtype=kv_dtype(kv) or _kv_beside(target, options.get("dtype", "auto")),
+        block_size=options.get("block_size", 16),
+        kv_memory_bytes=_kv_memory_bytes(device, options),
+        max_tokens=None if asked else options["max_tokens_in_use"],
+    )
+
+
+def _kv_memory_bytes(device: torch.device, options: LoadOptions) -> int:
+    return options.get("kv_cache_memory_bytes") or int(free_memory_bytes(device) * _KV_SHARE)
 
 
 def resolve_quantisation(device: torch.device, dtype: str, requested: QuantizationName) -> Quantisation | None:
@@ -149,14 +228,12 @@ def resolve_quantisation(device: torch.device, dtype: str, requested: Quantizati
 @dataclass(frozen=True, slots=True)
 class _LoadedModel:
     model: "PreTrainedModel"
-    dtype: torch.dtype
-    """What it computes in."""
-    is_quantised: bool
+    form: Form
 
 
-def _kv_beside(target: _LoadedModel, dtype: str) -> torch.dtype:
+def _kv_beside(target: Form, dtype: str) -> torch.dtype:
     """What keys and values are stored in where nobody says so; a dtype that was asked for is meant for them too."""
-    return torch.int8 if target.is_quantised and dtype == "auto" else target.dtype
+    return torch.int8 if target.quantisation is not None and dtype == "auto" else target.torch_dtype
 
 
 def _load_quantised_or_packed(path: str, device: torch.device, quantisation: Quantisation) -> _LoadedModel:
@@ -179,41 +256,40 @@ def _load_quantised(path: str, device: torch.device, quantisation: Quantisation)
 
     # What is rounded to int8 is float32 before and after.
     model = load_model(path, device=device, dtype=torch.float32, quantise=quantise)
-    return _LoadedModel(model, torch.float32, is_quantised=True)
+    return _LoadedModel(model, Form("float32", quantisation))
 
 
 def _load_packed(path: str, device: torch.device, dtype: torch.dtype) -> _LoadedModel:
     model = load_model(path, device=device, dtype=dtype)
     if device.type == "cpu":
-        from helix_gateway.runtime.cpu.linear import pack_linears
+        from helix_gateway.runtime.cpu.packing import pack_linears
 
         return_freed_blocks()
         pack_linears(model)
-    return _LoadedModel(model, dtype, is_quantised=False)
+    return _LoadedModel(model, Form("bfloat16" if dtype == torch.bfloat16 else "float32", None))
 
 
-def _remembered(
-    paths: Sequence[str], models: Sequence["PreTrainedModel"], device: torch.device, settings: Sequence[object]
-) -> list[Remembered]:
+def _remembered(paths: Sequence[str], device: torch.device, options: LoadOptions) -> list[Remembered]:
     """What is known of each model as it is served here; of other devices than CPUs nothing is remembered."""
     if device.type != "cpu":
-        return [NothingRemembered() for _ in models]
-    around = surroundings()
-    circumstances = [
-        {
-            "files": file_identities(path),
-            # transformers' own sources, should they have been edited in place.
-            "modules": [type(model).__name__, file_identities(inspect.getfile(type(model)))],
-            "config": model.config.to_json_string(use_diff=False),
-            "dtype": str(model.dtype),
-            "settings": settings,
-            **around,
-        }
-        for path, model in zip(paths, models, strict=True)
-    ]
+        return [NothingRemembered() for _ in paths]
+    settings = [options.get(name, default) for name, default in _TOLD_APART.items()]
     # Models of one pool share its pages: how these lie is the target's affair.
-    pool = [{"place": place, "target": circumstances[0]["files"], **own} for place, own in enumerate(circumstances)]
-    return [Remembered(own, remembered_folder()) for own in pool]
+    files = [file_identities(path) for path in paths]
+    around = {"target": files[0], "settings": settings, **surroundings()}
+    return [
+        Remembered({"place": place, "files": own, **around}, remembered_folder()) for place, own in enumerate(files)
+    ]
+
+
+def _modules_of(model: "PreTrainedModel") -> list[Any]:
+    """transformers' own sources of a model, should they be edited in place, and what they make of its files."""
+    sources = [inspect.getfile(kind) for kind in (type(model), type(model.config))]
+    return [[[source, file_identities(source)] for source in sources], model.config.to_json_string(use_diff=False)]
+
+
+def _are_as_they_were(modules: Any) -> bool:
+    return modules is not None and all(file_identities(source) == known for source, known in modules[0])
 
 
 def _does_not_fit(asked_bytes: int, device: torch.device, error: OutOfMemoryError) -> str:

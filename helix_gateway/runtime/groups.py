@@ -20,6 +20,15 @@ class LayerShape:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerUse:
+    """One attention layer: what it stores, and who asks."""
+
+    shape: LayerShape
+    heads: int
+    """Query heads."""
+
+
+@dataclass(frozen=True, slots=True)
 class LayerGroup:
     """The layers of one shape in one model."""
 

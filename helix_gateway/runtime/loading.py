@@ -29,7 +29,7 @@ Quantise: TypeAlias = Callable[["PreTrainedModel", Promises], None]
 """Reads the matrices that a model's parameters only stand for, and puts what becomes of them in their places."""
 
 _SHOWN = 3
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What transformers says of a checkpoint's keys, and how we put it.
 _COMPLAINTS = (
     ("missing_keys", "lacks the weights"),
@@ -61,10 +61,10 @@ def load_model(
         ModelLoadError: missing, damaged, incomplete, or of a kind that is not served; the message is one line.
     """
     with _explained(path):
-        checkpoint = _open(path)
+        checkpoint = open_checkpoint(path)
         config = checkpoint.config()
         model_class = _model_class(path, config)
-        stored = checkpoint.tensors(model_class)
+        stored = checkpoint.tensors(lambda: _parameter_names(model_class, config))
         wanted = _auto_dtype(checkpoint) if dtype is None else dtype
         options: dict[str, Any] = {"dtype": wanted}
         if attn_implementation is not None:
@@ -95,10 +95,10 @@ def resolve_dtype(path: str, requested: str) -> torch.dtype:
     """
     if requested == "auto":
         with _explained(path):
-            return _auto_dtype(_open(path))
-    if requested not in _DTYPES:
-        raise ModelLoadError(f"There is no dtype {requested!r} here: use auto, {' or '.join(_DTYPES)}.")
-    return _DTYPES[requested]
+            return _auto_dtype(open_checkpoint(path))
+    if requested not in DTYPES:
+        raise ModelLoadError(f"There is no dtype {requested!r} here: use auto, {' or '.join(DTYPES)}.")
+    return DTYPES[requested]
 
 
 def model_config(path: str) -> "PreTrainedConfig":
@@ -108,10 +108,11 @@ def model_config(path: str) -> "PreTrainedConfig":
         ModelLoadError: it cannot be read, or is of a kind that is not served.
     """
     with _explained(path):
-        return _open(path).config()
+        return open_checkpoint(path).config()
 
 
-def _open(path: str) -> Checkpoint:
+def open_checkpoint(path: str) -> Checkpoint:
+    """Open a GGUF file or a Hugging Face folder; see `Checkpoint`."""
     if Path(path).is_dir():
         from helix_gateway.runtime.checkpoints.folder import FolderCheckpoint
 
@@ -140,6 +141,11 @@ def _model_class(path: str, config: "PreTrainedConfig") -> Any:
             f"{path} is a model of type {config.model_type!r}, for which transformers has no causal language model."
         )
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def _parameter_names(model_class: Any, config: "PreTrainedConfig") -> list[str]:
+    with torch.device("meta"):
+        return list(model_class(config).state_dict())
 
 
 class _Reading:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from helix_gateway.core.errors import ModelLoadError
-from helix_gateway.runtime.groups import LayerShape
+from helix_gateway.runtime.groups import LayerShape, LayerUse
 from helix_gateway.runtime.remembered import Remembered
 
 _NAME = "helix_probe"
@@ -35,9 +35,7 @@ class AttentionLayer:
     """One attention module of a model, and what it stores and sees."""
 
     module: nn.Module
-    shape: LayerShape
-    heads: int
-    """Query heads."""
+    use: LayerUse
 
 
 class ModelProbe(NamedTuple):
@@ -82,7 +80,7 @@ def find_attention_layers(model: PreTrainedModel) -> ModelProbe:
     _check_layers(name, model, calls)
     others, _ = _probe(name, model, [4, 2, 5])
     _check_rows_alone(name, calls, others)
-    layers = tuple(AttentionLayer(call.module, _shape_of(name, call), call.query.shape[1]) for call in calls)
+    layers = tuple(AttentionLayer(call.module, LayerUse(_shape_of(name, call), call.query.shape[1])) for call in calls)
     return ModelProbe(layers, int(logits.shape[-1]))
 
 
@@ -93,7 +91,7 @@ def known_attention_layers(model: PreTrainedModel, remembered: Remembered) -> Mo
         return known
     probe = find_attention_layers(model)
     names = {module: name for name, module in model.named_modules()}
-    layers = [[names[layer.module], layer.heads, asdict(layer.shape)] for layer in probe.layers]
+    layers = [[names[layer.module], layer.use.heads, asdict(layer.use.shape)] for layer in probe.layers]
     remembered.put(_REMEMBERED_AS, {"layers": layers, "vocab_size": probe.vocab_size})
     return probe
 
@@ -102,7 +100,9 @@ def _named_layers(model: PreTrainedModel, known: Any) -> ModelProbe | None:
     modules = dict(model.named_modules())
     if known is None or not all(name in modules for name, *_ in known["layers"]):
         return None
-    layers = [AttentionLayer(modules[name], LayerShape(**shape), heads) for name, heads, shape in known["layers"]]
+    layers = [
+        AttentionLayer(modules[name], LayerUse(LayerShape(**shape), heads)) for name, heads, shape in known["layers"]
+    ]
     return ModelProbe(tuple(layers), known["vocab_size"])
 
 

@@ -66,6 +66,12 @@ class Remembered:
             return
         _forget_oldest(self._file.parent)
 
+    def hold_to(self, name: str, value: Any) -> None:
+        """Forget everything unless it was found beside this very value, which is kept with it."""
+        if self._found.get(name) != json.loads(json.dumps(value)):
+            self._found.clear()
+            self.put(name, value)
+
     def _read(self) -> dict[str, Any]:
         try:
             content = json.loads(self._file.read_text())

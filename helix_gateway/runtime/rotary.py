@@ -5,6 +5,8 @@ bit, so a row's numbers would depend on how many rows are beside it.  A table fi
 and costs a step one look-up.  Knows nothing about attention, nor how long a sequence may grow.
 """
 
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ class RotaryTable(nn.Module):
         """Positions from ``max_positions`` on are never computed: a regime that changes there shall not show before."""
         super().__init__()
         self.embedding = embedding
-        self._max_positions = max_positions
+        self.max_positions = max_positions
         self._tables: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         self._longest = 0
 
@@ -50,13 +52,67 @@ class RotaryTable(nn.Module):
         blocks = 1
         while blocks * _BLOCK < self._longest:
             blocks *= 2
-        length = min(blocks * _BLOCK, self._max_positions)
-        parts = [
-            self.embedding(x, torch.arange(first, min(first + _BLOCK, length), device=x.device)[None], *kind, **named)
-            for first in range(0, length, _BLOCK)
-        ]
+        length = min(blocks * _BLOCK, self.max_positions)
+        parts = [self.embedding(x, block.to(x.device), *kind, **named) for block in self.blocks(length)]
         cosines, sines = zip(*parts, strict=True)
         return torch.cat(cosines, 1)[0], torch.cat(sines, 1)[0]
+
+    @staticmethod
+    def blocks(length: int) -> Iterator[torch.Tensor]:
+        """Positions below ``length``, [1, num_tokens], as they are computed together."""
+        for first in range(0, length, _BLOCK):
+            yield torch.arange(first, min(first + _BLOCK, length))[None]
+
+
+@dataclass(frozen=True, slots=True)
+class Frequencies:
+    """What a rotary embedding of one kind computes with."""
+
+    inverse: list[float]
+    """Radians a position, float32, of each pair that is turned."""
+    factor: float
+    """Of cosines and sines (YaRN, long rotary embeddings)."""
+
+
+class FrequencyEmbedding(nn.Module):
+    """A rotary embedding from its frequencies alone; of several kinds where layers tell theirs."""
+
+    def __init__(self, kinds: Mapping[str, Frequencies]) -> None:
+        """``kinds``: under what layers tell the embedding, empty where there is nothing to tell."""
+        super().__init__()
+        self._kinds = {
+            kind: (torch.tensor(frequencies.inverse, dtype=torch.float32), frequencies.factor)
+            for kind, frequencies in kinds.items()
+        }
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, kind: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+        """``(cos, sin)``, each [1, num_tokens, dim] of x's dtype, for position_ids [1, num_tokens]."""
+        inverse, factor = self._kinds[kind]
+        half = position_ids[..., None].float() * inverse
+        angles = torch.cat((half, half), dim=-1)
+        return (angles.cos() * factor).to(x.dtype), (angles.sin() * factor).to(x.dtype)
+
+
+def frequencies_of(table: "RotaryTable", kinds: Collection[str]) -> dict[str, Frequencies] | None:
+    """The frequencies of a model's embedding; None where it is, to the last bit, not what these make of it."""
+    found = {}
+    for kind in kinds:
+        prefix = f"{kind}_" if kind else ""
+        inverse = getattr(table.embedding, f"{prefix}inv_freq", None)
+        if not isinstance(inverse, torch.Tensor):
+            return None
+        factor = float(getattr(table.embedding, f"{prefix}attention_scaling", 1.0))
+        found[kind] = Frequencies(inverse.float().tolist(), factor)
+    return found if _are_alike(table, FrequencyEmbedding(found), kinds) else None
+
+
+def _are_alike(table: "RotaryTable", other: nn.Module, kinds: Collection[str]) -> bool:
+    return all(
+        torch.equal(a, b)
+        for kind in kinds
+        for block in table.blocks(table.max_positions)
+        for a, b in zip(*(each(torch.empty(0), block, *filter(None, [kind])) for each in (table.embedding, other)))
+    )
 
 
 def install_rotary_tables(model: nn.Module, max_positions: int) -> tuple[RotaryTable, ...]:

@@ -4,38 +4,27 @@ The flat batch goes through the model as one sequence of ``num_tokens``; what be
 (`paged_attention.py`).  Logits are computed for the wanted rows only.  Knows nothing about requests or schedules.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
 
 import structlog
 import torch
 from transformers import PreTrainedModel
 
-from helix_gateway.core.kv import KVGroup
-from helix_gateway.core.step import Int32s, LogprobRows, SamplingRows, StepBatch
-from helix_gateway.runtime import paged_attention
+from helix_gateway.core.step import Int32s, StepBatch
+from helix_gateway.runtime import transformers_attention
 from helix_gateway.runtime.context import context_length
 from helix_gateway.runtime.cpu.activations import keep_rows_apart
-from helix_gateway.runtime.cpu.llama import find_llama_step
+from helix_gateway.runtime.cpu.llama import step_of
 from helix_gateway.runtime.cpu.quantising import computing_exactly, dequantise, is_quantised
-from helix_gateway.runtime.device import memory_errors_named
-from helix_gateway.runtime.paged_attention import PagedAttention, PagedLayer
-from helix_gateway.runtime.pages import Arena, GroupLayout
+from helix_gateway.runtime.cpu.structures import parts_of
+from helix_gateway.runtime.paged_runner import AGREED, Compute, ModelPages, PagedRunner, digest_of
 from helix_gateway.runtime.probe import ModelProbe
 from helix_gateway.runtime.remembered import NothingRemembered, Remembered
 from helix_gateway.runtime.rotary import install_rotary_tables
-from helix_gateway.runtime.sampling import make_sampler
-from helix_gateway.runtime.trial import fill_pages, trial_steps
+from helix_gateway.runtime.transformers_attention import PagedLayer, attach
 
 log = structlog.get_logger(__name__)
-
-_AGREED = "compiled_step_agreed"
-
-Compute: TypeAlias = Callable[[StepBatch], torch.Tensor]
-"""A forward: the wanted rows' logits of a batch."""
 
 _AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 0.15}
 """Largest difference between the compiled step's logits and transformers', as a share of the largest logit."""
@@ -51,19 +40,8 @@ _STORED_AGREEMENT = {torch.float32: 0.0, torch.bfloat16: 0.02, torch.int8: 0.02}
 """The same for what keys and values are stored in: a difference in the last bit may round a key the other way."""
 
 
-@dataclass(frozen=True, slots=True)
-class ModelPages:
-    """What one model has of the pool."""
-
-    arena: Arena
-    groups: tuple[GroupLayout, ...]
-    """Its own among those of the arena."""
-    attention: PagedAttention
-    """Of its layers, over those groups."""
-
-
-class TransformersRunner:
-    """`core.protocols.ModelRunner` over a loaded ``ForCausalLM``; `pool.make_runners` makes one.
+class TransformersRunner(PagedRunner):
+    """A runner of a loaded ``ForCausalLM``; `pool.make_runners` makes one.
 
     The model is changed for good: its attention reads the runner's pages, its rotary embeddings become tables,
     and on a CPU its activations keep rows apart.
@@ -78,56 +56,25 @@ class TransformersRunner:
     def __init__(
         self, model: PreTrainedModel, probe: ModelProbe, pages: ModelPages, remembered: Remembered | None = None
     ) -> None:
+        super().__init__(
+            pages,
+            vocab_size=probe.vocab_size,
+            context_length=context_length(model.config),
+            compute=self._through_transformers,
+            remembered=remembered or NothingRemembered(),
+        )
         self._model = model
-        self._pages = pages
-        self.remembered = remembered or NothingRemembered()
-        """What is known of the model, for whoever measures it."""
-        self._device = device = pages.arena.memory.device
+        self.uses = tuple(layer.use for layer in probe.layers)
+        """What each layer does with keys and values."""
         for number, layer in enumerate(probe.layers):
-            paged_attention.attach(layer.module, PagedLayer(pages.attention, number))
-        model.set_attn_implementation(paged_attention.NAME)
-        self.context_length = context_length(model.config)
-        """Tokens that one sequence may have."""
+            attach(layer.module, PagedLayer(pages.attention, number))
+        model.set_attn_implementation(transformers_attention.NAME)
         self._rotary = install_rotary_tables(model, self.context_length)
-        if device.type == "cpu":
+        if self._device.type == "cpu":
             keep_rows_apart(model)
         self._wanted = _WantedRows(_output_embedding(model))
-        self._vocab_size = probe.vocab_size
-        self._sampler = make_sampler(device, self._vocab_size)
-        self._compute: Compute = self._through_transformers
-        if device.type == "cpu":
+        if self._device.type == "cpu":
             self._take_shortcut()
-
-    @property
-    def kv_groups(self) -> Sequence[KVGroup]:
-        """See `ModelRunner`."""
-        return tuple(group.kv_group for group in self._pages.groups)
-
-    @property
-    def num_pages(self) -> int:
-        """See `ModelRunner`."""
-        return self._pages.arena.num_pages
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one page, over all layers."""
-        return self._pages.arena.layout.page_bytes
-
-    @property
-    def vocab_size(self) -> int:
-        """See `ModelRunner`."""
-        return self._vocab_size
-
-    def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
-        """See `ModelRunner`."""
-        with memory_errors_named():
-            self._pages.arena.copy_pages(copies)
-
-    def forward(self, batch: StepBatch) -> torch.Tensor:
-        """Logits [num_rows, vocab_size], float32, on the runner's device."""
-        with memory_errors_named(), torch.inference_mode():
-            self._pages.attention.begin(batch)
-            return self._compute(batch).float()
 
     def _through_transformers(self, batch: StepBatch) -> torch.Tensor:
         for table in self._rotary:
@@ -148,30 +95,34 @@ class TransformersRunner:
         come near it; its compiled step may differ from the modules, row by row, by no more than rounding moved them.
         What agreed at an earlier start, and still answers bit by bit as it did then, agrees.
         """
-        step = find_llama_step(self._model, self._pages.attention, self._rotary)
+        parts = parts_of(self._model, self._rotary[0]) if len(self._rotary) == 1 else None
+        step = None if parts is None else step_of(parts, self._pages.attention)
         if step is None:
             log.info(
                 "no_compiled_step", model=type(self._model).__name__, served_by="transformers' modules, more slowly"
             )
         steps = self._trial_steps()
-        if step is not None and self._takes_as_before(step, steps):
-            return
+        if step is None or not self._takes_as_before(step, steps):
+            self._take_what_agrees(step, steps)
+        self.parts = parts if self._compute is step else None
+
+    def _take_what_agrees(self, step: Compute | None, steps: Sequence[StepBatch]) -> None:
         if is_quantised(self._model):
             self._take_quantised(step, steps)
         elif step is not None:
             difference = partial(_share_of_largest, wanted=self._answers(steps))
             self._agrees("compiled_step_refused", step, steps, difference, _AGREEMENT[self._model.dtype])
         if step is not None and self._compute is step:
-            self.remembered.put(_AGREED, _digest(steps, self._answers(steps)))
+            self.remembered.put(AGREED, digest_of(steps, self._answers(steps)))
 
     def _takes_as_before(self, step: Compute, steps: Sequence[StepBatch]) -> bool:
         """Compute through the step from now on if its answers to the trial are those that were held to the modules."""
-        known = self.remembered.get(_AGREED)
+        known = self.remembered.get(AGREED)
         if known is None:
             return False
         self._compute = step
         try:
-            found = _digest(steps, self._answers(steps))
+            found = digest_of(steps, self._answers(steps))
         except Exception as error:  # noqa: BLE001 - whatever it is, the modules are there to tell
             found = repr(error)
         if found != known:
@@ -214,23 +165,6 @@ class TransformersRunner:
             self._compute = self._through_transformers
         return refused is None
 
-    def _trial_steps(self) -> list[StepBatch]:
-        return trial_steps(self._vocab_size, self.kv_groups, self.num_pages, self.context_length)
-
-    def _answers(self, steps: Sequence[StepBatch]) -> torch.Tensor:
-        fill_pages(self._pages.arena, steps)
-        return torch.cat([self.forward(step) for step in steps])
-
-    def sample(self, logits: torch.Tensor, rows: SamplingRows) -> Int32s:
-        """See `ModelRunner`."""
-        with memory_errors_named(), torch.inference_mode():
-            return self._sampler.sample(logits, rows)
-
-    def logprobs(self, logits: torch.Tensor, logits_index: Int32s, token_ids: Int32s, top: int) -> LogprobRows:
-        """See `ModelRunner`."""
-        with memory_errors_named(), torch.inference_mode():
-            return self._sampler.logprobs(logits, logits_index, token_ids, top)
-
     def _indices(self, numbers: Int32s) -> torch.Tensor:
         return torch.from_numpy(numbers).to(self._device, torch.long)
 
@@ -247,16 +181,6 @@ def _share_of_spread(got: torch.Tensor, wanted: torch.Tensor) -> float:
 def _largest_share_of_spread(got: torch.Tensor, wanted: torch.Tensor) -> float:
     """The same of the row in which it is largest: few rows of a trial are at far positions."""
     return float(((got - wanted).norm(dim=1) / (wanted - wanted.mean(1, keepdim=True)).norm(dim=1)).max())
-
-
-def _digest(steps: Sequence[StepBatch], answers: torch.Tensor) -> str:
-    """A name for what was asked and for every bit of what was answered."""
-    digest = hashlib.sha256(answers.numpy().tobytes())
-    for step in steps:
-        arrays = (step.token_ids, step.positions, step.cu_seqlens, step.context_lens, *step.block_tables)
-        for array in (*arrays, step.logits_rows):
-            digest.update(repr(array.shape).encode() + array.tobytes())
-    return digest.hexdigest()
 
 
 def _output_embedding(model: PreTrainedModel) -> torch.nn.Module:

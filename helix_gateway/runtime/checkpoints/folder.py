@@ -11,10 +11,11 @@ import torch
 
 from helix_gateway.core.errors import ModelLoadError
 from helix_gateway.runtime.checkpoints.layout import CONFIG, read_json, weight_files
+from helix_gateway.runtime.checkpoints.protocol import Parameters
 from helix_gateway.runtime.checkpoints.safetensors_file import SafetensorsTensor, read_safetensors
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 
 class FolderCheckpoint:
@@ -52,7 +53,7 @@ class FolderCheckpoint:
         total_bytes = sum(tensor.nbytes for tensor in tensors)
         return sum(tensor.nbytes for tensor in tensors if tensor.dtype == torch.bfloat16) / max(1, total_bytes)
 
-    def tensors(self, model_class: type["PreTrainedModel"]) -> Mapping[str, SafetensorsTensor]:
+    def tensors(self, parameters: Parameters) -> Mapping[str, SafetensorsTensor]:
         """Return the tensors of all shards, named as they are stored; transformers knows older names."""
         return self._read()
 

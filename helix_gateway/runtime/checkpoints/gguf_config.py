@@ -6,7 +6,7 @@ themselves llama, and are the same computation.  Knows nothing about how tensors
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -65,8 +65,23 @@ class Metadata:
         return name in self.file.tensors
 
 
-def gguf_config(file: GGUFFile) -> "PreTrainedConfig":
-    """Return the transformers configuration of the model in a GGUF file.
+@dataclass(frozen=True, slots=True)
+class DescribedConfig:
+    """A transformers configuration as its metadata describes it, not made yet."""
+
+    class_name: str
+    fields: Mapping[str, Any]
+
+    def config(self) -> "PreTrainedConfig":
+        """Make it."""
+        import transformers
+
+        config: PreTrainedConfig = getattr(transformers, self.class_name)(**self.fields)
+        return config
+
+
+def describe_config(file: GGUFFile) -> DescribedConfig:
+    """What the transformers configuration of the model in a GGUF file is.
 
     Raises:
         ModelLoadError: the architecture is not served, or the metadata is incomplete.
@@ -74,12 +89,7 @@ def gguf_config(file: GGUFFile) -> "PreTrainedConfig":
     metadata = Metadata(file)
     family = _family(metadata)
     _refuse_variants(metadata)
-    import transformers
-
-    config: PreTrainedConfig = getattr(transformers, family.config_class)(
-        **_common(metadata), **family.own_fields(metadata)
-    )
-    return config
+    return DescribedConfig(family.config_class, _common(metadata) | family.own_fields(metadata))
 
 
 @dataclass(frozen=True, slots=True)

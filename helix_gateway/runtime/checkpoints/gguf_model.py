@@ -6,18 +6,18 @@ Knows nothing about how weights get into the model.
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gguf
-import torch
 
 from helix_gateway.core.errors import ModelLoadError
-from helix_gateway.runtime.checkpoints.gguf_config import Metadata, gguf_config
+from helix_gateway.runtime.checkpoints.gguf_config import Metadata, describe_config
 from helix_gateway.runtime.checkpoints.gguf_file import GGUFFile
 from helix_gateway.runtime.checkpoints.gguf_tensors import GGUFTensor, Restore, unpermute, unshift
+from helix_gateway.runtime.checkpoints.protocol import Parameters
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 _NOT_PARAMETERS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _SHIFTED_NORMS = ("gemma2", "gemma3")
@@ -29,11 +29,11 @@ class GGUFCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self._file = GGUFFile(path)
-        self._config = gguf_config(self._file)
+        self._described = describe_config(self._file)
 
     def config(self) -> "PreTrainedConfig":
         """Return the configuration that the metadata describes."""
-        return self._config
+        return self._described.config()
 
     def bfloat16_share(self) -> float:
         """Return the share of bfloat16 in the weights' bytes."""
@@ -42,20 +42,18 @@ class GGUFCheckpoint:
         kind = gguf.GGMLQuantizationType.BF16
         return sum(info.nbytes for info in infos if info.type == kind) / max(1, total_bytes)
 
-    def tensors(self, model_class: type["PreTrainedModel"]) -> Mapping[str, GGUFTensor]:
+    def tensors(self, parameters: Parameters) -> Mapping[str, GGUFTensor]:
         """Return what the file holds for each parameter of the model, dequantised when read.
 
         Raises:
             ModelLoadError: the file holds tensors that the model has no parameter for.
         """
-        with torch.device("meta"):
-            parameters = list(model_class(self._config).state_dict())
-        return _weights(self._file, self._config, parameters)
+        return _weights(self._file, self._described.fields, parameters())
 
 
-def _weights(file: GGUFFile, config: "PreTrainedConfig", parameters: Iterable[str]) -> dict[str, GGUFTensor]:
+def _weights(file: GGUFFile, config: Mapping[str, Any], parameters: Iterable[str]) -> dict[str, GGUFTensor]:
     architecture = Metadata(file).architecture
-    names = _tensor_names(architecture, config.num_hidden_layers, parameters)
+    names = _tensor_names(architecture, config["num_hidden_layers"], parameters)
     found = {parameter: file.tensors[name] for parameter, name in names.items() if name in file.tensors}
     _refuse_unknown(file, {info.name for info in found.values()})
     return {
@@ -78,11 +76,11 @@ def _refuse_unknown(file: GGUFFile, used: set[str]) -> None:
         raise ModelLoadError(f"{file.path} holds {len(unknown)} tensors that its architecture has no use for: {shown}.")
 
 
-def _restorer(architecture: str, parameter: str, config: "PreTrainedConfig") -> Restore | None:
+def _restorer(architecture: str, parameter: str, config: Mapping[str, Any]) -> Restore | None:
     if architecture == "llama" and ".q_proj." in parameter:
-        return unpermute(config.num_attention_heads)
+        return unpermute(config["num_attention_heads"])
     if architecture == "llama" and ".k_proj." in parameter:
-        return unpermute(config.num_key_value_heads)
+        return unpermute(config["num_key_value_heads"])
     if architecture in _SHIFTED_NORMS and parameter.endswith("norm.weight"):
         return unshift
     return None

@@ -1,14 +1,14 @@
 """What loading asks of a model's files, whatever their format."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 
 class Blocks(NamedTuple):
@@ -17,6 +17,10 @@ class Blocks(NamedTuple):
     kind: Literal["Q4_0", "Q4_1", "Q8_0"]
     numbers: npt.NDArray[np.uint8]
     """[rows, blocks of a row, bytes of a block]"""
+
+
+Parameters: TypeAlias = Callable[[], Iterable[str]]
+"""Finds out how transformers names a model's parameters, which takes the model."""
 
 
 class StoredTensor(Protocol):
@@ -51,5 +55,9 @@ class Checkpoint(Protocol):
     def bfloat16_share(self) -> float:
         """Return how much of the weights, by bytes, is stored in bfloat16: 0 to 1."""
 
-    def tensors(self, model_class: type["PreTrainedModel"]) -> Mapping[str, StoredTensor]:
-        """Return the stored tensors by the names that transformers (or an older release of it) gives them."""
+    def tensors(self, parameters: Parameters) -> Mapping[str, StoredTensor]:
+        """Return the stored tensors by the names that transformers (or an older release of it) gives them.
+
+        Args:
+            parameters: the names of the model's, should it be of interest.
+        """

@@ -1,6 +1,6 @@
 """Finds the compiled step of a model, and runs a whole step of a Llama's float weights through `layers.py`.
 
-Which models there are steps for, `structures.py` tells: in float those that have nothing which the first Llama lacks,
+There are steps for models of `parts.py`'s parts: in float those that have nothing which the first Llama lacks,
 quantised its relatives too (`quantised_llama.py`).  The compiled step must then agree with transformers' forward on some
 tokens.  What does not fit, or does not agree, is served through transformers' modules as before.
 """
@@ -18,8 +18,8 @@ from helix_gateway.runtime.cpu.attention import ACTIVATIONS, CpuPagedAttention
 from helix_gateway.runtime.cpu.layers import FIELDS, Angles, Scratch, Weights, compiled_layers, norm_row
 from helix_gateway.runtime.cpu.linear import FloatWeight, PackedLinear
 from helix_gateway.runtime.cpu.packed import PackedWeight
+from helix_gateway.runtime.cpu.parts import LayerParts, Parts
 from helix_gateway.runtime.cpu.products import host_shape
-from helix_gateway.runtime.cpu.structures import Structure, norm_weight, norms_of, products_of, structure_of
 from helix_gateway.runtime.cpu.threads import configure_threads
 from helix_gateway.runtime.cpu.weight_memory import WeightMemory
 from helix_gateway.runtime.heap import return_freed_blocks
@@ -35,38 +35,38 @@ class LlamaStep:
     """The forward of a Llama-like model over the pages of its attention.
 
     Args:
-        model: a transformers ``ForCausalLM`` whose structure is plain; its layers' weights are joined in place.
-        structure: of the model.
+        parts: the model, whose structure is plain; its layers' weights are joined in place.
         attention: the runner's.
-        rotary: the table that the model's rotary embedding has become.
     """
 
-    def __init__(self, model: Any, structure: Structure, attention: CpuPagedAttention, rotary: RotaryTable) -> None:
-        base = model.base_model
+    def __init__(self, parts: Parts, attention: CpuPagedAttention) -> None:
+        structure = parts.structure
         self._attention = attention
-        self._tables = AngleTables(rotary, structure.rotary_kinds)
-        self._embedding: nn.Module = base.embed_tokens
-        self._head: PackedLinear = model.get_output_embeddings()
-        self._dtype: torch.dtype = self._head.weight_tiles.dtype
-        self._norm = norm_weight(base.norm).numpy()
+        self._tables = AngleTables(parts.rotary, structure.rotary_kinds)
+        self._embedding: nn.Module = parts.embedding
+        self._head: PackedLinear = parts.head
+        weight = self._head.weight_tiles
+        assert isinstance(weight, FloatWeight)
+        self._dtype: torch.dtype = weight.dtype
+        self._norm = parts.norm.numpy()
         self._eps = np.float32(structure.eps)
         self._kept: list[torch.Tensor] = []
         """Memory that the compiled step knows by address only."""
-        layers = np.array([self._describe(layer) for layer in base.layers], np.int64)
+        layers = np.array([self._describe(layer) for layer in parts.layers], np.int64)
         return_freed_blocks()
-        first = base.layers[0]
         sizes = np.array(
-            [[parts[0].in_features, sum(part.out_features for part in parts)] for parts in products_of(first)], np.int64
+            [[joined[0].in_features, sum(part.out_features for part in joined)] for joined in parts.layers[0].products],
+            np.int64,
         )
         self._weights = Weights(layers, sizes, structure.scaling, self._eps)
         attention.link(self._dtype)
-        self._run = compiled_layers(self._head.weight_tiles.bits, host_shape())
+        self._run = compiled_layers(weight.bits, host_shape())
 
-    def _describe(self, layer: Any) -> list[int]:
+    def _describe(self, layer: LayerParts) -> list[int]:
         fields = []
-        for parts in products_of(layer):
+        for parts in layer.products:
             fields += [join_tiles(parts).data_ptr(), self._keep(torch.cat([part.bias_values for part in parts]))]
-        fields += [self._keep(norm_weight(norm).contiguous()) for norm in norms_of(layer)[:2]]
+        fields += [self._keep(norm.contiguous()) for norm in layer.norms[:2] if norm is not None]
         assert len(fields) == FIELDS
         return fields
 
@@ -126,26 +126,21 @@ def _stacked(tables: Sequence[torch.Tensor]) -> np.ndarray[Any, np.dtype[np.floa
     return (tables[0][None] if len(tables) == 1 else torch.stack(list(tables))).numpy()
 
 
-def find_llama_step(
-    model: Any, attention: object, rotary: Sequence[RotaryTable]
-) -> Callable[[StepBatch], torch.Tensor] | None:
-    """The compiled step of a model whose structure it fits, else None."""
-    if not isinstance(attention, CpuPagedAttention) or len(rotary) != 1:
+def step_of(parts: Parts, attention: object) -> Callable[[StepBatch], torch.Tensor] | None:
+    """The compiled step that fits a model of these parts over such pages, else None."""
+    if not isinstance(attention, CpuPagedAttention):
         return None
-    structure = structure_of(model, rotary[0])
-    if structure is None:
-        return None
-    if isinstance(model.get_output_embeddings().weight_tiles, FloatWeight):
-        return LlamaStep(model, structure, attention, rotary[0]) if _is_plain(model, structure, attention) else None
+    if isinstance(parts.head.weight_tiles, FloatWeight):
+        return LlamaStep(parts, attention) if _is_plain(parts, attention) else None
     from helix_gateway.runtime.cpu.quantised_llama import QuantisedLlamaStep, is_quantised_alike
 
-    return QuantisedLlamaStep(model, structure, attention, rotary[0]) if is_quantised_alike(model) else None
+    return QuantisedLlamaStep(parts, attention) if is_quantised_alike(parts) else None
 
 
-def _is_plain(model: Any, structure: Structure, attention: CpuPagedAttention) -> bool:
+def _is_plain(parts: Parts, attention: CpuPagedAttention) -> bool:
     """Whether there is nothing in a model that `layers.py` does not compute."""
-    before, others = norms_of(model.base_model.layers[0])[:2], norms_of(model.base_model.layers[0])[2:]
-    return structure.is_plain and attention.is_uniform and all(before) and not any(others)
+    norms = [weight is not None for weight in parts.layers[0].norms]
+    return parts.structure.is_plain and attention.is_uniform and all(norms[:2]) and not any(norms[2:])
 
 
 def join_tiles(parts: Sequence[PackedLinear], memory: WeightMemory | None = None) -> torch.Tensor:

@@ -3,7 +3,7 @@
 Which models those are, `structures.py` says.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from helix_gateway.runtime.cpu.attention import CpuPagedAttention
 from helix_gateway.runtime.cpu.layers import Angles
 from helix_gateway.runtime.cpu.linear import PackedEmbedding, PackedLinear
 from helix_gateway.runtime.cpu.llama import AngleTables, join_tiles
+from helix_gateway.runtime.cpu.parts import LayerParts, Parts
 from helix_gateway.runtime.cpu.quantised_products import tile_kernel
 from helix_gateway.runtime.cpu.quantised_rows import num_groups, record_bytes
 from helix_gateway.runtime.cpu.quantised_step import (
@@ -27,24 +28,22 @@ from helix_gateway.runtime.cpu.quantised_step import (
     run_step,
 )
 from helix_gateway.runtime.cpu.quantised_weights import QuantisedWeight
-from helix_gateway.runtime.cpu.structures import Structure, norm_weight, norms_of, products_of
 from helix_gateway.runtime.cpu.threads import configure_threads
 from helix_gateway.runtime.cpu.weight_memory import WeightMemory, room_for
 from helix_gateway.runtime.cpu.work_sharing import new_counts
 from helix_gateway.runtime.heap import return_freed_blocks
 from helix_gateway.runtime.pages import Int64s
-from helix_gateway.runtime.rotary import RotaryTable
 
 
-def is_quantised_alike(model: Any) -> bool:
+def is_quantised_alike(parts: Parts) -> bool:
     """Whether a Llama-like model's matrices are all quantised, and those that are joined in one format."""
-    parts = [part for layer in model.base_model.layers for part in products_of(layer)]
-    joined = [[part.weight_tiles for part in together] for together in (*parts, (model.get_output_embeddings(),))]
+    products = [together for layer in parts.layers for together in layer.products]
+    joined = [[part.weight_tiles for part in together] for together in (*products, (parts.head,))]
     alike = all(isinstance(weight, QuantisedWeight) for weights in joined for weight in weights)
     return (
         alike
         and all(len({type(weight) for weight in weights}) == 1 for weights in joined)
-        and isinstance(model.base_model.embed_tokens, PackedEmbedding)
+        and isinstance(parts.embedding, PackedEmbedding)
     )
 
 
@@ -52,30 +51,29 @@ class QuantisedLlamaStep:
     """The forward of a quantised Llama-like model over the pages of its attention.
 
     Args:
-        model: a transformers ``ForCausalLM`` that is Llama-like and quantised; its layers' weights are joined in place.
-        structure: of the model.
+        parts: the model, quantised alike; its layers' weights are joined in place.
         attention: the runner's.
-        rotary: the table that the model's rotary embedding has become.
     """
 
-    def __init__(self, model: Any, structure: Structure, attention: CpuPagedAttention, rotary: RotaryTable) -> None:
-        base, head = model.base_model, model.get_output_embeddings()
+    def __init__(self, parts: Parts, attention: CpuPagedAttention) -> None:
+        structure, head, embedding = parts.structure, parts.head, parts.embedding
+        assert isinstance(embedding, PackedEmbedding)
         self._attention, self._structure = attention, structure
-        self._tables = AngleTables(rotary, structure.rotary_kinds)
+        self._tables = AngleTables(parts.rotary, structure.rotary_kinds)
         self._kept: list[torch.Tensor] = []
         """Memory that the compiled step knows by address only."""
-        matrices = [parts for layer in base.layers for parts in products_of(layer)]
+        matrices = [together for layer in parts.layers for together in layer.products]
         # No list of what is moved: each is let go as soon as it lies in its new place.
         self._weights = WeightMemory(
-            sum(room_for(part.weight_tiles.tiles) for parts in (*matrices, (head,)) for part in parts)
+            sum(room_for(part.weight_tiles.tiles) for together in (*matrices, (head,)) for part in together)
         )
-        layers = np.array([self._describe(base.layers, number) for number in range(len(base.layers))], np.int64)
-        last = self._describe_head(base, head)
+        layers = np.array([self._describe(parts.layers, number) for number in range(len(parts.layers))], np.int64)
+        last = self._describe_head(parts)
         return_freed_blocks()
         self._model = Model(
             layers,
             # After the head has been moved, which may be the same matrix.
-            np.array([*base.embed_tokens.weight_tiles.operand, 0], np.int64),
+            np.array([*_quantised(embedding).operand, 0], np.int64),
             last,
             tile_kernel(),
             structure.activation,
@@ -86,35 +84,35 @@ class QuantisedLlamaStep:
             np.float32(structure.embedding),
             np.float32(structure.logits_softcap),
         )
-        self._memory = _Memory(base.layers[0], head)
+        self._memory = _Memory(parts.layers[0], head)
 
-    def _describe(self, layers: Any, number: int) -> list[int]:
-        layer, norms = layers[number], norms_of(layers[number])
-        before = None if number == 0 else norms_of(layers[number - 1]).after_mlp
-        fields = [field for parts in products_of(layer) for field in self._matrix(parts)]
+    def _describe(self, layers: Sequence[LayerParts], number: int) -> list[int]:
+        norms = layers[number].norms
+        before = None if number == 0 else layers[number - 1].norms.after_mlp
+        fields = [field for together in layers[number].products for field in self._matrix(together)]
         fields += [self._norm(norm, self._structure.residual) for norm in (before, norms.after_attention)]
         fields += [self._norm(norm) for norm in (norms.before_attention, norms.before_mlp)]
         for norm in (norms.query, norms.key):
-            fields += [self._norm(norm), 0 if norm is None else norm.weight.numel()]  # type: ignore[operator]
+            fields += [self._norm(norm), 0 if norm is None else norm.numel()]
         fields += [self._attention.plan_of[number], self._tables.kind_of[number]]
         assert len(fields) == FIELDS
         return fields
 
-    def _describe_head(self, base: Any, head: PackedLinear) -> Int64s:
+    def _describe_head(self, parts: Parts) -> Int64s:
         fields = np.zeros(FIELDS, np.int64)
-        fields[:MATRIX_FIELDS] = self._matrix((head,))
-        fields[CHANGE_NORMS] = self._norm(norms_of(base.layers[-1]).after_mlp, self._structure.residual)
-        fields[NORMS] = self._norm(base.norm, self._structure.logits)
+        fields[:MATRIX_FIELDS] = self._matrix((parts.head,))
+        fields[CHANGE_NORMS] = self._norm(parts.layers[-1].norms.after_mlp, self._structure.residual)
+        fields[NORMS] = self._norm(parts.norm, self._structure.logits)
         return fields
 
-    def _norm(self, norm: Any, factor: float = 1.0) -> int:
+    def _norm(self, norm: torch.Tensor | None, factor: float = 1.0) -> int:
         """The address of a norm's weights, each times a factor that follows it; 0 where there is no norm."""
-        return 0 if norm is None else self._keep((norm_weight(norm) * factor).contiguous())
+        return 0 if norm is None else self._keep((norm * factor).contiguous())
 
     def _matrix(self, parts: tuple[PackedLinear, ...]) -> list[int]:
         """The fields of a matrix, that of some linear layers joined."""
         tiles = self._kept_tensor(join_tiles(parts, self._weights))
-        kind, _, tile_bytes, groups, _ = parts[0].weight_tiles.operand  # type: ignore[attr-defined]
+        kind, _, tile_bytes, groups, _ = _quantised(parts[0]).operand
         bias = self._keep(torch.cat([part.bias_values for part in parts]))
         return [kind, tiles.data_ptr(), tile_bytes, groups, sum(part.out_features for part in parts), bias]
 
@@ -140,11 +138,17 @@ class QuantisedLlamaStep:
         return self._tables.reaching(longest)
 
 
+def _quantised(part: PackedLinear | PackedEmbedding) -> QuantisedWeight:
+    weight = part.weight_tiles
+    assert isinstance(weight, QuantisedWeight)
+    return weight
+
+
 class _Memory:
     """The scratch of a model's steps, kept from step to step and made anew only for more rows than ever before."""
 
-    def __init__(self, layer: Any, head: PackedLinear) -> None:
-        qkv, out, gate_up, down = products_of(layer)
+    def __init__(self, layer: LayerParts, head: PackedLinear) -> None:
+        qkv, out, gate_up, down = layer.products
         self._width = out[0].out_features
         self._attended = out[0].in_features
         self._most = max(sum(part.out_features for part in parts) for parts in (qkv, out, gate_up))

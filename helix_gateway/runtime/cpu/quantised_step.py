@@ -19,6 +19,7 @@ from helix_gateway.runtime.cpu.attention_shape import GROUP, KEY_DIM, KV_HEADS, 
 from helix_gateway.runtime.cpu.emitter import F32_BYTES
 from helix_gateway.runtime.cpu.layers import UniformPages, place_rows
 from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS
+from helix_gateway.runtime.cpu.parts import GELU, UNCAPPED
 from helix_gateway.runtime.cpu.quantised_kernels import GROUP_INPUTS
 from helix_gateway.runtime.cpu.quantised_products import multiply_tiles, read_row
 from helix_gateway.runtime.cpu.quantised_rows import (
@@ -29,7 +30,6 @@ from helix_gateway.runtime.cpu.quantised_rows import (
     quantise_row,
     sum_rows,
 )
-from helix_gateway.runtime.cpu.structures import GELU, UNCAPPED
 from helix_gateway.runtime.cpu.work_sharing import finish_stage, take_share
 from helix_gateway.runtime.pages import Int64s
 

@@ -7,36 +7,18 @@ tokens is made of gets eight bits also where layers get four: it is read a row a
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
-import structlog
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from helix_gateway.runtime.checkpoints.protocol import Blocks
-from helix_gateway.runtime.cpu.linear import (
-    Holder,
-    PackedEmbedding,
-    PackedLinear,
-    is_holder,
-    matrices,
-    pack_weight,
-    replace_modules,
-    stand_ins,
-)
+from helix_gateway.runtime.cpu.linear import PackedEmbedding, PackedLinear, pack_weight
 from helix_gateway.runtime.cpu.packed import PackedWeight
-from helix_gateway.runtime.cpu.quantised_weights import (
-    Int4Weight,
-    Int8Weight,
-    QuantisedWeight,
-)
+from helix_gateway.runtime.cpu.packing import Holder, is_holder, matrices, replace_modules, stand_ins
+from helix_gateway.runtime.cpu.quantised_weights import QuantisedWeight
+from helix_gateway.runtime.cpu.reading import Quantisation, of_table, quantised, read_quantised
 from helix_gateway.runtime.promises import Promises
-
-log = structlog.get_logger(__name__)
-
-Quantisation = Literal["file", "int8", "int4"]
-"""``file``: a GGUF's own blocks where there are kernels that hold their numbers, else ``int8``."""
 
 
 def quantise_model(model: Any, quantisation: Quantisation, promises: Promises) -> None:
@@ -65,30 +47,16 @@ def quantise_model(model: Any, quantisation: Quantisation, promises: Promises) -
 def _kind_for(holders: list[Holder], model: Any, quantisation: Quantisation) -> Quantisation:
     head = model.get_output_embeddings()
     is_table = any(module is head or isinstance(module, nn.Embedding) for module in holders)
-    return "int8" if is_table and quantisation == "int4" else quantisation
+    return of_table(quantisation) if is_table else quantisation
 
 
 def _quantised(holders: list[Holder], quantisation: Quantisation, promises: Promises) -> QuantisedWeight:
     parameter = holders[0].weight.detach()
-    stored = promises.stored(parameter)
-    if stored is not None:
-        blocks = stored.blocks() if quantisation == "file" and type(holders[0]) is not Conv1D else None
-        packed = None if blocks is None else _from_blocks(blocks)
-        if packed is not None:
-            return packed
-        parameter = stored.read(None)
-    matrix: torch.Tensor = parameter.T if type(holders[0]) is Conv1D else parameter
-    return (Int4Weight if quantisation == "int4" else Int8Weight).from_float(matrix)
-
-
-def _from_blocks(blocks: Blocks) -> QuantisedWeight | None:
-    """The very numbers of a matrix's blocks; None, and a line in the log, where no packed form holds them."""
-    try:
-        return (Int8Weight if blocks.kind == "Q8_0" else Int4Weight).from_blocks(blocks.numbers)
-    except ValueError as error:
-        channels, groups, _ = blocks.numbers.shape
-        log.warning("blocks_quantised_to_int8", stored=blocks.kind, channels=channels, groups=groups, reason=str(error))
-        return None
+    stored, is_turned = promises.stored(parameter), type(holders[0]) is Conv1D
+    if stored is not None and not is_turned:
+        return read_quantised(stored, quantisation)
+    matrix = parameter if stored is None else stored.read(None)
+    return quantised(matrix.T if is_turned else matrix, quantisation)
 
 
 class _Exact(PackedWeight):

@@ -1,4 +1,4 @@
-"""What a Llama and its relatives are made of, as data: which parts a layer has, and the factors that a model has for all.
+"""Finds out whether a model's modules are those of a Llama or a relative, and what it is made of (`parts.py`).
 
 Found by structure, not by name: a layer must have the parts of one of these families, all packed and alike, and their code
 must be, line for line, that of transformers' own family, since equal parts can be put to other uses (rotary in other pairs,
@@ -9,7 +9,6 @@ or steps, nor about how a packed layer multiplies.
 
 import inspect
 import sys
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -20,15 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from helix_gateway.runtime.cpu.emitter import LANES
 from helix_gateway.runtime.cpu.linear import PackedLinear
 from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS
+from helix_gateway.runtime.cpu.parts import GELU, SILU, UNCAPPED, LayerNorms, LayerParts, Parts, Structure
 from helix_gateway.runtime.rotary import RotaryTable
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "olmo2", "granite")
 """Those whose layers are known, by their model type."""
-SILU, GELU = range(2)
-"""Activations of the gate; GELU is the one by tanh."""
-UNCAPPED = float("inf")
-"""What a softcap that caps nothing is."""
-
 # Which norms stand before attention, before the MLP, after attention and after the MLP, by the norms that a layer has.
 _NORMS: dict[frozenset[str], tuple[str | None, str | None, str | None, str | None]] = {
     frozenset(names for names in places if names is not None): places
@@ -51,47 +46,34 @@ _ATTENTION_PARTS = (
 _MLP_PARTS = ({"gate_proj", "up_proj", "down_proj", "act_fn"}, {"gate_up_proj", "down_proj", "activation_fn"})
 
 
-class LayerNorms(NamedTuple):
-    """A layer's norms, None where it has none; those after attention and MLP norm what goes into the residual stream."""
+class NormModules(NamedTuple):
+    """The modules of `parts.LayerNorms`."""
 
     before_attention: nn.Module | None
     before_mlp: nn.Module | None
     after_attention: nn.Module | None
     after_mlp: nn.Module | None
     query: nn.Module | None
-    """Of each head, or of all heads together: its weight is as long as what it norms."""
     key: nn.Module | None
 
 
-@dataclass(frozen=True, slots=True)
-class Structure:
-    """What all layers of a model have in common, and what happens before the first and after the last."""
+def parts_of(model: Any, rotary: RotaryTable) -> Parts | None:
+    """What a model of packed linear layers is made of; None where it is no relative of Llama's.
 
-    scaling: float
-    """Factor of attention's scores."""
-    softcap: float
-    """Of attention's scores, `UNCAPPED` where there is none."""
-    eps: float
-    """Of all norms."""
-    activation: int
-    """`SILU` or `GELU`."""
-    residual: float
-    """Factor of what attention and MLP add to the residual stream."""
-    embedding: float
-    """Factor of the embedding's rows."""
-    logits: float
-    """Factor of the logits."""
-    logits_softcap: float
-    """Of the logits, `UNCAPPED` where there is none."""
-    rotary_kinds: tuple[str, ...]
-    """What each layer tells the rotary embedding, where it has several tables; else empty."""
+    Args:
+        model: a transformers ``ForCausalLM``.
+        rotary: the table that its rotary embedding has become.
+    """
+    structure = structure_of(model, rotary)
+    if structure is None:
+        return None
+    base = model.base_model
+    layers = [LayerParts(products_of(layer), _norm_weights(layer)) for layer in base.layers]
+    return Parts(structure, base.embed_tokens, layers, norm_weight(base.norm), model.get_output_embeddings(), rotary)
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether there is nothing in it that Llama's first version lacks."""
-        factors, caps = (self.residual, self.embedding, self.logits), (self.softcap, self.logits_softcap)
-        is_first = factors == (1.0, 1.0, 1.0) and caps == (UNCAPPED, UNCAPPED)
-        return is_first and self.activation == SILU and not any(self.rotary_kinds)
+
+def _norm_weights(layer: Any) -> LayerNorms:
+    return LayerNorms(*(None if norm is None else norm_weight(norm) for norm in norms_of(layer)))
 
 
 def structure_of(model: Any, rotary: RotaryTable) -> Structure | None:
@@ -142,18 +124,23 @@ def products_of(layer: Any) -> tuple[tuple[PackedLinear, ...], ...]:
     )
 
 
-def norms_of(layer: Any) -> LayerNorms:
+def norms_of(layer: Any) -> NormModules:
     """The norms of a layer."""
     names = _NORMS[frozenset(_parts(layer) - {"self_attn", "mlp"})]
     norms: list[nn.Module | None] = [None if name is None else getattr(layer, name) for name in names]
     query, key = (getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm"))
-    return LayerNorms(norms[0], norms[1], norms[2], norms[3], query, key)
+    return NormModules(norms[0], norms[1], norms[2], norms[3], query, key)
 
 
 def norm_weight(norm: Any) -> torch.Tensor:
     """float32, what a norm multiplies by; Gemma's, which say ``eps``, keep what is added to one."""
     weight: torch.Tensor = norm.weight.detach().float()
-    return weight if hasattr(norm, "variance_epsilon") else 1.0 + weight
+    return 1.0 + weight if adds_one(norm) else weight
+
+
+def adds_one(norm: Any) -> bool:
+    """Whether a norm keeps what is added to one."""
+    return not hasattr(norm, "variance_epsilon")
 
 
 def norm_eps(norm: Any) -> float:

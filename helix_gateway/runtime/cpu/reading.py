@@ -1,0 +1,48 @@
+"""Packed matrices from what a checkpoint stores: quantised, where a GGUF's blocks can be taken as they are, or in float.
+
+Knows nothing about models, nor about which matrix is whose.
+"""
+
+from typing import Literal
+
+import structlog
+import torch
+
+from helix_gateway.runtime.checkpoints.protocol import Blocks, StoredTensor
+from helix_gateway.runtime.cpu.quantised_weights import Int4Weight, Int8Weight, QuantisedWeight
+
+log = structlog.get_logger(__name__)
+
+Quantisation = Literal["file", "int8", "int4"]
+"""``file``: a GGUF's own blocks where there are kernels that hold their numbers, else ``int8``."""
+
+
+def of_table(quantisation: Quantisation) -> Quantisation:
+    """How an output embedding or a table of tokens is quantised: read a row at a time, or deciding between tokens."""
+    return "int8" if quantisation == "int4" else quantisation
+
+
+def read_quantised(stored: StoredTensor, quantisation: Quantisation) -> QuantisedWeight:
+    """A stored matrix [channels, inputs], quantised.
+
+    Raises:
+        ModelLoadError: it cannot be read.
+    """
+    blocks = stored.blocks() if quantisation == "file" else None
+    packed = None if blocks is None else _from_blocks(blocks)
+    return quantised(stored.read(None), quantisation) if packed is None else packed
+
+
+def quantised(matrix: torch.Tensor, quantisation: Quantisation) -> QuantisedWeight:
+    """A matrix [channels, inputs], quantised."""
+    return (Int4Weight if quantisation == "int4" else Int8Weight).from_float(matrix)
+
+
+def _from_blocks(blocks: Blocks) -> QuantisedWeight | None:
+    """The very numbers of a matrix's blocks; None, and a line in the log, where no packed form holds them."""
+    try:
+        return (Int8Weight if blocks.kind == "Q8_0" else Int4Weight).from_blocks(blocks.numbers)
+    except ValueError as error:
+        channels, groups, _ = blocks.numbers.shape
+        log.warning("blocks_quantised_to_int8", stored=blocks.kind, channels=channels, groups=groups, reason=str(error))
+        return None
