@@ -61,11 +61,9 @@ async def _receive(request: web.Request, limit: int) -> tuple[list[bytes], int]:
     size = request.content_length or 0
     if size <= limit:
         size = 0
-        async for piece in request.content.iter_any():
+        while size <= limit and (piece := await request.content.readany()):
             pieces.append(piece)
             size += len(piece)
-            if size > limit:
-                break
     if size > limit:
         raise ApiError.too_large(limit)
     return pieces, size

@@ -114,15 +114,15 @@ def bare_path(request: web.Request) -> str:
 @web.middleware
 async def shape_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turn whatever a handler raises into OpenAI's error body."""
-    context, settings = context_of(request), settings_of(request)
     try:
         return await handler(request)
     except web.HTTPNotFound:
         api_error = _no_route(request)
-        context.note_error(api_error, api_error)
+        context_of(request).note_error(api_error, api_error)
         return api_error.response()
     except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer and the log the rest
-        api_error = to_api_error(error, request_id=context.request_id, retry_after_s=settings.retry_after_s)
+        context, retry_after_s = context_of(request), settings_of(request).retry_after_s
+        api_error = to_api_error(error, request_id=context.request_id, retry_after_s=retry_after_s)
         context.note_error(error, api_error)
         return api_error.response()
 

@@ -126,8 +126,11 @@ def attach_context(request: web.Request, context: RequestContext) -> None:
 
 def context_of(request: web.BaseRequest) -> RequestContext:
     """The request's context; a fresh one where aiohttp answers by itself before any middleware runs."""
-    context: RequestContext | None = request.get(_CONTEXT)
-    return RequestContext(new_request_id()) if context is None else context
+    try:
+        context: RequestContext = request[_CONTEXT]
+    except KeyError:
+        return RequestContext(new_request_id())
+    return context
 
 
 def new_request_id() -> str:

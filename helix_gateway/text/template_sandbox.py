@@ -24,7 +24,10 @@ def compile_template(source: str) -> Template:
     Raises:
         jinja2.TemplateError: it is none.
     """
-    return _environment().from_string(source)
+    template = _environment().from_string(source)
+    # Jinja makes a chain of maps of them, and goes through it name by name in Python each time it renders.
+    template.globals = dict(template.globals)
+    return template
 
 
 @cache

@@ -72,11 +72,12 @@ class Tokenizer:
     @property
     def _fast_path(self) -> TiktokenFastPath | None:
         # Proving it takes the better part of a second, and whoever only decodes never needs it.
-        with self._proof:
-            if self._unproven is not None:
-                self._proven_fast_path = find_fast_path(self._unproven)
-                self._unproven = None
-            return self._proven_fast_path
+        if self._unproven is not None:
+            with self._proof:
+                if self._unproven is not None:
+                    self._proven_fast_path = find_fast_path(self._unproven)
+                    self._unproven = None
+        return self._proven_fast_path
 
     @property
     def token_bytes_table(self) -> TokenBytes | None:

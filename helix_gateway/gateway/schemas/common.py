@@ -87,13 +87,7 @@ class WireModel(BaseModel):
         set_by_client = self.model_fields_set
         # What the client did not send holds nothing unknown.
         sent = [name for name in _fields_of_objects(type(self)) if name in set_by_client]
-        return list(dict.fromkeys(path for name in sent for path in self._unknown_in(name))) if sent else []
-
-    def _unknown_in(self, name: str) -> list[str]:
-        value = getattr(self, name)
-        prefix, items = (f"{name}[]", value) if isinstance(value, list) else (name, [value])
-        objects = [item for item in items if isinstance(item, WireModel)]
-        return [f"{prefix}.{path}" for item in objects for path in item.unknown_here()]
+        return list(dict.fromkeys(path for name in sent for path in _unknown_in(name, getattr(self, name))))
 
     def overruled(self) -> list[str]:
         """Known fields that had to give way to others of this request."""
@@ -103,6 +97,16 @@ class WireModel(BaseModel):
         """Unknown fields of this object and of those in it."""
         own = [name for name in self.model_extra or () if name not in self.inert_fields]
         return own + self.unknown_below()
+
+
+def _unknown_in(name: str, value: Any) -> list[str]:
+    """The paths of what is unknown in a field's value."""
+    if isinstance(value, WireModel):
+        return [f"{name}.{path}" for path in value.unknown_here()]
+    if isinstance(value, list):
+        objects = [item for item in value if isinstance(item, WireModel)]
+        return [f"{name}[].{path}" for item in objects for path in item.unknown_here()]
+    return []
 
 
 @lru_cache
