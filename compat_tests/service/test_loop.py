@@ -31,6 +31,9 @@ class ToyHost:
     def check_accounts(self):
         self.engine.check()
 
+    def join_drafter(self):
+        pass
+
     def step(self):
         events = self.engine.step()
         self.steps.append({event.request_id for event in events})

@@ -178,7 +178,8 @@ class ServeSettings(BaseModel):
     speculation: SpeculationName = _setting(
         _ENGINE.speculation,
         "Who drafts tokens that are then verified together: `auto` whoever pays, `suffix` only what is read off known "
-        "text, `model` only the draft model, `off` nobody. Where kernels keep rows apart, as on a CPU, it never changes an answer.",
+        "text, `model` only the draft model, `self` only the model's own weights at fewer bits (float weights on a CPU), "
+        "`off` nobody. Where kernels keep rows apart, as on a CPU, it never changes an answer.",
     )
     draft_model: str | None = _setting(
         None,

@@ -94,6 +94,10 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
         timing = StepSeconds(draft_s=drafted - began, verify_s=computed - drafted, sample_s=sampled - computed)
         return SpeculativeOutput(StepOutput(outputs), timing)
 
+    def join(self, costly: CostlyDrafter) -> None:
+        """Let a drafter propose beside the others from the next step on."""
+        self._drafter.join(costly)
+
     def retire(self, sequence: Sequence) -> None:
         """Let drafter and depth policy forget a sequence, which has ended."""
         self._drafter.retire(sequence)

@@ -20,6 +20,8 @@ from helix_gateway.engine.step_costs import StepCosts
 
 MODEL = "model"
 """The source of a draft model's drafts."""
+SELF = "self"
+"""The source of drafts by the target's own weights at fewer bits."""
 _DEEPEST = 16
 """Tokens that are foreseen: a model is seldom right for longer, and each costs a forward."""
 _MOST_ROWS = 96
@@ -93,15 +95,23 @@ class AdaptiveDrafting:
         costs: of a step of the target, by rows.
         draft_costs: of a forward of the draft model, by rows.
         acceptance: what became of drafts; somebody else lets it learn.
+        source: of the drafts.
         min_depth: drafted at least, whether it pays or not; for those who test.
     """
 
     def __init__(
-        self, costs: StepCosts, draft_costs: StepCosts, acceptance: AcceptanceModel, *, min_depth: int = 0
+        self,
+        costs: StepCosts,
+        draft_costs: StepCosts,
+        acceptance: AcceptanceModel,
+        *,
+        source: str = MODEL,
+        min_depth: int = 0,
     ) -> None:
         self._costs = costs
         self._draft_costs = draft_costs
         self._acceptance = acceptance
+        self._source = source
         self._min_depth = min_depth
         self._num_rows = 0
         """Rows that the target's forward will have, as far as is known."""
@@ -119,7 +129,7 @@ class AdaptiveDrafting:
         if not any(depths):
             return [0] * len(depths)
         keys = [sequence.key for sequence in sequences]
-        foreseen = self._acceptance.foreseen(MODEL, keys, min(_DEEPEST, max(depths)))
+        foreseen = self._acceptance.foreseen(self._source, keys, min(_DEEPEST, max(depths)))
         foreseen[np.arange(foreseen.shape[1])[None, :] >= np.array(depths)[:, None]] = 0.0
         planned, self._rate, rate_without, self._num_rows = _plan_drafting(
             self._acceptance.probabilities(keys, drafts),
@@ -134,7 +144,7 @@ class AdaptiveDrafting:
         self._saved_s = 1 / rate_without - 1 / self._rate
         self._foreseen = dict(zip(keys, foreseen, strict=True))
         if not planned.any():
-            self._acceptance.fade(MODEL, _FORGOTTEN)
+            self._acceptance.fade(self._source, _FORGOTTEN)
         return [
             max(int(depth), 0 if len(draft.token_ids) >= self._min_depth else min(self._min_depth, most))
             for depth, draft, most in zip(planned, drafts, depths, strict=True)

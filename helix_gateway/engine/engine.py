@@ -195,6 +195,10 @@ class Engine(Generic[Logits]):
         """End a request, wherever it is; nothing happens if it has ended already."""
         self._end_request(request_id, "abort")
 
+    def join(self, costly: CostlyDrafter) -> None:
+        """Let a drafter draft beside the others from the next step on, in place of a costly one that there is."""
+        self._decoder.join(costly)
+
     def check(self, plan: StepPlan | None = None) -> None:
         """Recount the cache's accounts from scratch, given who is being served; slow, for tests and idle moments.
 

@@ -125,12 +125,15 @@ def rescaled(known_s: Mapping[int, float], runner: ModelRunner[Logits]) -> dict[
     return {rows: seconds * float(np.mean(ratios[:2])) for rows, seconds in known_s.items()}
 
 
-def measure_seconds(runner: ModelRunner[Logits], row_counts: Sequence[int], repeats: int = 1) -> dict[int, float]:
-    """Seconds of some steps of a model that nobody uses yet: each row a sequence of one token, written to page 0.
+def measure_seconds(
+    runner: ModelRunner[Logits], row_counts: Sequence[int], repeats: int = 1, *, pages: Sequence[int] | None = None
+) -> dict[int, float]:
+    """Seconds of some steps, each row a sequence of one token.
 
     Args:
         row_counts: ascending; those that the device has no room for are left out, and those behind which costs are in
             proportion to rows.
+        pages: one for each group, which nobody else uses, to write to; None: page 0, of a model that nobody uses yet.
 
     Raises:
         OutOfMemoryError: it has no room even for the first.
@@ -138,7 +141,7 @@ def measure_seconds(runner: ModelRunner[Logits], row_counts: Sequence[int], repe
     measured: dict[int, float] = {}
     for count in row_counts:
         try:
-            measured[count] = min(_seconds(runner, count) for _ in range(1 + repeats))
+            measured[count] = min(_seconds(runner, count, pages) for _ in range(1 + repeats))
         except OutOfMemoryError:
             if not measured:
                 raise
@@ -149,14 +152,14 @@ def measure_seconds(runner: ModelRunner[Logits], row_counts: Sequence[int], repe
     return measured
 
 
-def _seconds(runner: ModelRunner[Logits], num_rows: int) -> float:
+def _seconds(runner: ModelRunner[Logits], num_rows: int, pages: Sequence[int] | None = None) -> float:
     rows = np.arange(num_rows, dtype=np.int32)
     batch = StepBatch(
         token_ids=rows % runner.vocab_size,
         positions=np.zeros(num_rows, np.int32),
         cu_seqlens=np.arange(num_rows + 1, dtype=np.int32),
         context_lens=np.ones(num_rows, np.int32),
-        block_tables=tuple(np.zeros((num_rows, 1), np.int32) for _ in runner.kv_groups),
+        block_tables=tuple(np.full((num_rows, 1), page, np.int32) for page in pages or [0] * len(runner.kv_groups)),
         logits_rows=rows,
     )
     began_s = perf_counter()

@@ -3,6 +3,7 @@
 Knows nothing about requests or schedules, nor about where a model's computation comes from.
 """
 
+import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from helix_gateway.core.kv import KVGroup
 from helix_gateway.core.step import Int32s, LogprobRows, SamplingRows, StepBatch
 from helix_gateway.runtime.cpu.parts import Parts
+from helix_gateway.runtime.cpu.quantised_weights import QuantisedWeight
 from helix_gateway.runtime.device import memory_errors_named
 from helix_gateway.runtime.paged_attention import PagedAttention
 from helix_gateway.runtime.pages import Arena, GroupLayout
@@ -80,6 +82,16 @@ class PagedRunner:
         return self._pages.arena.layout.page_bytes
 
     @property
+    def kv_dtype(self) -> torch.dtype:
+        """What keys and values are stored in."""
+        return self._pages.arena.layout.dtype
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether compiled code computes with quantised weights."""
+        return self.parts is not None and isinstance(self.parts.head.weight_tiles, QuantisedWeight)
+
+    @property
     def vocab_size(self) -> int:
         """See `ModelRunner`."""
         return self._vocab_size
@@ -104,6 +116,17 @@ class PagedRunner:
         """See `ModelRunner`."""
         with memory_errors_named(), torch.inference_mode():
             return self._sampler.logprobs(logits, logits_index, token_ids, top)
+
+    def beside(self, find_step: Callable[[PagedAttention], Compute], parts: Parts) -> "PagedRunner":
+        """A runner of another form of the model over the same pages; only one of both may compute at a time.
+
+        Args:
+            find_step: the forward over such pages; what it raises is raised here.
+            parts: what that computes with.
+        """
+        other = copy.copy(self)
+        other._compute, other.parts = find_step(self._pages.attention), parts
+        return other
 
     def _trial_steps(self) -> list[StepBatch]:
         return trial_steps(self._vocab_size, self.kv_groups, self.num_pages, self.context_length)

@@ -5,8 +5,14 @@ compiles them on another core, while the engine's compiles the rest, and then fi
 it leaves.
 """
 
+import io
+import os
+import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stderr
+from pathlib import Path
 
+import msgspec
 import torch
 
 from helix_gateway.core.kv import KVGroup
@@ -15,11 +21,16 @@ from helix_gateway.engine.engine import Engine, EngineLimits
 from helix_gateway.runtime.cpu.compile_cache import write_in_turn
 from helix_gateway.runtime.cpu.compiled import mark_compiled_ahead
 from helix_gateway.runtime.sampling import make_sampler
+from helix_gateway.service.host import EngineHost
+from helix_gateway.service.self_drafting import mark_compiled_for
 from helix_gateway.service.settings import EngineSettings
 from helix_gateway.service.speculation import make_speculation
+from helix_gateway.service.tiny_model import write_tiny_model
 from helix_gateway.service.warm_up import warm_up
 
 _ROWS = 16
+_TINY_POOL_BYTES = 4 << 20
+_NICENESS = 10
 
 
 class NoModel:
@@ -57,3 +68,17 @@ def compile_ahead() -> None:
     engine = Engine(runner, limits, drafter=speculation.drafter, depth_policy=speculation.depth_policy)
     warm_up(engine)
     mark_compiled_ahead()
+
+
+def compile_fewer_bits(kv_dtype: str) -> None:
+    """Let a tiny float model draft by its own weights at fewer bits, over keys and values of some dtype.
+
+    Whoever serves meanwhile comes first.
+    """
+    if hasattr(os, "nice"):
+        os.nice(_NICENESS)
+    with tempfile.TemporaryDirectory(prefix="helix-tiny-") as folder, redirect_stderr(io.StringIO()):
+        path = str(write_tiny_model(Path(folder)))
+        asked = {"dtype": "float32", "kv_cache_dtype": kv_dtype, "kv_cache_memory_bytes": _TINY_POOL_BYTES}
+        EngineHost(msgspec.convert({"model_path": path, "speculation": "self", **asked}, EngineSettings))
+    mark_compiled_for(kv_dtype)

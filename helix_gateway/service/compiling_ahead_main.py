@@ -1,10 +1,12 @@
-"""Starts what compiles ahead of an engine: ``python -m helix_gateway.service.compiling_ahead_main``.
+"""Starts what compiles ahead of an engine: ``python -m helix_gateway.service.compiling_ahead_main``; with a dtype of keys
+and values behind it, what drafts by the target's weights at fewer bits over these.
 
 Only here because two things must happen before anything heavy is imported.  Ends when it is done, or with the process that
 started it, which holds its standard input.  Knows nothing about what is compiled.
 """
 
 import signal
+import sys
 import threading
 
 if __name__ == "__main__":
@@ -15,6 +17,9 @@ if __name__ == "__main__":
 
     threading.Thread(target=end_with_parent, name="parent-watch", daemon=True).start()
 
-    from helix_gateway.service.compiling_ahead import compile_ahead
+    from helix_gateway.service.compiling_ahead import compile_ahead, compile_fewer_bits
 
-    compile_ahead()
+    if sys.argv[1:]:
+        compile_fewer_bits(*sys.argv[1:])
+    else:
+        compile_ahead()

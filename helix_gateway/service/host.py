@@ -14,10 +14,13 @@ from helix_gateway.engine.engine import ChoiceHooks, Engine, EngineLimits
 from helix_gateway.engine.kv_cache import PagedKVCache
 from helix_gateway.runtime.cpu.compile_cache import write_in_turn
 from helix_gateway.runtime.factory import LoadedRunner, load_runners
+from helix_gateway.runtime.fewer_bits import at_fewer_bits
+from helix_gateway.runtime.paged_runner import PagedRunner
 from helix_gateway.service.api import GenerationCall
 from helix_gateway.service.messages import Invalid, NotTaken, PromptTooLong, QueueFull, Refused
+from helix_gateway.service.self_drafting import Finish, LateDrafter
 from helix_gateway.service.settings import EngineSettings
-from helix_gateway.service.speculation import DraftModel, make_speculation, wants_draft_model
+from helix_gateway.service.speculation import DraftModel, make_speculation, wants_draft_model, wants_self_drafter
 from helix_gateway.service.stops import stop_condition
 from helix_gateway.service.warm_up import warm_up
 from helix_gateway.text.tokenizer import Tokenizer
@@ -69,7 +72,20 @@ class EngineHost:
         if self._engine.max_model_len < 2:
             raise ModelLoadError("The KV cache's memory does not hold even two tokens; raise --kv-cache-memory.")
         self._served_since_check = False
+        self._late: LateDrafter | None = None
+        if speculation.finish_self is not None and wants_self_drafter(settings, loaded.runner):
+            self._add_self_drafter(settings, loaded.runner, speculation.finish_self)
         warm_up(self._engine)
+
+    def _add_self_drafter(self, settings: EngineSettings, target: PagedRunner, finish: Finish) -> None:
+        """Now, where nobody else is to draft; else later."""
+        if settings.speculation == "self":
+            try:
+                self._engine.join(finish(at_fewer_bits(settings.model_path, target)))
+            except ModelLoadError as error:
+                raise ModelLoadError(f"--speculation self cannot be had: {error}. Leave it out.") from error
+        else:
+            self._late = LateDrafter(settings.model_path, target, finish)
 
     @property
     def max_model_len(self) -> int:
@@ -100,6 +116,11 @@ class EngineHost:
     def cancel(self, request_id: str) -> None:
         """End a request; nothing happens if it has ended already."""
         self._engine.cancel(request_id)
+
+    def join_drafter(self) -> None:
+        """Let a drafter draft from now on that was made meanwhile; between two steps."""
+        if self._late is not None and self._late.join(self._engine):
+            self._late = None
 
     def step(self) -> list[TokenEvent]:
         """Compute one step."""

@@ -112,12 +112,8 @@ class CompilingAhead:
         self._process: subprocess.Popen[bytes] | None = None
         if not is_first_start() or usable_cores() < _CORES_TO_COMPILE:
             return
-        # Where the engine's threads are bound to cores, these must not be: the first of both would share one.
-        environment = {**os.environ, **engine_environment(), "OMP_PROC_BIND": "false"}
         with suppress(OSError):  # the engine compiles it all itself, then
-            self._process = subprocess.Popen(
-                COMPILING_COMMAND, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment
-            )
+            self._process = start_compiling()
 
     @property
     def pid(self) -> int | None:
@@ -129,3 +125,15 @@ class CompilingAhead:
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
+
+
+def start_compiling(*what: str) -> "subprocess.Popen[bytes]":
+    """Start a process that compiles what `compiling_ahead_main` knows by these words.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    # Where the engine's threads are bound to cores, these must not be: the first of both would share one.
+    environment = {**os.environ, **engine_environment(), "OMP_PROC_BIND": "false"}
+    command = (*COMPILING_COMMAND, *what)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment)

@@ -49,6 +49,7 @@ def run_loop(host: "EngineHost", inbox: Inbox, tell: Tell, *, batch_window_s: fl
             commands = inbox.receive(ALIVE_INTERVAL_S if idle else 0.0)
             if idle and not commands:
                 host.check_accounts()
+            host.join_drafter()
             _obey(host, commands, tell)
             if idle and host.has_work and batch_window_s:
                 _gather(host, inbox, tell, until=monotonic() + batch_window_s)

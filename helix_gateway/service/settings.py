@@ -17,7 +17,7 @@ DeviceName = Literal["auto", "cpu", "cuda", "directml", "mps", "xpu"]
 
 MAX_DEPTH = 64
 """Most draft tokens of a sequence at a step that anybody may ask for."""
-SpeculationName = Literal["auto", "off", "suffix", "model"]
+SpeculationName = Literal["auto", "off", "suffix", "model", "self"]
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,7 +45,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     batch_window_ms: float = 0.0
     max_queue_len: int = 1024
     speculation: SpeculationName = "auto"
-    """Who drafts: whoever there is, nobody, only what is read off known text, or only the draft model."""
+    """Who drafts: whoever there is, nobody, or only one: what is read off known text, the draft model, or the model itself
+    at fewer bits."""
     draft_model_path: str | None = None
     """As ``model_path``; None: there is no draft model."""
     max_depth: int = 32

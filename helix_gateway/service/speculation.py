@@ -4,6 +4,7 @@ Knows which drafters there are; how they work is the engine's affair.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import structlog
@@ -20,7 +21,9 @@ from helix_gateway.engine.drafters.suffix import SuffixDrafter
 from helix_gateway.engine.drafting import AdaptiveDrafting
 from helix_gateway.engine.kv_cache import PagedKVCache
 from helix_gateway.engine.step_costs import KNOTS, StepCosts, measure_seconds, rescaled
+from helix_gateway.runtime.paged_runner import PagedRunner
 from helix_gateway.runtime.remembered import NothingRemembered, Remembered
+from helix_gateway.service.self_drafting import Finish, drafting_by
 from helix_gateway.service.settings import EngineSettings
 
 log = structlog.get_logger(__name__)
@@ -51,6 +54,8 @@ class Speculation:
     drafter: Drafter
     depth_policy: DepthPolicy
     costly_drafter: CostlyDrafter | None = None
+    finish_self: Finish | None = None
+    """Makes a drafter of the target at fewer bits, which may come later; None: drafts are not wanted."""
 
 
 _NONE = Speculation(NoDrafter(), FixedDepth(0))
@@ -60,12 +65,29 @@ def wants_draft_model(settings: EngineSettings) -> bool:
     """Whether a draft model is to be loaded.
 
     Raises:
-        ModelLoadError: it is, but none is named.
+        ModelLoadError: it is, but none is named; or one is named that cannot draft.
     """
     if settings.speculation == "model" and settings.draft_model_path is None:
         raise ModelLoadError("--speculation model needs a draft model: name it with --draft-model.")
+    if settings.speculation == "self" and settings.draft_model_path is not None:
+        raise ModelLoadError("--speculation self drafts without a draft model: leave --draft-model out.")
     usable = settings.speculation in {"auto", "model"} and settings.max_depth > 0
     return usable and settings.draft_model_path is not None
+
+
+def wants_self_drafter(settings: EngineSettings, runner: PagedRunner) -> bool:
+    """Whether the target may draft for itself at fewer bits, as far as is known before that is tried.
+
+    Raises:
+        ModelLoadError: that alone is asked for, and cannot be had.
+    """
+    if settings.speculation == "self" and runner.is_quantised:
+        raise ModelLoadError(
+            "--speculation self drafts by the weights at fewer bits, and these are quantised already: "
+            "add --dtype float32 or bfloat16, or leave it out."
+        )
+    can = settings.draft_model_path is None and runner.parts is not None and not runner.is_quantised
+    return settings.max_depth > 0 and (settings.speculation == "self" or (settings.speculation == "auto" and can))
 
 
 def make_speculation(
@@ -97,9 +119,12 @@ def make_speculation(
         else _costs(draft_model.runner, row_counts, draft_model.remembered, whose="draft model")
     )
     policy = AdaptiveDepth(costs, max_depth=settings.max_depth, min_depth=settings.min_depth, acceptance=acceptance)
-    free = NoDrafter() if settings.speculation == "model" else SuffixDrafter()
-    if draft_model is None or draft_costs is None or cache is None:
+    free = NoDrafter() if settings.speculation in {"model", "self"} else SuffixDrafter()
+    if cache is None:
         return Speculation(free, policy)
+    if draft_model is None or draft_costs is None:
+        finish = partial(drafting_by, cache=cache, costs=costs, acceptance=acceptance, min_depth=settings.min_depth)
+        return Speculation(free, policy, finish_self=finish)
     drafting = AdaptiveDrafting(costs, draft_costs, acceptance, min_depth=settings.min_depth)
     drafter = ModelDrafter(
         draft_model.runner,

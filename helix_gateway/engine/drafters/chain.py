@@ -30,10 +30,18 @@ class DraftChain:
     """
 
     def __init__(self, free: Drafter, costly: CostlyDrafter | None, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
         self._free = GuardedDrafter(free, vocab_size)
         self.num_asked = 0
         """For how many of the last proposals what costs was asked."""
-        self._costly = costly and CostlyDrafter(GuardedChoosyDrafter(costly.drafter, vocab_size), costly.policy)
+        self._costly: CostlyDrafter | None = None
+        if costly is not None:
+            self.join(costly)
+
+    def join(self, costly: CostlyDrafter) -> None:
+        """Ask this drafter too from the next step on, whose sequences it may never have heard of."""
+        guarded = GuardedChoosyDrafter(costly.drafter, self._vocab_size)
+        self._costly = CostlyDrafter(guarded, costly.policy)
 
     def propose(self, sequences: Ordered[Sequence], depths: Ordered[int], num_decodes: int) -> list[DraftTokens]:
         """As `Drafter` has it, in a step in which so many sequences get a token."""

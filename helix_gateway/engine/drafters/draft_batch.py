@@ -1,27 +1,32 @@
-"""From growing drafts to the flat arrays of a draft model's forward, and to how its rows are sampled.
+"""From growing drafts to the flat arrays of a drafting model's forward, how its rows are sampled, and the forward itself.
 
 Knows how sequences lie in the flat batch, and nothing of who is drafted for, nor why.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Generic, TypeVar
 
 import numpy as np
 
+from helix_gateway.core.protocols import Logits, ModelRunner
 from helix_gateway.core.step import Int32s, SamplingRows, StepBatch, UInt32s
 from helix_gateway.engine.batch import block_tables, sampling_rows
-from helix_gateway.engine.drafters.draft_reader import GrowingDraft
+from helix_gateway.engine.drafters.growing_draft import GrowingDraft
 from helix_gateway.engine.kv_cache import PagedKVCache
 from helix_gateway.engine.token_edits import RowEdits, join_edits
 from helix_gateway.engine.token_masks import join_masks
 
+Draft = TypeVar("Draft", bound=GrowingDraft)
+
 
 @dataclass(frozen=True, slots=True)
-class DraftPart:
+class DraftPart(Generic[Draft]):
     """What is computed for one draft."""
 
-    draft: GrowingDraft
+    draft: Draft
     start: int
     """Position of the first token."""
     token_ids: list[int]
@@ -29,7 +34,30 @@ class DraftPart:
     """Whether the last token's logits give the draft's next one."""
 
 
-def build_draft_batch(parts: Ordered[DraftPart], cache: PagedKVCache) -> StepBatch:
+def grow_drafts(
+    runner: ModelRunner[Logits],
+    cache: PagedKVCache,
+    parts: Ordered[DraftPart[Draft]],
+    rows_of: Callable[[list[Draft]], SamplingRows],
+) -> list[Draft]:
+    """One forward: write the parts' keys and values, and let those drafts that draw grow by a token each; these.
+
+    Args:
+        rows_of: how the next token of each of some drafts is drawn.
+    """
+    batch = build_draft_batch(parts, cache)
+    logits = runner.forward(batch)
+    drawing = [part.draft for part in parts if part.draws]
+    if drawing:
+        token_ids = runner.sample(logits, rows_of(drawing))
+        every = np.arange(len(drawing), dtype=np.int32)
+        confidences = np.exp(runner.logprobs(logits, every, token_ids, 0).logprobs)
+        for draft, token_id, confidence in zip(drawing, token_ids.tolist(), confidences.tolist(), strict=True):
+            draft.append(token_id, confidence)
+    return drawing
+
+
+def build_draft_batch(parts: Ordered[DraftPart[Draft]], cache: PagedKVCache) -> StepBatch:
     """The flat arrays of the forward; wanted are the last rows of those that draw."""
     lengths = [len(part.token_ids) for part in parts]
     starts = np.array([part.start for part in parts], np.int32)
@@ -41,7 +69,7 @@ def build_draft_batch(parts: Ordered[DraftPart], cache: PagedKVCache) -> StepBat
         ),
         cu_seqlens=np.array(ends, np.int32),
         context_lens=starts + np.array(lengths, np.int32),
-        block_tables=block_tables([part.draft.reader.key for part in parts], cache),
+        block_tables=block_tables([part.draft.key for part in parts], cache),
         logits_rows=np.array([end - 1 for end, part in zip(ends[1:], parts, strict=True) if part.draws], np.int32),
     )
 
@@ -55,8 +83,8 @@ def build_draft_rows(
         vocab_size: the draft model's.
         allowed: its tokens that mean something to the target, as `VocabularyTranslation.allowed` has them.
     """
-    sequences = [draft.reader.sequence for draft in drafts]
-    edits = [draft.reader.sequence.edits.along(draft.token_ids)[-1] for draft in drafts]
+    sequences = [draft.sequence for draft in drafts]
+    edits = [draft.sequence.edits.along(draft.token_ids)[-1] for draft in drafts]
     if vocab_size != target_vocab_size:
         edits = [_below(vocab_size, row) for row in edits]
     return sampling_rows(
@@ -98,7 +126,7 @@ def _below(vocab_size: int, edits: RowEdits | None) -> RowEdits | None:
 
 
 def _constrained(drafts: Ordered[GrowingDraft], vocab_size: int) -> UInt32s | None:
-    masks = join_masks([(draft.reader.sequence, draft.token_ids) for draft in drafts], vocab_size)
+    masks = join_masks([(draft.sequence, draft.token_ids) for draft in drafts], vocab_size)
     return None if masks is None else masks[np.cumsum([1 + len(draft.token_ids) for draft in drafts]) - 1]
 
 

@@ -11,28 +11,10 @@ import numpy as np
 
 from helix_gateway.core.protocols import TranslatedSequence
 from helix_gateway.engine.drafters.base import NOTHING, READING, DraftTokens
+from helix_gateway.engine.drafters.growing_draft import GrowingDraft
+from helix_gateway.engine.drafters.rest import Rest
 from helix_gateway.engine.drafting import MODEL
 from helix_gateway.engine.sequence import Sequence
-
-_FIRST_REST = 16
-_LONGEST_REST = 4096
-
-
-@dataclass(slots=True)
-class Rest:
-    """Leaves something alone for ever more steps while memory that was short is found short again."""
-
-    until: int = 0
-    steps: int = _FIRST_REST
-
-    def begin(self, now: int) -> None:
-        """From the step ``now`` on."""
-        self.until = now + self.steps
-        self.steps = min(2 * self.steps, _LONGEST_REST)
-
-    def forget(self) -> None:
-        """There was memory enough for a draft: the next shortage is a new one."""
-        self.steps = _FIRST_REST
 
 
 @dataclass(slots=True)
@@ -88,43 +70,24 @@ class DraftReader:
         self.written[start:] = token_ids
 
 
-@dataclass(slots=True, eq=False)
-class GrowingDraft:
-    """One sequence's draft, token by token."""
+@dataclass(slots=True, eq=False, kw_only=True)
+class ReadDraft(GrowingDraft):
+    """The draft of a sequence that its draft model has to read."""
 
     reader: DraftReader
-    depth: int
-    """Most tokens that it may have."""
-    stop_ids: frozenset[int]
-    """Tokens behind which nothing can follow."""
-    token_ids: list[int] = field(default_factory=list)
-    confidences: list[float] = field(default_factory=list)
     is_reading: bool = False
     """Whether the sequence is being read for it, though it be others' turn at this step."""
+
+    @classmethod
+    def begin(cls, reader: DraftReader, depth: int, stop_ids: frozenset[int]) -> "ReadDraft":
+        """An empty one."""
+        sequence, key = reader.sequence, reader.key
+        return cls(sequence=sequence, key=key, source=MODEL, depth=depth, stop_ids=stop_ids, reader=reader)
 
     @property
     def position(self) -> int:
         """Where its next token will stand among the draft model's own, whose KV is counted so."""
         return len(self.reader.text.draft_token_ids) + len(self.token_ids)
-
-    @property
-    def target_position(self) -> int:
-        """Where the target will draw that token, which says with what noise: tokens that it alone has are counted too."""
-        return len(self.reader.sequence.token_ids) + len(self.token_ids)
-
-    @property
-    def is_done(self) -> bool:
-        """Whether nothing can follow: it is as long as it may be, or ends the sequence."""
-        return len(self.token_ids) >= self.depth or not self.stop_ids.isdisjoint(self.token_ids[-1:])
-
-    def append(self, token_id: int, confidence: float) -> None:
-        """Take the next token."""
-        self.token_ids.append(token_id)
-        self.confidences.append(confidence)
-
-    def as_drafted(self) -> DraftTokens:
-        """In the draft model's tokens, for whoever judges whether it goes on."""
-        return DraftTokens(MODEL, np.array(self.token_ids, np.int32), np.array(self.confidences, np.float32))
 
     def proposal(self) -> DraftTokens:
         """In the target's tokens."""

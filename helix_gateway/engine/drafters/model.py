@@ -11,7 +11,6 @@ from collections.abc import Sequence as Ordered
 from time import perf_counter
 from typing import Generic
 
-import numpy as np
 import structlog
 
 from helix_gateway.core.errors import OutOfMemoryError
@@ -21,11 +20,12 @@ from helix_gateway.engine.block_pool import NoFreeBlocksError
 from helix_gateway.engine.drafters.base import NOTHING, DraftTokens
 from helix_gateway.engine.drafters.draft_batch import (
     DraftPart,
-    build_draft_batch,
     build_draft_rows,
     build_likeliest_rows,
+    grow_drafts,
 )
-from helix_gateway.engine.drafters.draft_reader import DraftReader, GrowingDraft, Rest
+from helix_gateway.engine.drafters.draft_reader import DraftReader, ReadDraft
+from helix_gateway.engine.drafters.rest import Rest
 from helix_gateway.engine.drafters.same_vocabulary import SameVocabulary
 from helix_gateway.engine.drafting import DraftingPolicy
 from helix_gateway.engine.kv_cache import PagedKVCache
@@ -116,19 +116,19 @@ class ModelDrafter(Generic[Logits]):
             ]
         return [draft.proposal() for draft in drafts]
 
-    def _going_on(self, drafts: list[GrowingDraft]) -> list[GrowingDraft]:
+    def _going_on(self, drafts: list[ReadDraft]) -> list[ReadDraft]:
         if not drafts:
             return []
-        goes_on = self._policy.goes_on([d.reader.sequence for d in drafts], [d.as_drafted() for d in drafts])
+        goes_on = self._policy.goes_on([d.sequence for d in drafts], [d.as_drafted() for d in drafts])
         return [draft for draft, on in zip(drafts, goes_on, strict=True) if on]
 
     # --- what is there already, and what is computed first
 
-    def _begin(self, sequence: Sequence, depth: int) -> GrowingDraft:
+    def _begin(self, sequence: Sequence, depth: int) -> ReadDraft:
         reader = self._readers.get(sequence.key)
         if reader is None:
             reader = self._readers[sequence.key] = DraftReader(sequence, self._translation.begin())
-        return GrowingDraft(reader, depth, sequence.stop_ids if self._translation.shares_ids else frozenset())
+        return ReadDraft.begin(reader, depth, sequence.stop_ids if self._translation.shares_ids else frozenset())
 
     def _room(self, sequence: Sequence) -> int:
         """Tokens that could be drafted for a sequence, if it were read: none while it is left alone, or too long."""
@@ -147,13 +147,13 @@ class ModelDrafter(Generic[Logits]):
             self._close(reader)
         return max(0, room)
 
-    def _read(self, drafts: list[GrowingDraft]) -> list[GrowingDraft]:
+    def _read(self, drafts: list[ReadDraft]) -> list[ReadDraft]:
         """Let the draft model be told what came since; those that it was told all of.
 
         A long text is told a part at each step, nearest first, if drafting is worth what there is to compute then.
         """
         budget = self._read_tokens
-        whole: list[GrowingDraft] = []
+        whole: list[ReadDraft] = []
         for draft in sorted(drafts, key=lambda draft: draft.reader.num_unread):
             reader = draft.reader
             count = unread = reader.num_unread
@@ -170,7 +170,7 @@ class ModelDrafter(Generic[Logits]):
                 whole.append(draft)
         return whole
 
-    def _is_open(self, draft: GrowingDraft) -> bool:
+    def _is_open(self, draft: ReadDraft) -> bool:
         """Whether a sequence has tables, which are brought up to date; not one that turns out to be too long."""
         reader = draft.reader
         token_ids = reader.text.draft_token_ids
@@ -198,11 +198,11 @@ class ModelDrafter(Generic[Logits]):
         tables = self._cache.tables(reader.key)
         return any(table.first_needed(len(reader.written)) < table.num_released for table in tables)
 
-    def _first_parts(self, drafts: list[GrowingDraft]) -> list[DraftPart]:
+    def _first_parts(self, drafts: list[ReadDraft]) -> list[DraftPart[ReadDraft]]:
         """What is lacking of each, nearest first; of those far behind a part, and no more than the budget together."""
         budget = self._catch_up_tokens
-        catching_up: list[DraftPart] = []
-        ready: list[DraftPart] = []
+        catching_up: list[DraftPart[ReadDraft]] = []
+        ready: list[DraftPart[ReadDraft]] = []
         for draft in sorted(drafts, key=lambda draft: draft.reader.num_behind):
             behind = draft.reader.num_behind
             count = behind
@@ -220,7 +220,7 @@ class ModelDrafter(Generic[Logits]):
         going_on = set(self._going_on([part.draft for part in ready]))
         return catching_up + [part for part in ready if part.draft in going_on]
 
-    def _reserved(self, draft: GrowingDraft, count: int, num_drafts: int) -> DraftPart | None:
+    def _reserved(self, draft: ReadDraft, count: int, num_drafts: int) -> DraftPart[ReadDraft] | None:
         """The next ``count`` tokens, with room for them and for the drafts behind them; None where memory is short."""
         reader = draft.reader
         start, token_ids = len(reader.written), reader.text.draft_token_ids
@@ -240,26 +240,19 @@ class ModelDrafter(Generic[Logits]):
 
     # --- one forward
 
-    def _compute(self, parts: list[DraftPart]) -> None:
+    def _compute(self, parts: list[DraftPart[ReadDraft]]) -> None:
         """Write the parts' KV, and let drafts that draw grow by a token."""
         began = perf_counter()
-        batch = build_draft_batch(parts, self._cache)
-        logits = self._runner.forward(batch)
+        drawn = grow_drafts(self._runner, self._cache, parts, self._rows)
         for part in parts:
             part.draft.reader.write(part.start, part.token_ids)
             part.draft.is_reading = True
-        drawing = [part.draft for part in parts if part.draws]
-        if drawing:
-            token_ids = self._runner.sample(logits, self._rows(drawing))
-            every = np.arange(len(drawing), dtype=np.int32)
-            confidences = np.exp(self._runner.logprobs(logits, every, token_ids, 0).logprobs)
-            for draft, token_id, confidence in zip(drawing, token_ids.tolist(), confidences.tolist(), strict=True):
-                draft.append(token_id, confidence)
-                draft.reader.rest.forget()
+        for draft in drawn:
+            draft.reader.rest.forget()
             self._rest.forget()
-        self._policy.observe(len(batch.token_ids), perf_counter() - began)
+        self._policy.observe(sum(len(part.token_ids) for part in parts), perf_counter() - began)
 
-    def _rows(self, drafts: list[GrowingDraft]) -> SamplingRows:
+    def _rows(self, drafts: list[ReadDraft]) -> SamplingRows:
         vocab_size = self._runner.vocab_size
         if self._translation.shares_ids:
             return build_draft_rows(drafts, vocab_size, self._target_vocab_size, self._allowed)

@@ -10,7 +10,7 @@ from pathlib import Path
 USUAL_FUNCTIONS = 91
 """That a first start of the default model leaves compiled; another model's are about as many."""
 
-_MARK = "compiled-ahead"
+_EVERY_ENGINES = "ahead"
 
 
 def num_compiled() -> int:
@@ -24,16 +24,26 @@ def is_first_start() -> bool:
 
     Elsewhere than on a CPU few functions are ever compiled; there it tells that all those compiled ahead are.
     """
-    folder = _folder()
-    return not (folder and (folder / _MARK).exists()) and num_compiled() < USUAL_FUNCTIONS // 2
+    return not is_compiled(_EVERY_ENGINES) and num_compiled() < USUAL_FUNCTIONS // 2
 
 
 def mark_compiled_ahead() -> None:
     """Note that all that any engine needs lies compiled: no start is a first one any more."""
+    mark_compiled(_EVERY_ENGINES)
+
+
+def is_compiled(what: str) -> bool:
+    """Whether `mark_compiled` was called for it, in this version's folder."""
+    folder = _folder()
+    return bool(folder and (folder / f"compiled-{what}").exists())
+
+
+def mark_compiled(what: str) -> None:
+    """Note that all that something needs lies compiled."""
     folder = _folder()
     if folder:
         with suppress(OSError):  # what could not be kept either: the next start tries again
-            (folder / _MARK).touch()
+            (folder / f"compiled-{what}").touch()
 
 
 def _folder() -> Path | None:

@@ -74,6 +74,26 @@ def engine_environment() -> dict[str, str]:
     return environment
 
 
+def unbind_thread() -> None:
+    """Let the calling thread, and what it starts, run on any core that the process was given.
+
+    A thread inherits the core that its maker is bound to, and would share it with the engine's first.
+    """
+    with suppress(AttributeError, OSError):  # macOS, Windows; a core that was taken away meanwhile
+        os.sched_setaffinity(0, _CORES_AT_IMPORT)
+
+
+def _mask() -> frozenset[int]:
+    try:
+        return frozenset(os.sched_getaffinity(0))
+    except AttributeError:
+        return frozenset()
+
+
+_CORES_AT_IMPORT = _mask()
+"""Before OpenMP binds anything: who loads it by `load_openmp` has imported this module first."""
+
+
 def load_openmp() -> None:
     """Load the OpenMP library of compiled code before another library brings one of its own along.
 

@@ -1,0 +1,128 @@
+"""The model's own weights at fewer bits draft for it, as settings name that: no answer changes, or it is refused in one line."""
+
+import time
+
+import pytest
+
+from helix_gateway import HelixEngine
+from helix_gateway.core.errors import ModelLoadError
+from helix_gateway.runtime.cpu.compiled import is_compiled
+from helix_gateway.service import self_drafting
+from helix_gateway.service.tiny_model import write_tiny_model
+
+PROMPTS = ["once upon a time there was", "a b a b a b", "one"]
+OPTIONS = {"max_tokens": 20, "ignore_eos": True, "seed": 3}
+STORED = [("float32", "auto"), ("bfloat16", "auto"), ("float32", "int8"), ("float32", "bfloat16")]
+"""Weights, and keys and values."""
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return str(write_tiny_model(tmp_path_factory.mktemp("target")))
+
+
+@pytest.fixture(autouse=True)
+def nobody_compiles_ahead(monkeypatch):
+    """A test's own process compiles what it needs."""
+    monkeypatch.setattr(self_drafting, "is_compiled", lambda what: True)
+
+
+def answers(engine, prompts=PROMPTS, **options):
+    results = engine.generate(prompts, temperature=0.0, **{**OPTIONS, **options})
+    results += engine.generate(prompts, temperature=1.0, presence_penalty=0.5, **{**OPTIONS, **options})
+    results += [engine.generate(prompts[0], temperature=0.8, top_p=0.9, **{**OPTIONS, **options})]
+    tokens = [result.token_ids for result in results]
+    return tokens, sum(r.metrics.draft_tokens for r in results), sum(r.metrics.accepted_tokens for r in results)
+
+
+def opened(path, dtype="float32", **settings):
+    return HelixEngine(path, kv_cache_memory_bytes=4 << 20, dtype=dtype, **settings)
+
+
+@pytest.mark.parametrize("dtype, stored", STORED)
+def test_no_answer_changes(path, dtype, stored):
+    with opened(path, dtype, speculation="off", kv_cache_dtype=stored) as engine:
+        plain, *_ = answers(engine)
+    with opened(path, dtype, speculation="self", kv_cache_dtype=stored, min_depth=3, max_depth=6) as engine:
+        tokens, drafted, accepted = answers(engine)
+        assert set(engine._service.host.engine.stats().drafts) == {"self"}
+        engine._service.host.engine.check()
+    assert tokens == plain
+    assert drafted > 60
+    # A random model's best tokens are near ties, and yet rounding leaves most of them.
+    assert accepted > 0.3 * drafted
+
+
+def test_the_real_model_drafts_by_its_files_own_blocks_and_is_mostly_right(smollm2_path):
+    prompts = ["The capital of France is", "def reverse(text):"]
+    settings = {"kv_cache_memory_bytes": 64 << 20, "dtype": "float32"}
+    with HelixEngine(smollm2_path, speculation="off", **settings) as engine:
+        plain, *_ = answers(engine, prompts)
+    with HelixEngine(smollm2_path, speculation="self", min_depth=4, max_depth=8, **settings) as engine:
+        tokens, drafted, accepted = answers(engine, prompts)
+    assert tokens == plain
+    assert drafted > 60
+    assert accepted > 0.6 * drafted
+
+
+def test_left_to_itself_the_engine_serves_at_once_and_the_drafter_joins_when_it_is_made(path, monkeypatch):
+    make = self_drafting.at_fewer_bits
+    allowed = []
+
+    def made_late(*arguments):
+        while not allowed:
+            time.sleep(0.01)
+        return make(*arguments)
+
+    monkeypatch.setattr(self_drafting, "at_fewer_bits", made_late)
+    with opened(path, speculation="off") as engine:
+        plain, *_ = answers(engine)
+    with opened(path, min_depth=2, max_depth=4) as engine:
+        host = engine._service.host
+        assert answers(engine)[0] == plain
+        assert "self" not in host.engine.stats().drafts
+        allowed.append(True)
+        until = time.monotonic() + 60
+        while host._late is not None and time.monotonic() < until:
+            engine.generate("one", max_tokens=2)
+        assert answers(engine)[0] == plain
+        assert "self" in host.engine.stats().drafts
+        host.engine.check()
+
+
+def test_what_goes_wrong_while_it_is_made_is_told_and_the_engine_serves_on(path, monkeypatch, capsys):
+    def fail(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(self_drafting, "at_fewer_bits", fail)
+    with opened(path, min_depth=2) as engine:
+        until = time.monotonic() + 60
+        while engine._service.host._late is not None and time.monotonic() < until:
+            engine.generate("one", max_tokens=2)
+        assert len(engine.generate("one", max_tokens=4, ignore_eos=True).token_ids) == 4
+    assert "no_self_drafter" in capsys.readouterr().out
+
+
+def test_weights_that_are_quantised_already_are_not_drafted_for(path):
+    with HelixEngine(path, kv_cache_memory_bytes=4 << 20) as engine:
+        assert engine._service.host._late is None
+    with pytest.raises(ModelLoadError, match="quantised already: add --dtype float32 or bfloat16"):
+        HelixEngine(path, kv_cache_memory_bytes=4 << 20, speculation="self")
+
+
+def test_a_draft_model_beside_it_is_refused(path):
+    with pytest.raises(ModelLoadError, match="leave --draft-model out"):
+        opened(path, speculation="self", draft_model=path)
+
+
+def test_with_a_draft_model_nothing_else_is_made(path):
+    with opened(path, draft_model=path) as engine:
+        assert engine._service.host._late is None
+
+
+def test_it_is_known_what_was_compiled_for_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    assert not is_compiled("fewer-bits-int8")
+    self_drafting.mark_compiled_for("int8")
+    assert is_compiled("fewer-bits-int8")
+    assert not is_compiled("fewer-bits-float32")

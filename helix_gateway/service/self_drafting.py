@@ -1,0 +1,118 @@
+"""The target's own weights at fewer bits as a drafter: made beside serving, and let in when it is there.
+
+Making it takes as long as loading a small model does, and at a first start its kernels are compiled, by a process of their
+own; nobody waits for that.  Who asked for this drafter alone does wait.  How it drafts is the engine's affair.
+"""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import structlog
+import torch
+
+from helix_gateway.core.protocols import ModelRunner
+from helix_gateway.engine.acceptance import AcceptanceModel
+from helix_gateway.engine.block_pool import NoFreeBlocksError
+from helix_gateway.engine.drafters.chain import CostlyDrafter
+from helix_gateway.engine.drafters.self_drafter import SelfDrafter
+from helix_gateway.engine.drafting import SELF, AdaptiveDrafting
+from helix_gateway.engine.engine import Engine
+from helix_gateway.engine.kv_cache import PagedKVCache
+from helix_gateway.engine.step_costs import StepCosts, measure_seconds
+from helix_gateway.runtime.cpu.compiled import is_compiled, mark_compiled
+from helix_gateway.runtime.cpu.threads import unbind_thread
+from helix_gateway.runtime.fewer_bits import at_fewer_bits
+from helix_gateway.runtime.paged_runner import PagedRunner
+from helix_gateway.service.launch import start_compiling
+
+log = structlog.get_logger(__name__)
+
+_MEASURED_ROWS = (1, 2, 4, 8, 16)
+"""Sequences that draft at once; with more, costs are taken to be in proportion until they are seen."""
+_COMPILED_FOR = "fewer-bits-"
+
+Finish = Callable[[ModelRunner[Any]], CostlyDrafter]
+"""Makes the drafter of a runner that nobody has used yet, on the engine's own thread."""
+
+
+def drafting_by(
+    runner: ModelRunner[Any],
+    cache: PagedKVCache,
+    costs: StepCosts,
+    acceptance: AcceptanceModel,
+    *,
+    min_depth: int,
+) -> CostlyDrafter:
+    """The drafter, and who says when it is asked; what its forwards cost is measured on pages that nobody holds.
+
+    Raises:
+        NoFreeBlocksError: there are none at the moment.
+        OutOfMemoryError: the device has no room for a forward.
+    """
+    pages = cache.pool.allocate(len(runner.kv_groups))
+    try:
+        draft_costs = StepCosts(measure_seconds(runner, _MEASURED_ROWS, pages=pages))
+    finally:
+        cache.pool.release(pages)
+    drafting = AdaptiveDrafting(costs, draft_costs, acceptance, source=SELF, min_depth=min_depth)
+    return CostlyDrafter(SelfDrafter(runner, cache, drafting), drafting)
+
+
+class LateDrafter:
+    """Made by a thread of its own from now on.
+
+    Args:
+        path: of the target.
+        runner: the target.
+        finish: makes the drafter of what was made.
+    """
+
+    def __init__(self, path: str, runner: PagedRunner, finish: Finish) -> None:
+        self._finish = finish
+        self._made: Future[PagedRunner] = Future()
+        # Not a pool's: the process does not wait for it at its end.
+        threading.Thread(target=self._make, args=(path, runner), name="helix-self-drafter", daemon=True).start()
+
+    def join(self, engine: Engine[Any]) -> bool:
+        """Let it draft in an engine, on that one's own thread; False where it is not ready for that yet."""
+        if not self._made.done():
+            return False
+        try:
+            engine.join(self._finish(self._made.result()))
+        except NoFreeBlocksError:
+            return False
+        except Exception as error:  # noqa: BLE001 - whatever it is, the engine serves without
+            log.info("no_self_drafter", reason=str(error))
+        else:
+            log.info("self_drafter_ready")
+        return True
+
+    def _make(self, path: str, runner: PagedRunner) -> None:
+        try:
+            unbind_thread()
+            torch.set_num_threads(1)
+            _compile_for(str(runner.kv_dtype).removeprefix("torch."))
+            self._made.set_result(at_fewer_bits(path, runner))
+        except Exception as error:  # noqa: BLE001 - told where it is waited for
+            self._made.set_exception(error)
+
+
+def _compile_for(kv_dtype: str) -> None:
+    """Let another process compile what this one would have to stand still for, once for all starts.
+
+    Args:
+        kv_dtype: what keys and values are stored in.
+    """
+    if is_compiled(_COMPILED_FOR + kv_dtype):
+        return
+    try:
+        start_compiling(kv_dtype).wait()
+    except OSError as error:  # it is compiled when it is wanted, then
+        log.info("not_compiled_ahead", reason=str(error))
+
+
+def mark_compiled_for(kv_dtype: str) -> None:
+    """Note that nothing is to be compiled any more."""
+    mark_compiled(_COMPILED_FOR + kv_dtype)
