@@ -47,19 +47,17 @@ async def merged(streams: Sequence[AsyncIterator[TextDelta]], num_choices: int) 
         GenerationFailedError: the engine gave up on a sequence.
     """
     unfinished = len(streams) * num_choices
-    async with closing(_numbered(streams[0]) if len(streams) == 1 else _interleaved(streams, num_choices)) as deltas:
-        async for choice, delta in deltas:
-            if delta.finish_reason is not None:
-                _raise_if_failed(delta)
-                unfinished -= 1
-            yield choice, delta
+    if len(streams) == 1:
+        async for delta in streams[0]:
+            unfinished -= _is_last(delta)
+            yield delta.index, delta
+    else:
+        async with closing(_interleaved(streams, num_choices)) as deltas:
+            async for choice, delta in deltas:
+                unfinished -= _is_last(delta)
+                yield choice, delta
     if unfinished:
         raise EngineUnavailableError("The engine stopped before the answer was complete.")
-
-
-async def _numbered(stream: AsyncIterator[TextDelta]) -> Deltas:
-    async for delta in stream:
-        yield delta.index, delta
 
 
 async def _interleaved(streams: Sequence[AsyncIterator[TextDelta]], num_choices: int) -> Deltas:
@@ -91,13 +89,17 @@ async def _interleaved(streams: Sequence[AsyncIterator[TextDelta]], num_choices:
         await asyncio.gather(*pumps, return_exceptions=True)
 
 
-def _raise_if_failed(delta: TextDelta) -> None:
+def _is_last(delta: TextDelta) -> bool:
+    """Whether it ends its choice.  Raises what the engine gave up for."""
+    if delta.finish_reason is None:
+        return False
     if delta.error_kind == "out_of_memory":
         raise OutOfMemoryError(delta.error or "The device's memory does not hold this request.")
     if delta.finish_reason == "error":
         raise GenerationFailedError(delta.error or "The engine gave up on this answer.")
     if delta.finish_reason == "abort":
         raise EngineUnavailableError(delta.error or "The server is stopping; the answer was cut off.")
+    return True
 
 
 async def without_output(deltas: Deltas) -> Deltas:

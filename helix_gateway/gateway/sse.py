@@ -105,7 +105,8 @@ class EventStream:
         """Write all events but those at the end, which `DONE` closes: they go in one packet with the response's own end."""
         async for payload in events:
             if payload.endswith(DONE):
-                await self._prepare()
+                if not self._response.prepared:
+                    await self._prepare()
                 return payload
             await self._write(payload)
         return b""
@@ -122,16 +123,16 @@ class EventStream:
     async def _write(self, payload: bytes) -> None:
         self._num_writing += 1
         try:
-            await self._prepare()
+            if not self._response.prepared:
+                await self._prepare()
             await self._response.write(payload)
         finally:
             self._num_writing -= 1
             self._last_write_s = self._loop.time()
 
     async def _prepare(self) -> None:
-        if not self._response.prepared:
-            self._time_limit.told_by_stream = True
-            await self._response.prepare(self._request)
+        self._time_limit.told_by_stream = True
+        await self._response.prepare(self._request)
 
     def _break_silence(self) -> None:
         silence_s = self._loop.time() - self._last_write_s

@@ -71,6 +71,8 @@ class GatewayLink:
         try:
             while data := self._socket.recv(_READ_BYTES):
                 commands += map(command_decoder.decode, self._frames.take(data))
+                if len(data) < _READ_BYTES:  # that was all
+                    return commands
         except BlockingIOError:
             return commands
         except OSError as error:
