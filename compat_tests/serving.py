@@ -45,6 +45,7 @@ def start_server(*arguments, timeout_s=READY_TIMEOUT_S):
     listening.wait(timeout_s)
     if not server.url:
         process.kill()
+        process.wait()
         raise AssertionError("helix serve did not come up:\n" + "\n".join(server.lines))
     return server
 

@@ -30,7 +30,8 @@ def helix(*arguments):
 def started(monkeypatch, tmp_path):
     """What ``helix serve`` would start, for the arguments given."""
     runs = []
-    monkeypatch.setattr(serve_module, "_run", lambda engine, gateway, sockets, name: runs.append((engine, gateway)))
+    monkeypatch.setattr(serve_module, "_run", lambda engine, gateway, *others: runs.append((engine, gateway)))
+    monkeypatch.setattr(launch, "EngineProcess", object)
     monkeypatch.setattr(addresses, "bind", lambda gateway: [])
     monkeypatch.delenv("HELIX_API_KEY", raising=False)
     model = tmp_path / "tiny.gguf"
@@ -206,12 +207,13 @@ async def test_a_start_that_compiles_says_so_and_one_that_does_not_is_silent(tmp
     "trouble", [OSError(28, "No space left on device"), EngineUnavailableError("The engine did not start.")]
 )
 def test_trouble_at_the_start_is_one_line_and_exit_code_1(trouble, monkeypatch, tmp_path):
-    def fail(engine, gateway, sockets, name):
+    def fail(*arguments):
         raise trouble
 
     model = tmp_path / "tiny.gguf"
     model.touch()
     monkeypatch.setattr(serve_module, "_run", fail)
+    monkeypatch.setattr(launch, "EngineProcess", object)
     monkeypatch.setattr("sys.argv", ["helix", "serve", str(model), "--port", "0"])
     with pytest.raises(SystemExit) as stopped:
         main()
@@ -266,11 +268,10 @@ def test_what_compiles_ahead_is_ended_where_a_start_fails_before_anything_listen
         raise OSError("no room")
 
     monkeypatch.setattr("helix_gateway.telemetry.logging.configure_logging", lambda settings: None)
-    monkeypatch.setattr(launch, "EngineProcess", object)
     monkeypatch.setattr(launch, "CompilingAhead", lambda: SimpleNamespace(close=lambda: closed.append(True)))
     monkeypatch.setattr("helix_gateway.text.tokenizer.Tokenizer.load", lambda path: None)
     monkeypatch.setattr(where, fail)
     gateway = SimpleNamespace(served_model_names=("tiny",), otlp_endpoint=None)
     with pytest.raises(OSError, match="no room"):
-        serve_module._run(EngineSettings(model_path="tiny"), gateway, [], "tiny")
+        serve_module._run(EngineSettings(model_path="tiny"), gateway, [], "tiny", object())
     assert closed == [True]

@@ -68,6 +68,10 @@ def serve(
 
 
 def _serve(settings: "ServeSettings") -> None:
+    from helix_gateway.service.launch import EngineProcess
+
+    # Before all else: it has more to import than this process, and does so meanwhile.  It ends with this process, too.
+    launched = EngineProcess()
     from helix_gateway.gateway.addresses import bind
     from helix_gateway.runtime.model_source import resolve, served_name
 
@@ -78,7 +82,7 @@ def _serve(settings: "ServeSettings") -> None:
         typer.echo(f"helix: whoever reaches {gateway.host} is served; set --api-key or --api-key-file", err=True)
     draft_model = settings.spoken().draft_model
     engine = settings.engine(resolve(settings.model), None if draft_model is None else resolve(draft_model))
-    raise typer.Exit(_run(engine, gateway, sockets, name))
+    raise typer.Exit(_run(engine, gateway, sockets, name, launched))
 
 
 def _effective(flags: dict[str, Any], config: str | None) -> "Effective":
@@ -92,14 +96,18 @@ def _effective(flags: dict[str, Any], config: str | None) -> "Effective":
         raise typer.Exit(WRONG_USE) from None
 
 
-def _run(engine: EngineSettings, gateway: GatewaySettings, sockets: "Sequence[socket]", model_name: str) -> int:
-    from helix_gateway.service.launch import CompilingAhead, EngineProcess
+def _run(
+    engine: EngineSettings,
+    gateway: GatewaySettings,
+    sockets: "Sequence[socket]",
+    model_name: str,
+    launched: "EngineProcess",
+) -> int:
+    from helix_gateway.service.launch import CompilingAhead
     from helix_gateway.telemetry.logging import configure_logging
 
     configure_logging(engine.log)
     typer.echo(f"Loading {model_name}", err=True)
-    # Before this process's own imports: it has more to import, and does so meanwhile.
-    launched = EngineProcess()
     with contextlib.closing(CompilingAhead()) as compiling:
         return _answer(engine, gateway, sockets, launched, compiling)
 

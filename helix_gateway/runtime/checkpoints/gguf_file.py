@@ -79,6 +79,15 @@ class _Cursor:
             raise EOFError("it ends within its header")
         return self.data[start : self.offset]
 
+    def skip_strings(self, count: int) -> None:
+        """Pass by so many strings: a vocabulary has a hundred thousand, so nothing is made of them."""
+        offset, data, length_at = self.offset, self.data, struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            offset += 8 + length_at(data, offset)[0]
+        self.offset = offset
+        if offset > len(data):
+            raise EOFError("it ends within its header")
+
     def value(self) -> "Scalar | _Array":
         kind = GGUFValueType(self.integer("I"))
         if kind is GGUFValueType.ARRAY:
@@ -99,8 +108,7 @@ class _Array:
         """The array at the cursor, which is left behind it."""
         array = cls(GGUFValueType(cursor.integer("I")), cursor.integer("Q"), cursor.offset)
         if array.type is GGUFValueType.STRING:
-            for _ in range(array.length):
-                cursor.skip(cursor.integer("Q"))
+            cursor.skip_strings(array.length)
         else:
             cursor.skip(array.length * struct.calcsize("<" + _FORMATS[array.type]))
         return array

@@ -127,8 +127,7 @@ class Int8Weight(QuantisedWeight):
         steps, scales = numbers
         count, groups = len(steps) // TILE_CHANNELS, self.groups
         tiles = self.tiles[first_tile : first_tile + count].numpy().reshape(count, groups, -1)
-        inputs = tiles[..., : GROUP_INPUTS * TILE_CHANNELS].reshape(count, groups, 2, 8, LANES, 4)
-        inputs[:] = _unsigned(steps).reshape(count, 2, LANES, groups, 8, 4).transpose(0, 3, 1, 4, 2, 5)
+        tiles[..., : GROUP_INPUTS * TILE_CHANNELS] = _by_lanes(_unsigned(steps), count, groups)
         tiles[..., GROUP_INPUTS * TILE_CHANNELS :] = _of_groups(scales, count)
 
 
@@ -154,9 +153,7 @@ class Int4Weight(QuantisedWeight):
             if not has_minimum and not (np.abs(scales) <= _LARGEST_Q4_0).all():
                 raise ValueError("scales of Q4_0 are beyond 8,188")
             minima = _halves(piece, 2) if has_minimum else np.float16(-8) * scales
-            nibbles = piece[..., -16:]
-            steps = np.concatenate([nibbles & 15, nibbles >> 4], axis=2).reshape(len(piece), -1)
-            packed._put(first // TILE_CHANNELS, steps, scales, minima)
+            packed._put(first // TILE_CHANNELS, piece[..., -16:], scales, minima)
         return packed
 
     @staticmethod
@@ -165,14 +162,15 @@ class Int4Weight(QuantisedWeight):
         found = best_scales(configure_threads(), groups.reshape(-1, GROUP_INPUTS))
         scales, minima = (numbers.reshape(groups.shape[:2]).astype(np.float16) for numbers in found)
         steps = np.rint((groups - minima.astype(np.float32)[..., None]) * _inverse(scales))
-        return np.clip(steps, 0, LARGEST).astype(np.uint8).reshape(rows.shape), scales, minima
+        halves = np.clip(steps, 0, LARGEST).astype(np.uint8).reshape(*scales.shape, 2, GROUP_INPUTS // 2)
+        return halves[..., 0, :] | halves[..., 1, :] << 4, scales, minima
 
     def _put(self, first_tile: int, *numbers: npt.NDArray[Any]) -> None:
-        steps, scales, minima = numbers
-        count, groups, half = len(steps) // TILE_CHANNELS, self.groups, GROUP_INPUTS * TILE_CHANNELS // 2
+        # Two inputs a byte, as a GGUF's blocks have them: those of a group's first half in the low halves of its bytes.
+        pairs, scales, minima = numbers
+        count, groups, half = len(pairs) // TILE_CHANNELS, self.groups, GROUP_INPUTS * TILE_CHANNELS // 2
         tiles = self.tiles[first_tile : first_tile + count].numpy().reshape(count, groups, -1)
-        by_half = steps.view(np.uint8).reshape(count, 2, LANES, groups, 2, 4, 4).transpose(4, 0, 3, 1, 5, 2, 6)
-        tiles[..., :half].reshape(count, groups, 2, 4, LANES, 4)[:] = by_half[0] | by_half[1] << 4
+        tiles[..., :half] = _by_lanes(pairs, count, groups)
         tiles[..., half : half + 2 * TILE_CHANNELS] = _of_groups(scales, count)
         tiles[..., half + 2 * TILE_CHANNELS :] = _of_groups(minima, count)
 
@@ -191,6 +189,13 @@ def _whole_tiles(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def _padded(rows: npt.NDArray[np.float32], groups: int) -> npt.NDArray[np.float32]:
     return _whole_tiles(np.pad(rows, [(0, 0), (0, groups * GROUP_INPUTS - rows.shape[1])]))
+
+
+def _by_lanes(rows: Bytes, count: int, groups: int) -> Bytes:
+    """Bytes of channels, in the order of some tiles: [tiles, groups, bytes], four of a channel beside four of the next."""
+    words = np.ascontiguousarray(rows).view(np.uint32).reshape(count, 2, LANES, groups, -1)
+    ordered = np.ascontiguousarray(words.transpose(0, 3, 1, 4, 2))
+    return ordered.reshape(count, groups, -1).view(np.uint8)
 
 
 def _halves(blocks: Bytes, byte: int) -> npt.NDArray[np.float16]:
