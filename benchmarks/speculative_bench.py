@@ -1,8 +1,9 @@
 """What speculation brings: output tokens a second with it over without it, by drafter, kind of text and load.
 
 Spec-Bench's six categories, edits (a file is to be written again with a name changed, so most of the answer is a copy),
-and the same edits with a right ``prediction``.  Drafters: ``auto`` (all there are), ``suffix`` and ``model`` each alone, the
-latter the target's weights rounded to 4 bits, made anew where none is named.  One model, an engine for each drafter and
+and the same edits with a right ``prediction``.  Drafters: ``auto`` (all there are), ``suffix``, ``model`` and ``self`` each
+alone; ``model`` the target's weights rounded to 4 bits, made anew where none is named, ``self`` a float target's own at
+fewer bits, which ``auto`` has where ``model`` is left out.  One model, an engine for each drafter and
 one without over it in turn, the same prompts in all, so that a ratio is of neighbours in time.  The target's prompts are
 cached, since only steps that do nothing but decode count; a draft model's are not, and what it reads counts.  What is
 learned of costs and acceptance is kept from group to group, as a server keeps it; earlier answers are not.  Greedy
@@ -30,7 +31,7 @@ from loaded import in_engine_environment, load_with_draft
 DATA = Path(__file__).resolve().parent / "data" / "spec_bench_dev.jsonl"
 MAKE_DRAFT_MODELS = Path(__file__).resolve().parent.parent / "scripts" / "make_draft_models.py"
 CONCURRENCY = (1, 4, 16, 64)
-DRAFTERS = ("auto", "suffix", "model")
+DRAFTERS = ("auto", "suffix", "model", "self")
 GROUPS = {1: 4}
 TOKENS = {1: 40, 4: 40, 16: 32, 64: 20}
 """By streams, so that all of it takes minutes; otherwise:"""
@@ -73,10 +74,10 @@ def spec_bench(count, dice):
 class Draft:
     """A draft model's runner, what its forwards cost, and its context."""
 
-    def __init__(self, loaded):
+    def __init__(self, runner, context_length):
         from helix_gateway.engine.step_costs import measure_costs
 
-        self.runner, self.context_length = loaded.runner, loaded.context_length
+        self.runner, self.context_length = runner, context_length
         self.costs = measure_costs(self.runner, PROFILED)
 
 
@@ -96,13 +97,15 @@ class Policies:
     def __init__(self, bench, name):
         from helix_gateway.engine.acceptance import AcceptanceModel
         from helix_gateway.engine.depth import AdaptiveDepth
-        from helix_gateway.engine.drafting import AdaptiveDrafting
+        from helix_gateway.engine.drafting import MODEL, SELF, AdaptiveDrafting
 
         acceptance, costs = AcceptanceModel(), fresh(bench.costs)
-        self.draft = bench.draft if name != "suffix" else None
-        self.reads_text = name != "model"
+        self.draft = None if name == "suffix" else bench.own if name == "self" else bench.draft or bench.own
+        self.is_own = self.draft is not None and self.draft is bench.own
+        self.reads_text = name not in ("model", "self")
         self.depth = AdaptiveDepth(costs, max_depth=32, acceptance=acceptance)
-        self.drafting = self.draft and AdaptiveDrafting(costs, fresh(self.draft.costs), acceptance)
+        source = SELF if self.is_own else MODEL
+        self.drafting = self.draft and AdaptiveDrafting(costs, fresh(self.draft.costs), acceptance, source=source)
 
 
 class Bench:
@@ -110,6 +113,8 @@ class Bench:
 
     def __init__(self, options, draft_path):
         from helix_gateway.engine.step_costs import measure_costs
+        from helix_gateway.runtime.fewer_bits import at_fewer_bits
+        from helix_gateway.runtime.model_source import resolve
 
         self.options = options
         quantised = options.quantization != "none"
@@ -122,8 +127,12 @@ class Bench:
         )
         self.runner = target.runner
         self.costs = measure_costs(self.runner, PROFILED)
-        self.draft = draft and Draft(draft)
-        self.drafters = [name for name in options.drafters if name != "model" or draft]
+        self.draft = draft and Draft(draft.runner, draft.context_length)
+        self.own = (
+            None if quantised else Draft(at_fewer_bits(resolve(options.model), self.runner), target.context_length)
+        )
+        missing = {"model"} if draft is None else set()
+        self.drafters = [name for name in options.drafters if name not in missing | ({"self"} if quantised else set())]
         self.policies = {name: Policies(self, name) for name in self.drafters}
         runners = [self.runner, *([self.draft.runner] if draft else [])]
         self.cache = cold_for_drafts([group for runner in runners for group in runner.kv_groups], self.runner.num_pages)
@@ -145,11 +154,15 @@ class Bench:
         from helix_gateway.engine.drafters.chain import CostlyDrafter
         from helix_gateway.engine.drafters.model import ModelDrafter
         from helix_gateway.engine.drafters.none import NoDrafter
+        from helix_gateway.engine.drafters.self_drafter import SelfDrafter
         from helix_gateway.engine.drafters.suffix import SuffixDrafter
 
         free = SuffixDrafter(store_tokens=0) if policies.reads_text else NoDrafter()
         chosen = {"drafter": free, "depth_policy": policies.depth}
-        if policies.draft:
+        if policies.is_own:
+            drafter = SelfDrafter(policies.draft.runner, self.cache, policies.drafting)
+            chosen["costly_drafter"] = CostlyDrafter(drafter, policies.drafting)
+        elif policies.draft:
             drafter = ModelDrafter(
                 policies.draft.runner,
                 self.cache,
@@ -332,7 +345,7 @@ def named(options):
 
 def draft_path(options, stack):
     """The folder of the draft model, made if need be; None where there is none, and said why."""
-    if options.draft_model or not {"auto", "model"} & set(options.drafters):
+    if options.draft_model or "model" not in options.drafters:
         return options.draft_model
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="helix-draft-"))
     # In a process of its own: threads that torch has started once would spin beside the engine's.

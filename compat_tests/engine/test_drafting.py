@@ -101,6 +101,22 @@ def test_a_drafter_that_is_wrong_is_left_alone_and_tried_again_one_day():
     assert sum(depth > 0 for depth in asked[: np.flatnonzero(asked)[0] + 1]) == 1
 
 
+def test_a_drafter_that_was_measured_too_dear_is_looked_at_now_and_then_and_asked_once_it_is_seen_to_be_cheap():
+    drafting, _ = adaptive(draft_s=0.03)
+    asked, forwards = [], 0
+    for _ in range(20_000):
+        (depth,) = drafting.ask([sequence()], [NOTHING], [8], 1)
+        asked.append(depth)
+        if depth and drafting.goes_on([sequence()], [NOTHING])[0]:
+            drafting.observe(1, 0.004)
+            forwards += 1
+    first = np.flatnonzero(asked)
+    assert np.diff(first)[0] == first[0] + 1 == 400
+    assert asked[first[0]] == 1
+    assert all(depth > 1 for depth in asked[-100:])
+    assert forwards == np.count_nonzero(asked)
+
+
 def test_one_sequence_that_drafts_suit_is_asked_for_where_another_is_not():
     acceptance = AcceptanceModel()
     # A draft model that computes one row at a time.

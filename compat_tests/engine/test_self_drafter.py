@@ -271,14 +271,29 @@ def test_what_is_drafted_is_counted_under_its_name():
     assert set(engine.stats().drafts) == {SELF}
 
 
-def test_where_steps_are_dear_and_drafts_cheap_and_right_drafts_become_long():
-    """As float weights beside their own at four bits."""
+FLOAT32 = {1: 0.0150, 2: 0.0165, 4: 0.0176, 8: 0.0183, 16: 0.0251, 32: 0.0483, 64: 0.0947}
+FOUR_BITS = {1: 0.0034, 2: 0.0034, 4: 0.0039, 8: 0.0051, 16: 0.0092, 32: 0.0185, 64: 0.0357}
+"""Seconds of SmolLM2's steps by rows, on a busy machine of two cores."""
+
+
+def left_to_itself(**options):
+    """An engine whose policies go by those costs, and the drafter's forwards."""
     acceptance = AcceptanceModel()
-    costs, draft_costs = StepCosts({1: 0.015, 16: 0.025, 64: 0.1}), StepCosts({1: 0.0035, 16: 0.009, 64: 0.036})
+    costs = StepCosts(FLOAT32)
     policy = AdaptiveDepth(costs, max_depth=32, acceptance=acceptance)
-    drafting = AdaptiveDrafting(costs, draft_costs, acceptance, source=SELF)
+    drafting = AdaptiveDrafting(costs, StepCosts(FOUR_BITS), acceptance, source=SELF)
     policy.observe = drafting.observe = lambda *_: None  # the toy's own time says nothing
-    engine, _ = engine_with_self(depth_policy=policy, drafting=drafting, budget=256)
+    return engine_with_self(depth_policy=policy, drafting=drafting, budget=256, num_pages=1000, **options)
+
+
+def test_drafts_that_are_right_become_long_for_one_stream():
+    engine, _ = left_to_itself()
     (answer,) = answers_of(engine, [request("r", [1, 2, 3], max_tokens=150, ignore_eos=True)]).values()
     steps = answer.last.metrics.output_tokens - answer.last.metrics.accepted_tokens
     assert steps <= 150 / 7
+
+
+def test_beside_many_streams_drafts_do_not_pay_and_none_is_made():
+    engine, own = left_to_itself(max_num_seqs=16)
+    answers_of(engine, [request(f"r{i}", [i, 2, 3], max_tokens=40, ignore_eos=True) for i in range(16)])
+    assert not own.batches

@@ -44,6 +44,8 @@ _FIRST_REACH = 16.0
 _REACH_RATE = 0.2
 _UNTRIED = 0.75
 """Share of a source's tokens believed to be accepted before any was drafted: enough to be tried where that could pay."""
+_UNTRIED_OF = {"self": 0.92}
+"""The same of sources of which more is known: SmolLM2's own weights at four bits were right for 95 of 100 (docs/log.md)."""
 _UNTRIED_PRIOR = 6.0
 _PLACE_MEMORY = 100.0
 
@@ -96,7 +98,8 @@ class AcceptanceModel:
     def fade(self, source: str, share: float) -> None:
         """Forget a share of how a source's tokens fared by place: who is never asked has to be tried again some day."""
         number = self._source(source)
-        for counts, prior in ((self._placed_accepted, _UNTRIED * _UNTRIED_PRIOR), (self._placed_seen, _UNTRIED_PRIOR)):
+        untried = _UNTRIED_OF.get(source, _UNTRIED) * _UNTRIED_PRIOR
+        for counts, prior in ((self._placed_accepted, untried), (self._placed_seen, _UNTRIED_PRIOR)):
             counts[number] += share * (prior - counts[number])
 
     def _factor(self, key: Hashable, source: str) -> float:
@@ -146,7 +149,7 @@ class AcceptanceModel:
             self._seen = np.concatenate([self._seen, cells])
             self._sums = np.concatenate([self._sums, np.zeros((1, _SUMS))])
             untried = np.full((1, _PLACES), _UNTRIED_PRIOR)
-            self._placed_accepted = np.concatenate([self._placed_accepted, _UNTRIED * untried])
+            self._placed_accepted = np.concatenate([self._placed_accepted, _UNTRIED_OF.get(name, _UNTRIED) * untried])
             self._placed_seen = np.concatenate([self._placed_seen, untried])
         return number
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numba
 import numpy as np
+import numpy.typing as npt
 
 from helix_gateway.engine.acceptance import AcceptanceModel, Float64s
 from helix_gateway.engine.depth import ANSWER_TOKENS, WORTH_IT
@@ -30,6 +31,12 @@ _FEW = 8
 """Sequences of which each is tried both ways."""
 _FORGOTTEN = 1e-3
 """Share of what is known of a drafter that a step in which it is not asked forgets: a try again within minutes."""
+_LOOK_AFTER = 400
+"""Steps in a row in which a drafter is not asked that is likely right, after which one of its forwards is made to see what it
+costs now: it may have been measured while the machine was busy.  At a third of a step's time each, a thousandth of all."""
+_LIKELY = 0.5
+
+Int64s = npt.NDArray[np.int64]
 
 
 class DraftingPolicy(Protocol):
@@ -121,6 +128,9 @@ class AdaptiveDrafting:
         """Seconds a token that drafting is expected to save."""
         self._foreseen: dict[Hashable, Float64s] = {}
         """What was foreseen for each sequence of this step."""
+        self._unasked = 0
+        """Steps in a row in which costs alone spoke against it."""
+        self._is_looking = False
 
     def ask(
         self, sequences: Ordered[Sequence], drafts: Ordered[DraftTokens], depths: Ordered[int], num_decodes: int
@@ -145,10 +155,19 @@ class AdaptiveDrafting:
         self._foreseen = dict(zip(keys, foreseen, strict=True))
         if not planned.any():
             self._acceptance.fade(self._source, _FORGOTTEN)
+        self._look(planned, foreseen[:, 0])
         return [
             max(int(depth), 0 if len(draft.token_ids) >= self._min_depth else min(self._min_depth, most))
             for depth, draft, most in zip(planned, drafts, depths, strict=True)
         ]
+
+    def _look(self, planned: Int64s, chances: Float64s) -> None:
+        """Plan a token for the likeliest, after many steps without any."""
+        likeliest = int(chances.argmax())
+        self._unasked = 0 if planned.any() or chances[likeliest] < _LIKELY else self._unasked + 1
+        self._is_looking = self._unasked >= _LOOK_AFTER
+        if self._is_looking:
+            planned[likeliest], self._unasked = 1, 0
 
     def worth_catching_up(self, sequence: Sequence, num_tokens: int) -> bool:
         """See `DraftingPolicy`."""
@@ -174,7 +193,8 @@ class AdaptiveDrafting:
             self._draft_costs.seconds,
         )
         self._num_rows += int(chosen.sum())
-        return [bool(one) or n < self._min_depth for one, n in zip(chosen, so_far, strict=True)]
+        least = max(1, self._min_depth) if self._is_looking else self._min_depth
+        return [bool(one) or n < least for one, n in zip(chosen, so_far, strict=True)]
 
     def _gain(self, key: Hashable, reached: Float64s) -> float:
         """What one more token adds, given how sure its drafter was of those before it."""
