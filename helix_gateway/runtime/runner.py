@@ -1,7 +1,7 @@
 """A transformers model as the engine's `ModelRunner`: one ragged forward over paged keys and values, on any device.
 
 The flat batch goes through the model as one sequence of ``num_tokens``; what belongs together, attention alone decides
-(`paged_attention.py`).  Logits are computed for the wanted rows only.  Knows nothing about requests or schedules.
+(`transformers_attention.py`).  Logits are computed for the wanted rows only.  Knows nothing about requests or schedules.
 """
 
 from collections.abc import Callable, Sequence
