@@ -25,6 +25,8 @@ class GrowingDraft:
     """Most tokens that it may have."""
     stop_ids: frozenset[int]
     """Tokens behind which nothing can follow."""
+    doubt: float = 1.0
+    """How likely the rest is wrong, of what its model's probability of a token leaves to others."""
     token_ids: list[int] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
 
@@ -44,5 +46,6 @@ class GrowingDraft:
         self.confidences.append(confidence)
 
     def as_drafted(self) -> DraftTokens:
-        """What there is of it, in its own tokens."""
-        return DraftTokens(self.source, np.array(self.token_ids, np.int32), np.array(self.confidences, np.float32))
+        """What there is of it, in its own tokens, with the chances of each to be right."""
+        confidences = 1 - self.doubt * (1 - np.array(self.confidences, np.float32))
+        return DraftTokens(self.source, np.array(self.token_ids, np.int32), confidences.astype(np.float32))

@@ -27,6 +27,10 @@ from helix_gateway.engine.sequence import Sequence
 
 log = structlog.get_logger(__name__)
 
+_DOUBT = 0.2
+"""Two forms of one model that draw with one noise agree far more often than either is sure of its token: before more is
+learned, a token that was given one half is believed right nine times of ten (docs/log.md)."""
+
 
 class SelfDrafter(Generic[Logits]):
     """`engine.drafters.base.ChoosyDrafter` over another form of the target.
@@ -92,7 +96,9 @@ class SelfDrafter(Generic[Logits]):
 
 
 def _begin(sequence: Sequence, depth: int) -> GrowingDraft:
-    return GrowingDraft(sequence=sequence, key=sequence.key, source=SELF, depth=depth, stop_ids=sequence.stop_ids)
+    return GrowingDraft(
+        sequence=sequence, key=sequence.key, source=SELF, depth=depth, stop_ids=sequence.stop_ids, doubt=_DOUBT
+    )
 
 
 def _next_part(draft: GrowingDraft) -> DraftPart[GrowingDraft]:
