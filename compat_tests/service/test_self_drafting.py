@@ -1,5 +1,6 @@
 """The model's own weights at fewer bits draft for it, as settings name that: no answer changes, or it is refused in one line."""
 
+import threading
 import time
 
 import pytest
@@ -101,6 +102,38 @@ def test_what_goes_wrong_while_it_is_made_is_told_and_the_engine_serves_on(path,
             engine.generate("one", max_tokens=2)
         assert len(engine.generate("one", max_tokens=4, ignore_eos=True).token_ids) == 4
     assert "no_self_drafter" in capsys.readouterr().out
+
+
+def test_where_there_is_no_room_for_it_it_is_not_made(path, monkeypatch, capsys):
+    monkeypatch.setattr(self_drafting, "free_memory_bytes", lambda device: 1 << 16)
+    with opened(path, min_depth=2) as engine:
+        until = time.monotonic() + 60
+        while engine._service.host._late is not None and time.monotonic() < until:
+            engine.generate("one", max_tokens=2)
+        assert "self" not in engine._service.host.engine.stats().drafts
+    assert "are needed, and 0 MiB are free" in capsys.readouterr().out
+
+
+def test_of_several_processes_one_compiles_and_the_others_wait_for_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(self_drafting, "is_compiled", is_compiled)
+    started = []
+
+    class Compiling:
+        def __init__(self, kv_dtype):
+            started.append(kv_dtype)
+
+        def wait(self):
+            time.sleep(0.2)
+            self_drafting.mark_compiled_for(started[-1])
+
+    monkeypatch.setattr(self_drafting, "start_compiling", Compiling)
+    threads = [threading.Thread(target=self_drafting._compile_for, args=("int8",)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert started == ["int8"]
 
 
 def test_weights_that_are_quantised_already_are_not_drafted_for(path):

@@ -12,6 +12,7 @@ from typing import Any
 import structlog
 import torch
 
+from helix_gateway.core.errors import OutOfMemoryError
 from helix_gateway.core.protocols import ModelRunner
 from helix_gateway.engine.acceptance import AcceptanceModel
 from helix_gateway.engine.block_pool import NoFreeBlocksError
@@ -21,8 +22,9 @@ from helix_gateway.engine.drafting import SELF, AdaptiveDrafting
 from helix_gateway.engine.engine import Engine
 from helix_gateway.engine.kv_cache import PagedKVCache
 from helix_gateway.engine.step_costs import StepCosts, measure_seconds
-from helix_gateway.runtime.cpu.compiled import is_compiled, mark_compiled
+from helix_gateway.runtime.cpu.compiled import compiling_alone, is_compiled, mark_compiled
 from helix_gateway.runtime.cpu.threads import unbind_thread
+from helix_gateway.runtime.device import free_memory_bytes
 from helix_gateway.runtime.fewer_bits import at_fewer_bits
 from helix_gateway.runtime.paged_runner import PagedRunner
 from helix_gateway.service.launch import start_compiling
@@ -92,11 +94,23 @@ class LateDrafter:
     def _make(self, path: str, runner: PagedRunner) -> None:
         try:
             unbind_thread()
-            torch.set_num_threads(1)
+            torch.set_num_threads(1)  # this thread's, which would have a team of its own
+            _check_room(runner)
             _compile_for(str(runner.kv_dtype).removeprefix("torch."))
             self._made.set_result(at_fewer_bits(path, runner))
         except Exception as error:  # noqa: BLE001 - told where it is waited for
             self._made.set_exception(error)
+
+
+def _check_room(runner: PagedRunner) -> None:
+    """Raises OutOfMemoryError where a byte for each weight is more than the half that the KV cache leaves of free memory."""
+    if runner.parts is None:
+        return
+    linears = [part for layer in runner.parts.layers for together in layer.products for part in together]
+    needed = sum(part.in_features * part.out_features for part in [*linears, runner.parts.head])
+    free = free_memory_bytes(torch.device("cpu"))
+    if needed > free // 2:
+        raise OutOfMemoryError(f"{needed >> 20} MiB are needed, and {free >> 20} MiB are free, for the KV cache too")
 
 
 def _compile_for(kv_dtype: str) -> None:
@@ -105,12 +119,16 @@ def _compile_for(kv_dtype: str) -> None:
     Args:
         kv_dtype: what keys and values are stored in.
     """
-    if is_compiled(_COMPILED_FOR + kv_dtype):
+    what = _COMPILED_FOR + kv_dtype
+    if is_compiled(what):
         return
-    try:
-        start_compiling(kv_dtype).wait()
-    except OSError as error:  # it is compiled when it is wanted, then
-        log.info("not_compiled_ahead", reason=str(error))
+    with compiling_alone(what):
+        if is_compiled(what):
+            return
+        try:
+            start_compiling(kv_dtype).wait()
+        except OSError as error:  # it is compiled when it is wanted, then
+            log.info("not_compiled_ahead", reason=str(error))
 
 
 def mark_compiled_for(kv_dtype: str) -> None:

@@ -4,13 +4,15 @@ Looks at the folder that this package's import has chosen; knows nothing about w
 """
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 USUAL_FUNCTIONS = 91
 """That a first start of the default model leaves compiled; another model's are about as many."""
 
 _EVERY_ENGINES = "ahead"
+_LONGEST_S = 600.0
 
 
 def num_compiled() -> int:
@@ -44,6 +46,20 @@ def mark_compiled(what: str) -> None:
     if folder:
         with suppress(OSError):  # what could not be kept either: the next start tries again
             (folder / f"compiled-{what}").touch()
+
+
+@contextmanager
+def compiling_alone(what: str) -> Iterator[None]:
+    """Wait for whoever compiles something already, in any process, and keep others waiting; not for ever."""
+    import filelock
+
+    folder = _folder()
+    with ExitStack() as held:
+        # Where a file system has no locks, or somebody stands still with this one, it is as without it.
+        with suppress(OSError, NotImplementedError):
+            if folder:
+                held.enter_context(filelock.FileLock(folder / f".compiling-{what}").acquire(timeout=_LONGEST_S))
+        yield
 
 
 def _folder() -> Path | None:
