@@ -20,11 +20,13 @@ from helix_gateway.engine.step_costs import StepCosts
 
 WORTH_IT = 1.02
 """Speculation must promise this much more: costs are estimates, and the plain step is known."""
+WORTH_ITS_ROWS = 1.25
+"""Or, where drafts are few among many, so many times what the time of their rows brings without them."""
 _PROMISES_PRIOR = 8.0
 """Tokens."""
 _PROMISES_KEPT = 0.97
 """Of what is known of them, with each draft that is verified, and each step at which none is."""
-_LEAST_BELIEVED = 0.6
+_LEAST_BELIEVED = 0.9
 """Share of the chances: what is farther off is for the acceptance model to find out."""
 DRAFTING_S = 30e-6
 """What proposing, judging and learning take for one sequence, before it was seen (docs/log.md)."""
@@ -35,7 +37,7 @@ _TRIES = 4
 """Drafts in a row of which nothing is worth verifying, after which they are likely in vain; fewer where little can be won."""
 _VAIN_SHARE = 0.005
 """Of a step's time, most that goes to drafts that are likely in vain."""
-_VAIN_SHARE_OF_GAIN = 0.003
+_VAIN_SHARE_OF_GAIN = 0.006
 """And most for all that could be won, if drafts were right throughout, as a share of plain decoding."""
 _LONGEST_PERIOD = 64
 _READING_S = 0.5e-6
@@ -163,7 +165,7 @@ class AdaptiveDepth:
             if not sequence.request.prediction_token_ids and not self._is_worth_reading(sequence, prospect):
                 return False
             patience = self._patience[sequence.key] = _Patience()
-        return patience.is_turn(prospect)
+        return patience.is_turn(prospect, self._observed)
 
     def _is_worth_reading(self, sequence: Sequence, prospect: "_Prospect") -> bool:
         """Whether drafters should read a sequence at all, for what may come of it."""
@@ -258,13 +260,16 @@ class _Patience:
     waited: int = 0
     """Steps since the last of them."""
 
-    def is_turn(self, prospect: _Prospect) -> bool:
-        """Whether to draft at this step, of which this is the only question."""
+    def is_turn(self, prospect: _Prospect, step: int) -> bool:
+        """Whether to draft at this step, of which this is the only question.
+
+        Those who wait try at the same steps: where rows are cheap by the dozen, one draft alone never pays.
+        """
         if self.fruitless < prospect.tries:
             self.fruitless += 1
             return True
         self.waited += 1
-        if self.waited < prospect.period:
+        if step % prospect.period or 2 * self.waited < prospect.period:
             return False
         self.waited = 0
         return True
@@ -298,7 +303,9 @@ def _best_depths(chances, num_decodes, knots, seconds, worth_it):  # type: ignor
     following = chances[:, 0].copy()
     left = chances.sum()
     tokens = float(num_decodes)
-    best_rate = worth_it * tokens / np.interp(float(num_decodes), knots, seconds)
+    plain_s = np.interp(float(num_decodes), knots, seconds)
+    plain_rate = tokens / plain_s
+    best_rate, best_rows = plain_rate, num_decodes
     for rows in range(num_decodes + 1, num_decodes + 1 + num_drafts * longest):
         likeliest = following.argmax()
         chance = following[likeliest]
@@ -311,6 +318,10 @@ def _best_depths(chances, num_decodes, knots, seconds, worth_it):  # type: ignor
         tokens += chance
         left -= chance
         if tokens > best_rate * cost:
-            best_rate = tokens / cost
+            best_rate, best_rows = tokens / cost, rows
             best_depths[:] = depths
+    longer_s = np.interp(float(best_rows), knots, seconds) - plain_s
+    added = best_rate * (plain_s + longer_s) - num_decodes
+    if best_rate < worth_it * plain_rate and added < WORTH_ITS_ROWS * plain_rate * longer_s:
+        best_depths[:] = 0
     return best_depths

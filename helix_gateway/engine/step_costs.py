@@ -37,7 +37,7 @@ _MOST_AT_ONCE = 0.3
 """Largest difference, as a logarithm, that one step is believed."""
 _HELD_UP = 0.8
 """A step that differs by more was more likely held up than that it tells of costs: it is believed the less for it."""
-_IN_PROPORTION = 0.9
+_IN_PROPORTION = 0.95
 """Of what twice the rows would cost at twice the price: from there on `StepCosts` needs no more figures."""
 _SURE_FROM = 64
 """Rows below which that may be the step from one kernel to another."""
