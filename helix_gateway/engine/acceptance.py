@@ -25,13 +25,14 @@ _CONFIDENCES = 12
 """Cells for confidence, as many for the upper half as for the lower."""
 _PLACES = 4
 """Cells for the place in the window: the first, the next two, the next four, the rest."""
-_PRIOR = 10.0
+_PRIOR = 6.0
 """Observations that what is believed of a confidence counts for."""
 _SOURCE_PRIOR = 2.0
 """Observations that it counts for, on average over a source, that the drafter says how often it is right, and a little
 less than it is."""
-_HOPE = 0.15
-"""By how much it is believed to be right more often than it says, until it is known: what is not tried teaches little."""
+_HOPE = 0.6
+"""How much more often it is believed to be right where it is in doubt, until it is known: what is not tried teaches
+little."""
 _FIRST_TOKENS = 8.0
 _SLOPE_PRIOR = 0.4
 """Squared differences of confidence that it counts for that the drafter knows when it is right."""
@@ -185,13 +186,13 @@ def _line(sums):  # type: ignore[no-untyped-def]
     """What is believed of a source's confidence: (at 0, more for each unit of it)."""
     count = max(1e-9, sums[_COUNT])
     mean = sums[_CONFIDENCE] / count
-    right = (sums[_RIGHT] + _SOURCE_PRIOR * (mean + _HOPE)) / (count + _SOURCE_PRIOR)
+    right = (sums[_RIGHT] + _SOURCE_PRIOR * (mean + _HOPE * mean * (1.0 - mean))) / (count + _SOURCE_PRIOR)
     spread = max(0.0, sums[_CONFIDENCE_SQUARED] - count * mean * mean)
     slope = (sums[_BOTH] - mean * sums[_RIGHT] + _SLOPE_PRIOR) / (spread + _SLOPE_PRIOR)
     slope = min(1.0, max(0.0, slope))
     if count > _FIRST_TOKENS:
         # That first tokens are right more often than was said tells nothing of later ones; that they are wrong does.
-        later = (1.0 + sums[_LATER]) / (sums[_LATER] + _SOURCE_PRIOR)
+        later = sums[_LATER] / (sums[_LATER] + _SOURCE_PRIOR)
         right = min(right, mean) + later * max(0.0, right - mean)
     return right - slope * mean, slope
 

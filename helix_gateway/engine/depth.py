@@ -20,8 +20,11 @@ from helix_gateway.engine.step_costs import StepCosts
 
 WORTH_IT = 1.02
 """Speculation must promise this much more: costs are estimates, and the plain step is known."""
-WORTH_ITS_ROWS = 1.25
-"""Or, where drafts are few among many, so many times what the time of their rows brings without them."""
+_WORTH_ITS_ROWS = 1.25
+"""Where drafts bring so many times what the time of their rows would bring without them, they are worth it though they are
+few among many:"""
+_FEW = 0.25
+"""so much of what else they must promise is then enough."""
 _PROMISES_PRIOR = 8.0
 """Tokens."""
 _PROMISES_KEPT = 0.97
@@ -322,6 +325,8 @@ def _best_depths(chances, num_decodes, knots, seconds, worth_it):  # type: ignor
             best_depths[:] = depths
     longer_s = np.interp(float(best_rows), knots, seconds) - plain_s
     added = best_rate * (plain_s + longer_s) - num_decodes
-    if best_rate < worth_it * plain_rate and added < WORTH_ITS_ROWS * plain_rate * longer_s:
+    if added >= _WORTH_ITS_ROWS * plain_rate * longer_s:
+        worth_it = 1.0 + (worth_it - 1.0) * _FEW
+    if best_rate < worth_it * plain_rate:
         best_depths[:] = 0
     return best_depths
