@@ -196,18 +196,18 @@ async def authenticate(request: web.Request, handler: Handler) -> web.StreamResp
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """What every response carries; a signal of aiohttp's, called before the head is sent."""
-    context = context_of(request)
+    context, headers = context_of(request), response.headers
     for name, value in context.headers.items():
         # A refusal may know better what is left.
-        response.headers.setdefault(name, value)
+        headers.setdefault(name, value)
     if request.app[DRAIN].draining:
         response.force_close()
-        response.headers["Connection"] = "close"  # aiohttp has settled that header by now
+        headers["Connection"] = "close"  # aiohttp has settled that header by now
     # Also where no page asked: what a browser keeps of that answer must not be handed to a page.
-    response.headers.setdefault("Vary", "Origin")
-    response.headers["Server"] = "helix"
-    response.headers["x-request-id"] = context.request_id
-    response.headers["openai-processing-ms"] = str(round(context.elapsed_ms))
+    headers.setdefault("Vary", "Origin")
+    headers["Server"] = "helix"
+    headers["x-request-id"] = context.request_id
+    headers["openai-processing-ms"] = str(round(context.elapsed_ms))
 
 
 MIDDLEWARES: tuple[Middleware, ...] = (

@@ -39,6 +39,8 @@ class Caller:
 
     def headers(self) -> dict[str, str]:
         """OpenAI's ``x-ratelimit-…`` for the rates that are limited."""
+        if self._requests is None and self._tokens is None:
+            return {}
         rates = (("requests", self._requests), ("tokens", self._tokens))
         return {name: value for unit, bucket in rates if bucket for name, value in _rate_headers(unit, bucket).items()}
 
