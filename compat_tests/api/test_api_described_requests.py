@@ -53,6 +53,7 @@ UNSPOKEN = (
     "(0 is for `echo`)",
     "lacks the field",
     "as the first prompt is",
+    "fit into one request",
 )
 """Reasons for a refusal that a JSON schema has no words for, or that only the model knows."""
 
