@@ -112,22 +112,20 @@ def test_where_rows_cost_nothing_the_depth_does_not_fall_with_the_number_of_sequ
     assert most({1: 0.01, 4096: 0.0101}, num_decodes) == 32
 
 
-def asked_in(policy, costs, sequences, num_steps, num_decodes=16):
-    """Bools [num_steps, len(sequences)]: who is drafted for at steps that take what they are expected to."""
-    asked = []
-    for _ in range(num_steps):
-        asked.append([policy.most(sequence, num_decodes) > 0 for sequence in sequences])
-        policy.observe(num_decodes, costs.seconds_for(num_decodes))
-    return np.array(asked)
+def asked_in(policy, sequences, num_steps, num_decodes=16):
+    """Bools [num_steps, len(sequences)]: who is drafted for at steps of which nothing is learned, as beside a prompt."""
+    return np.array(
+        [[policy.most(sequence, num_decodes) > 0 for sequence in sequences] for _ in range(num_steps)]
+    )
 
 
 def test_a_sequence_that_drafts_are_in_vain_for_is_drafted_for_seldom_where_drafting_is_felt():
     costs = StepCosts({1: 0.001, 64: 0.0011, 4096: 0.01})
     policy, sequence = AdaptiveDepth(costs, max_depth=8), sequence_of("a")
-    asked = asked_in(policy, costs, [sequence], 100)[:, 0]
+    asked = asked_in(policy, [sequence], 100)[:, 0]
     assert asked[:4].all()
     assert asked[4:].nonzero()[0].tolist() == [60]
-    asked_in(policy, costs, [sequence], 29)
+    asked_in(policy, [sequence], 29)
     assert policy.choose([sequence], [draft([0.99] * 4)], 16) == [4]
     assert policy.most(sequence, 16) > 0
 
@@ -144,7 +142,7 @@ def test_one_good_draft_among_many_is_verified_though_it_hardly_changes_the_whol
 
 def test_where_little_can_be_won_little_is_tried():
     costs = StepCosts({1: 0.01, 16: 0.16, 32: 0.28})
-    asked = asked_in(AdaptiveDepth(costs, max_depth=8), costs, [sequence_of("a")], 100)[:, 0]
+    asked = asked_in(AdaptiveDepth(costs, max_depth=8), [sequence_of("a")], 100)[:, 0]
     assert asked[:2].tolist() == [True, False]
     assert 20 < asked.sum() < 40
 
@@ -152,8 +150,8 @@ def test_where_little_can_be_won_little_is_tried():
 def test_sequences_that_drafts_are_in_vain_for_are_tried_together_whenever_they_came():
     costs = StepCosts({1: 0.001, 64: 0.0011, 4096: 0.01})
     policy, early, late = AdaptiveDepth(costs, max_depth=8), sequence_of("early"), sequence_of("late")
-    asked_in(policy, costs, [early], 30)
-    asked = asked_in(policy, costs, [early, late], 400)[60:]
+    asked_in(policy, [early], 30)
+    asked = asked_in(policy, [early, late], 400)[60:]
     assert (asked[:, 0] == asked[:, 1]).all()
     assert 3 < asked[:, 0].sum() < 8
 
@@ -174,7 +172,7 @@ def test_how_seldom_is_seen_from_what_drafting_takes():
     for _ in range(200):
         policy.observe_drafting(16, 16 * 1e-6)
     policy.observe_drafting(16, 1.0)  # held up
-    asked = asked_in(policy, costs, [sequence_of("a")], 100)[:, 0]
+    asked = asked_in(policy, [sequence_of("a")], 100)[:, 0]
     assert asked[:4].all()
     assert (np.diff(asked[4:].nonzero()[0]) == 4).all()
     assert asked.sum() > 20

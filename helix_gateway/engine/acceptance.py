@@ -34,6 +34,7 @@ _HOPE = 0.6
 """How much more often it is believed to be right where it is in doubt, until it is known: what is not tried teaches
 little."""
 _FIRST_TOKENS = 8.0
+"""Observations of a source after which its own tokens tell what to believe (`benchmarks/depth_policy.py`, as all of these)."""
 _SLOPE_PRIOR = 0.4
 """Squared differences of confidence that it counts for that the drafter knows when it is right."""
 _MEMORY = 300.0

@@ -144,6 +144,9 @@ class AdaptiveDepth:
         self._prospects: dict[int, _Prospect] = {}
         """By number of decodes, as costs were lately: they are asked for each sequence of a step."""
         self._observed = 0
+        self._step = 0
+        self._asked: set[SequenceKey] = set()
+        """Who was asked about in this step; the next begins with the first who is asked about again."""
         self._drafting_s = DRAFTING_S
         self._patience: dict[SequenceKey, _Patience] = {}
         self._promises: dict[SequenceKey, float] = {}
@@ -155,6 +158,10 @@ class AdaptiveDepth:
         """More than lately proved right, but no more than could pay if it were right throughout."""
         if self._min_depth:
             return self._max_depth
+        if sequence.key in self._asked:
+            self._step += 1
+            self._asked.clear()
+        self._asked.add(sequence.key)
         prospect = self._prospects.get(num_decodes)
         if prospect is None:
             prospect = self._prospects[num_decodes] = self._prospect(max(1, num_decodes))
@@ -168,7 +175,7 @@ class AdaptiveDepth:
             if not sequence.request.prediction_token_ids and not self._is_worth_reading(sequence, prospect):
                 return False
             patience = self._patience[sequence.key] = _Patience()
-        return patience.is_turn(prospect, self._observed)
+        return patience.is_turn(prospect, self._step)
 
     def _is_worth_reading(self, sequence: Sequence, prospect: "_Prospect") -> bool:
         """Whether drafters should read a sequence at all, for what may come of it."""
@@ -234,6 +241,7 @@ class AdaptiveDepth:
     def retire(self, sequence: Sequence) -> None:
         """See `DepthPolicy`."""
         self._acceptance.forget(sequence.key)
+        self._asked.discard(sequence.key)
         self._patience.pop(sequence.key, None)
         self._promises.pop(sequence.key, None)
 
