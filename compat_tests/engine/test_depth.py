@@ -114,9 +114,7 @@ def test_where_rows_cost_nothing_the_depth_does_not_fall_with_the_number_of_sequ
 
 def asked_in(policy, sequences, num_steps, num_decodes=16):
     """Bools [num_steps, len(sequences)]: who is drafted for at steps of which nothing is learned, as beside a prompt."""
-    return np.array(
-        [[policy.most(sequence, num_decodes) > 0 for sequence in sequences] for _ in range(num_steps)]
-    )
+    return np.array([[policy.most(sequence, num_decodes) > 0 for sequence in sequences] for _ in range(num_steps)])
 
 
 def test_a_sequence_that_drafts_are_in_vain_for_is_drafted_for_seldom_where_drafting_is_felt():
