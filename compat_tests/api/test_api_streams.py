@@ -99,26 +99,54 @@ async def test_the_end_comes_in_one_packet_with_the_last_event():
     assert packet.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
 
 
+class Unread:
+    """A stream that was asked for and never began; `service.open` counts those that are not closed."""
+
+    def __init__(self, service, closing_fails):
+        self.service, self.closing_fails = service, closing_fails
+        service.open += 1
+
+    async def aclose(self):
+        self.service.open -= 1
+        if self.closing_fails:
+            raise ZeroDivisionError
+
+
+class Goes(FakeService):
+    """Is gone once it has been asked for two streams."""
+
+    def __init__(self, *, closing_fails=False):
+        super().__init__()
+        self.closing_fails = closing_fails
+
+    def generate(self, call):
+        if len(self.calls) == 2:
+            raise EngineUnavailableError("gone")
+        self.calls.append(call)
+        return Unread(self, self.closing_fails)
+
+
 async def test_an_engine_that_goes_while_it_is_asked_keeps_no_part_of_the_request():
-    class Goes(FakeService):
-        def generate(self, call):
-            if self.calls:
-                raise EngineUnavailableError("gone")
-            self.calls.append(call)
-            return Unread(self)
-
-    class Unread:
-        def __init__(self, service):
-            self.service = service
-            service.open += 1
-
-        async def aclose(self):
-            self.service.open -= 1
-
     async with running(Goes()) as gateway:
-        status, body = await gateway.answer(COMPLETIONS, {"prompt": ["a", "b"]})
+        status, body = await gateway.answer(COMPLETIONS, {"prompt": ["a", "b", "c"]})
     assert (status, body["error"]["code"]) == (503, "engine_unavailable")
-    assert (len(gateway.service.calls), gateway.service.open) == (1, 0)
+    assert (len(gateway.service.calls), gateway.service.open) == (2, 0)
+
+
+async def test_a_stream_that_cannot_be_closed_keeps_no_other_open():
+    async with running(Goes(closing_fails=True)) as gateway:
+        status, _ = await gateway.answer(COMPLETIONS, {"prompt": ["a", "b", "c"]})
+    assert (status, len(gateway.service.calls), gateway.service.open) == (500, 2, 0)
+
+
+async def test_a_request_that_cannot_be_told_of_keeps_no_stream_open(monkeypatch):
+    def fails(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("helix_gateway.gateway.exchange.Generation", fails)
+    async with running(Goes()) as gateway:
+        status, _ = await gateway.answer(COMPLETIONS, {"prompt": ["a", "b"]})
+    assert (status, len(gateway.service.calls), gateway.service.open) == (500, 2, 0)
 
 
 async def test_silence_is_broken_by_comments():
@@ -146,6 +174,7 @@ class PingsWait:
 
     def __init__(self):
         self.num_pings = self.num_ended = 0
+        self.num_waiting_at_end = None
 
     async def write(self, payload):
         if payload == sse.PING:
@@ -156,7 +185,7 @@ class PingsWait:
                 self.num_ended += 1
 
     async def write_eof(self, data=b""):
-        pass
+        self.num_waiting_at_end = self.num_pings - self.num_ended
 
 
 async def test_a_ping_that_waits_for_the_client_is_the_only_one_and_ends_with_the_stream():
@@ -168,7 +197,49 @@ async def test_a_ping_that_waits_for_the_client_is_the_only_one_and_ends_with_th
     stream = sse.EventStream(make_mocked_request("GET", "/"), TimeLimit(), 0.02)
     stream._response = response = PingsWait()
     await stream.run(events(), explain=None)
-    assert (response.num_pings, response.num_ended) == (1, 1)
+    assert (response.num_pings, response.num_ended, response.num_waiting_at_end) == (1, 1, 0)
+
+
+class EndsSlowly:
+    """A response to a client that takes its time over the end, or for ever."""
+
+    prepared = True
+
+    def __init__(self, takes_s):
+        self.takes_s = takes_s
+        self.written = []
+
+    async def write(self, payload):
+        self.written.append(payload)
+
+    async def write_eof(self, data=b""):
+        await self.write(data)
+        await asyncio.sleep(self.takes_s)
+
+
+async def test_no_comment_follows_the_end_while_it_waits_for_the_client():
+    async def events():
+        await asyncio.sleep(0.1)
+        yield sse.DONE
+
+    stream = sse.EventStream(make_mocked_request("GET", "/"), TimeLimit(), 0.02)
+    stream._response = response = EndsSlowly(0.1)
+    await stream.run(events(), explain=None)
+    assert sse.PING in response.written
+    assert (response.written[-1], stream.answered) == (sse.DONE, True)
+
+
+async def test_an_end_that_is_not_read_in_time_is_not_waited_for_and_answers_nothing(monkeypatch):
+    async def events():
+        yield b"data: a\n\n" + sse.DONE
+
+    monkeypatch.setattr(sse, "LAST_WORD_S", 0.05)
+    request = make_mocked_request("GET", "/")
+    stream = sse.EventStream(request, TimeLimit(0.01), 15.0)
+    stream._response = EndsSlowly(60.0)
+    await asyncio.wait_for(stream.run(events(), explain=None), 3)
+    assert (stream.answered, stream.client_left) == (False, True)
+    request.transport.abort.assert_called_once_with()
 
 
 async def test_a_stream_that_speaks_gets_no_comments():

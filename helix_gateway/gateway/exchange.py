@@ -6,10 +6,11 @@ nothing about what chat and completions look like.
 
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from aiohttp import web
 
@@ -22,7 +23,7 @@ from helix_gateway.gateway.prompts import Prompt
 from helix_gateway.gateway.registry import ServedModel
 from helix_gateway.gateway.reply import Reply, Tally
 from helix_gateway.gateway.schemas.common import GenerationRequest
-from helix_gateway.gateway.sse import EventStream
+from helix_gateway.gateway.sse import DONE, EventStream
 from helix_gateway.gateway.state import (
     INLINE_SIZE,
     Generation,
@@ -39,6 +40,19 @@ MAX_HEADER_CHARACTERS = 1000
 T = TypeVar("T")
 
 _unsafe_in_header = re.compile(r"[^A-Za-z0-9_.\[\]-]")
+
+
+class EventWriter(Protocol):
+    """How a route writes its stream."""
+
+    def weight(self, choice: int, delta: TextDelta, /) -> int:
+        """How much `chunks` would write (see `generation.weight`)."""
+
+    def chunks(self, choice: int, delta: TextDelta, /) -> bytes:
+        """One delta's events, joined; empty where there is nothing to tell yet."""
+
+    def closing_events(self) -> bytes:
+        """What comes after all choices have ended, joined."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +76,20 @@ class Exchange:
     async def __aenter__(self) -> None:
         """Ask first: the engine is at work while the rest is made."""
         try:
-            for call in self.plan.calls:
-                self._streams.append(self.served.service.generate(call))
+            try:
+                for call in self.plan.calls:
+                    self._streams.append(self.served.service.generate(call))
+            finally:
+                self._tell()
         except BaseException:
             await self.__aexit__()
             raise
-        finally:
-            self._tell()
 
     async def __aexit__(self, *_: object) -> None:
-        for stream in self._streams:
-            async with closing(stream):
-                pass
-        self.context.log.update(self.tally.for_log())
+        async with AsyncExitStack() as streams:  # each is closed, whatever comes of the others
+            for stream in self._streams:
+                streams.push_async_exit(closing(stream))
+            self.context.log.update(self.tally.for_log())
 
     async def deltas(self) -> Deltas:
         """The engine's deltas, counted as they pass."""
@@ -84,6 +99,18 @@ class Exchange:
                 self.tally.add(choice, delta)
                 self.context.tokens = self.tally.total_tokens  # a request that the engine refuses costs none
                 yield choice, delta
+
+    async def events(self, deltas: Deltas, writer: EventWriter) -> AsyncGenerator[bytes, None]:
+        """The stream of these `deltas`; what is told once every choice has ended goes with `DONE`, in one payload."""
+        last = b""
+        async with closing(deltas) as source:
+            async for choice, delta in source:
+                payload = await self.written(writer.weight(choice, delta), writer.chunks, choice, delta)
+                if self.tally.complete:
+                    last += payload  # of several deltas, where one waited for its prompt's logprobs
+                elif payload:
+                    yield payload
+        yield last + writer.closing_events() + DONE
 
     async def written(self, size: int, write: Callable[..., T], *args: Any) -> T:
         """What ``write(*args)`` makes, in a worker thread where ``size`` (of `weight`) says that it takes long."""

@@ -1,6 +1,6 @@
 """One HTTP request's answers, as one stream: all prompts and choices interleaved.
 
-Knows nothing about how answers are written, nor who closes the service's streams (`exchange.py` does).
+Knows nothing about how answers are written.  Streams that nobody began to read are closed by `exchange.py`.
 """
 
 import asyncio
@@ -47,26 +47,24 @@ async def merged(streams: Sequence[AsyncIterator[TextDelta]], num_choices: int) 
         GenerationFailedError: the engine gave up on a sequence.
     """
     unfinished = len(streams) * num_choices
-    if len(streams) == 1:
-        async for delta in streams[0]:
+    async with closing(streams[0] if len(streams) == 1 else _interleaved(streams, num_choices)) as deltas:
+        async for delta in deltas:
             unfinished -= _is_last(delta)
             yield delta.index, delta
-    else:
-        async with closing(_interleaved(streams, num_choices)) as deltas:
-            async for choice, delta in deltas:
-                unfinished -= _is_last(delta)
-                yield choice, delta
     if unfinished:
         raise EngineUnavailableError("The engine stopped before the answer was complete.")
 
 
-async def _interleaved(streams: Sequence[AsyncIterator[TextDelta]], num_choices: int) -> Deltas:
-    queue: asyncio.Queue[tuple[int, TextDelta] | BaseException | None] = asyncio.Queue(INTERLEAVE_BUFFER)
+async def _interleaved(
+    streams: Sequence[AsyncIterator[TextDelta]], num_choices: int
+) -> AsyncGenerator[TextDelta, None]:
+    """The deltas of several prompts, their choices counted through all of them."""
+    queue: asyncio.Queue[TextDelta | BaseException | None] = asyncio.Queue(INTERLEAVE_BUFFER)
 
     async def pump(prompt_index: int, stream: AsyncIterator[TextDelta]) -> None:
         try:
             async for delta in stream:
-                await queue.put((prompt_index * num_choices + delta.index, delta))
+                await queue.put(msgspec.structs.replace(delta, index=prompt_index * num_choices + delta.index))
         except Exception as error:  # noqa: BLE001 - raised again where the queue is read
             await queue.put(error)
         else:
@@ -90,7 +88,13 @@ async def _interleaved(streams: Sequence[AsyncIterator[TextDelta]], num_choices:
 
 
 def _is_last(delta: TextDelta) -> bool:
-    """Whether it ends its choice.  Raises what the engine gave up for."""
+    """Whether it ends its choice.
+
+    Raises:
+        OutOfMemoryError: the device's memory does not hold the request.
+        GenerationFailedError: the engine gave up on the choice.
+        EngineUnavailableError: the server is stopping.
+    """
     if delta.finish_reason is None:
         return False
     if delta.error_kind == "out_of_memory":

@@ -21,7 +21,7 @@ HEADERS = {
     "X-Accel-Buffering": "no",
 }
 LAST_WORD_S = 5.0
-"""How long a client may take to read why its stream ends."""
+"""How long a client may take to read how its stream ends, whatever is left of the request's time."""
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 
@@ -82,24 +82,24 @@ class EventStream:
         except ConnectionResetError:
             self.client_left = True
         finally:
-            self._alarm.cancel()
-            await end(self._ping)
+            await self._end_pings()
             await events.aclose()
         return self._response
 
     async def _relay(self, events: AsyncGenerator[bytes, None], explain: Callable[[Exception], ApiError]) -> None:
-        last = b""
         try:
             last = await in_time(self._time_limit, self._write_all(events))
+            left_s = self._time_limit.left_s
+            within_s = None if left_s is None else max(left_s, LAST_WORD_S)
         except ConnectionResetError:
             raise
         except Exception as error:
             if not self._response.prepared:
                 raise
             # The head is sent: all that is left is to say it in an event.
-            await self._write_last(event(explain(error).body()))
+            last, within_s = event(explain(error).body()), LAST_WORD_S
+        await self._write_last(last, within_s)
         self.answered = True
-        await self._response.write_eof(last)
 
     async def _write_all(self, events: AsyncGenerator[bytes, None]) -> bytes:
         """Write all events but those at the end, which `DONE` closes: they go in one packet with the response's own end."""
@@ -111,10 +111,11 @@ class EventStream:
             await self._write(payload)
         return b""
 
-    async def _write_last(self, payload: bytes) -> None:
-        """Write what explains the end; a client that has stopped reading would keep it waiting for ever."""
+    async def _write_last(self, payload: bytes, within_s: float | None) -> None:
+        """Write the end; a client that has stopped reading would keep it waiting for ever, where there is a limit."""
+        await self._end_pings()  # one that came after the end would stand between this answer and the next
         try:
-            await asyncio.wait_for(self._write(payload), LAST_WORD_S)
+            await asyncio.wait_for(self._response.write_eof(payload), within_s)
         except asyncio.TimeoutError:
             if self._request.transport is not None:
                 self._request.transport.abort()
@@ -143,6 +144,9 @@ class EventStream:
         self._alarm = self._loop.call_later(wait_s, self._break_silence)
 
     async def _write_ping(self) -> None:
-        # RuntimeError: the answer came to its end while this was on its way.
-        with suppress(ConnectionResetError, RuntimeError):
+        with suppress(ConnectionResetError):
             await self._write(PING)
+
+    async def _end_pings(self) -> None:
+        self._alarm.cancel()
+        await end(self._ping)

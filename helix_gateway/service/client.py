@@ -122,9 +122,13 @@ class EngineClient(ABC):
             # Once more: an engine that has gone meanwhile has told everybody, but not this one.
             self._refuse_unless_ready()
             self._send(Submit(call))
-            return EngineStream(call, self._tokenizer, backlog, self._lose, end)  # made while the engine is at work
         except BaseException:
             self._in_flight.remove(request_id)
+            raise
+        try:
+            return EngineStream(call, self._tokenizer, backlog, self._lose, end)  # made while the engine is at work
+        except BaseException:
+            end(call.request.sampling.n)
             raise
 
     def _lose(self, error: HelixError, unfinished: int) -> None:

@@ -3,7 +3,6 @@
 Knows nothing about tokens beyond their ids, nor about how the engine makes them.
 """
 
-from collections.abc import AsyncGenerator
 from typing import Any
 
 from aiohttp import web
@@ -11,7 +10,7 @@ from aiohttp import web
 from helix_gateway.gateway.body import read_body
 from helix_gateway.gateway.chunks import NO_USAGE_YET, ChunkFrame, in_pieces, to_json
 from helix_gateway.gateway.exchange import Exchange, answer_stream, plan_exchange
-from helix_gateway.gateway.generation import Answer, best_answers, closing, gather_answers, weight
+from helix_gateway.gateway.generation import Answer, best_answers, gather_answers, weight
 from helix_gateway.gateway.logprobs import chat_logprobs, prompt_logprobs
 from helix_gateway.gateway.params import Wanted
 from helix_gateway.gateway.prompts import chat_prompt, predicted_tokens
@@ -20,7 +19,6 @@ from helix_gateway.gateway.reply import new_reply
 from helix_gateway.gateway.route import EVENTS, GENERATION_ERRORS, GENERATION_HEADERS, Example, Response, Route
 from helix_gateway.gateway.schemas.answers import ChatCompletion, ChatCompletionChunk
 from helix_gateway.gateway.schemas.chat import ChatRequest
-from helix_gateway.gateway.sse import DONE
 from helix_gateway.gateway.state import models_of, settings_of
 from helix_gateway.service.api import TextDelta
 
@@ -35,7 +33,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     exchange = await plan_exchange(request, served, body, new_reply("chatcmpl", served), [prompt], wanted)
     async with exchange:
         if body.fields.stream:
-            return await answer_stream(request, _events(exchange, body.fields))
+            return await answer_stream(request, exchange.events(exchange.deltas(), _ChunkWriter(exchange, body.fields)))
         answers = await gather_answers(exchange.deltas(), exchange.plan.num_choices)
         return await exchange.whole(sum(map(weight, answers)), _body, exchange, body.fields, answers)
 
@@ -91,32 +89,22 @@ def _about_prompt(exchange: Exchange, body: ChatRequest, logprobs: Any) -> dict[
 # ---- the stream ---------------------------------------------------------------------------------------------
 
 
-async def _events(exchange: Exchange, body: ChatRequest) -> AsyncGenerator[bytes, None]:
-    writer, last = _ChunkWriter(exchange, body), b""
-    async with closing(exchange.deltas()) as deltas:
-        async for choice, delta in deltas:
-            payload = await exchange.written(weight(delta), writer.chunks, choice, delta)
-            if exchange.tally.complete:
-                last = payload
-            elif payload:
-                yield payload
-    if body.stream_options.include_usage:
-        last += writer.frame.usage_chunk(exchange.tally.usage())
-    yield last + DONE
-
-
 class _ChunkWriter:
     """Writes a delta as chunks: the role once a choice, then text, and a chunk of its own for the finish."""
 
     def __init__(self, exchange: Exchange, body: ChatRequest) -> None:
         usage = NO_USAGE_YET if body.stream_options.include_usage else b""
-        self.frame = ChunkFrame(exchange.reply, "chat.completion.chunk", usage=usage)
+        self._frame = ChunkFrame(exchange.reply, "chat.completion.chunk", usage=usage)
         self._exchange = exchange
         self._body = body
         self._opened: set[int] = set()
 
+    def weight(self, _choice: int, delta: TextDelta) -> int:
+        """See `EventWriter`."""
+        return weight(delta)
+
     def chunks(self, choice: int, delta: TextDelta) -> bytes:
-        """One delta's events, joined; empty where there is nothing to tell yet."""
+        """See `EventWriter`."""
         payload = b""
         if choice not in self._opened:
             self._opened.add(choice)
@@ -127,6 +115,10 @@ class _ChunkWriter:
             payload += self._finish(choice, delta)
         return payload
 
+    def closing_events(self) -> bytes:
+        """The usage, where it was asked for."""
+        return self._frame.usage_chunk(self._exchange.tally.usage()) if self._body.stream_options.include_usage else b""
+
     @property
     def _tells_tokens(self) -> bool:
         return self._body.logprobs or self._body.return_token_ids
@@ -135,11 +127,11 @@ class _ChunkWriter:
         about = _about_prompt(self._exchange, self._body, delta.prompt_logprobs) if choice == 0 else {}
         beside = b"," + in_pieces(about)[1:-1] if about else b""
         fields = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
-        return self.frame.chunk(choice, fields, beside)
+        return self._frame.chunk(choice, fields, beside)
 
     def _text(self, choice: int, delta: TextDelta) -> bytes:
         fields = b'"delta":{"content":%b},"logprobs":%b,"finish_reason":null%b'
-        return self.frame.chunk(choice, fields % (to_json(delta.text), self._logprobs(delta), self._ids(delta)))
+        return self._frame.chunk(choice, fields % (to_json(delta.text), self._logprobs(delta), self._ids(delta)))
 
     def _logprobs(self, delta: TextDelta) -> bytes:
         if not self._body.logprobs:
@@ -152,7 +144,7 @@ class _ChunkWriter:
 
     def _finish(self, choice: int, delta: TextDelta) -> bytes:
         why = b"" if delta.stop_reason is None else b',"stop_reason":' + to_json(delta.stop_reason)
-        return self.frame.chunk(
+        return self._frame.chunk(
             choice,
             b'"delta":{},"logprobs":null,"finish_reason":"%b"%b' % ((delta.finish_reason or "stop").encode(), why),
         )

@@ -16,7 +16,6 @@ from helix_gateway.gateway.exchange import Exchange, answer_stream, plan_exchang
 from helix_gateway.gateway.generation import (
     Answer,
     best_answers,
-    closing,
     gather_answers,
     logprobs_weight,
     prompt_logprobs_first,
@@ -29,7 +28,6 @@ from helix_gateway.gateway.reply import new_reply
 from helix_gateway.gateway.route import EVENTS, GENERATION_ERRORS, GENERATION_HEADERS, Example, Response, Route
 from helix_gateway.gateway.schemas.answers import Completion, CompletionChunk
 from helix_gateway.gateway.schemas.completions import CompletionRequest
-from helix_gateway.gateway.sse import DONE
 from helix_gateway.gateway.state import models_of
 from helix_gateway.service.api import TextDelta
 
@@ -140,21 +138,11 @@ def _choice(
 # ---- the stream ---------------------------------------------------------------------------------------------
 
 
-async def _events(exchange: Exchange, body: CompletionRequest) -> AsyncGenerator[bytes, None]:
-    writer, last = _ChunkWriter(exchange, body), b""
+def _events(exchange: Exchange, body: CompletionRequest) -> AsyncGenerator[bytes, None]:
     deltas = exchange.deltas()
     if exchange.plan.asks_prompt_logprobs:
         deltas = prompt_logprobs_first(deltas, exchange.plan.num_choices)
-    async with closing(deltas) as source:
-        async for choice, delta in source:
-            payload = await exchange.written(writer.weight(choice, delta), writer.chunks, choice, delta)
-            if exchange.tally.complete:
-                last += payload  # of several deltas, where one waited for its prompt's logprobs
-            elif payload:
-                yield payload
-    if body.stream_options.include_usage:
-        last += writer.frame.usage_chunk(exchange.tally.usage())
-    yield last + DONE
+    return exchange.events(deltas, _ChunkWriter(exchange, body))
 
 
 class _ChunkWriter:
@@ -162,7 +150,9 @@ class _ChunkWriter:
 
     def __init__(self, exchange: Exchange, body: CompletionRequest) -> None:
         usage = NO_USAGE_YET if body.stream_options.include_usage else b""
-        self.frame = ChunkFrame(exchange.reply, "text_completion", usage=usage)
+        self._frame = ChunkFrame(exchange.reply, "text_completion", usage=usage)
+        self._exchange = exchange
+        self._tells_usage = body.stream_options.include_usage
         self._choices = _Choices(exchange, body)
         self._num_choices = exchange.plan.num_choices
         self._prompt_logprobs: dict[int, PromptLogprobs] = {}
@@ -171,12 +161,12 @@ class _ChunkWriter:
         self._opens = body.echo or body.return_token_ids or body.prompt_logprobs is not None
 
     def weight(self, choice: int, delta: TextDelta) -> int:
-        """How much `chunks` would write."""
+        """See `EventWriter`."""
         echoed = None if choice in self._opened else self._prompt_logprobs.get(choice // self._num_choices)
         return weight(delta) + logprobs_weight(echoed)
 
     def chunks(self, choice: int, delta: TextDelta) -> bytes:
-        """One delta's events, joined; empty where there is nothing to tell yet."""
+        """See `EventWriter`."""
         payload = b""
         if self._opens and choice not in self._opened:
             payload = self._opening(choice, delta)
@@ -186,23 +176,27 @@ class _ChunkWriter:
             payload += self._finish(choice, delta)
         return payload
 
+    def closing_events(self) -> bytes:
+        """The usage, where it was asked for."""
+        return self._frame.usage_chunk(self._exchange.tally.usage()) if self._tells_usage else b""
+
     def _opening(self, choice: int, delta: TextDelta) -> bytes:
         self._opened.add(choice)
         prompt_index = choice // self._num_choices
         logprobs = self._prompt_logprobs.setdefault(prompt_index, delta.prompt_logprobs)
         opening = self._choices.opening(choice, prompt_index, logprobs)
-        return self.frame.chunk(choice, in_pieces({**opening, "finish_reason": None})[1:-1])
+        return self._frame.chunk(choice, in_pieces({**opening, "finish_reason": None})[1:-1])
 
     def _text(self, choice: int, delta: TextDelta) -> bytes:
         if self._plain:
-            return self.frame.chunk(choice, b'"text":%b,"logprobs":null,"finish_reason":null' % to_json(delta.text))
+            return self._frame.chunk(choice, b'"text":%b,"logprobs":null,"finish_reason":null' % to_json(delta.text))
         output = self._choices.output(choice, delta.text, delta.logprobs or (), delta.token_ids)
-        return self.frame.chunk(choice, to_json({**output, "finish_reason": None})[1:-1])
+        return self._frame.chunk(choice, to_json({**output, "finish_reason": None})[1:-1])
 
     def _finish(self, choice: int, delta: TextDelta) -> bytes:
         finish = {"text": "", "logprobs": None, "finish_reason": delta.finish_reason}
         why = {} if delta.stop_reason is None else {"stop_reason": delta.stop_reason}
-        return self.frame.chunk(choice, to_json({**finish, **why})[1:-1])
+        return self._frame.chunk(choice, to_json({**finish, **why})[1:-1])
 
 
 # ---- what clients are told of it ----------------------------------------------------------------------------

@@ -4,7 +4,7 @@ For programs that want tokens and timings without OpenAI's envelope.  Knows noth
 tokens.
 """
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from aiohttp import web
@@ -13,7 +13,7 @@ from helix_gateway.core.event import SequenceMetrics, TokenLogprobs
 from helix_gateway.gateway.body import read_body
 from helix_gateway.gateway.chunks import in_pieces
 from helix_gateway.gateway.exchange import Exchange, answer_stream, plan_exchange
-from helix_gateway.gateway.generation import Answer, closing, gather_answers, weight
+from helix_gateway.gateway.generation import Answer, gather_answers, weight
 from helix_gateway.gateway.logprobs import chat_logprobs, prompt_logprobs
 from helix_gateway.gateway.params import Wanted
 from helix_gateway.gateway.prompts import single_prompt
@@ -27,7 +27,7 @@ from helix_gateway.gateway.schemas.answers import (
     OutputLogprobs,
 )
 from helix_gateway.gateway.schemas.generate import GenerateRequest, GenerateStreamRequest
-from helix_gateway.gateway.sse import DONE, event
+from helix_gateway.gateway.sse import event
 from helix_gateway.gateway.state import models_of, settings_of
 from helix_gateway.service.api import TextDelta
 
@@ -56,7 +56,7 @@ async def _answer(request: web.Request, schema: type[GenerateRequest]) -> web.St
     exchange = await plan_exchange(request, served, body, new_reply("gen", served), [prompt], wanted)
     async with exchange:
         if fields.stream:
-            return await answer_stream(request, _events(exchange, fields))
+            return await answer_stream(request, exchange.events(exchange.deltas(), _EventWriter(exchange, fields)))
         (answer,) = await gather_answers(exchange.deltas(), 1)
         return await exchange.whole(weight(answer), _body, exchange, fields, answer)
 
@@ -75,30 +75,29 @@ def _body(exchange: Exchange, body: GenerateRequest, answer: Answer) -> Generate
     }
 
 
-async def _events(exchange: Exchange, body: GenerateRequest) -> AsyncGenerator[bytes, None]:
-    write, last = _first_chunk, b""
-    async with closing(exchange.deltas()) as deltas:
-        async for _, delta in deltas:
-            payload = await exchange.written(weight(delta), write, exchange, body, delta)
-            if exchange.tally.complete:
-                last = payload
-            else:
-                yield payload
-            write = _chunk
-    yield last + DONE
+class _EventWriter:
+    """Writes a delta as one event; the first also tells of the prompt."""
 
+    def __init__(self, exchange: Exchange, body: GenerateRequest) -> None:
+        self._exchange = exchange
+        self._body = body
+        self._opened = False
 
-def _first_chunk(exchange: Exchange, body: GenerateRequest, delta: TextDelta) -> bytes:
-    about_prompt = _of_prompt(exchange, body, delta.prompt_logprobs)
-    return event(in_pieces({**_of_delta(exchange, body, delta), **about_prompt}))
+    def weight(self, _choice: int, delta: TextDelta) -> int:
+        """See `EventWriter`."""
+        return weight(delta)
 
+    def chunks(self, _choice: int, delta: TextDelta) -> bytes:
+        """See `EventWriter`."""
+        exchange, body = self._exchange, self._body
+        about_prompt: AboutPrompt = {} if self._opened else _of_prompt(exchange, body, delta.prompt_logprobs)
+        self._opened = True
+        output = _of_output(exchange, body, delta.logprobs or ())
+        return event(in_pieces({**_event(exchange, delta), **output, **about_prompt}))
 
-def _chunk(exchange: Exchange, body: GenerateRequest, delta: TextDelta) -> bytes:
-    return event(in_pieces(_of_delta(exchange, body, delta)))
-
-
-def _of_delta(exchange: Exchange, body: GenerateRequest, delta: TextDelta) -> dict[str, object]:
-    return {**_event(exchange, delta), **_of_output(exchange, body, delta.logprobs or ())}
+    def closing_events(self) -> bytes:
+        """The last delta's event has told all."""
+        return b""
 
 
 def _event(exchange: Exchange, delta: TextDelta) -> GenerateEvent:
