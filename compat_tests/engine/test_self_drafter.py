@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from compat_tests.effort import deeply
 from compat_tests.engine.speculation_cases import OPTIONS, as_told, wanted_of
@@ -246,6 +247,21 @@ def test_memory_that_is_too_short_for_drafts_costs_drafts_alone_and_is_left_alon
     assert "no_memory_for_drafts" in told
     assert "out_of_memory" not in told
     assert len(own.batches) <= 3 + 40 // 16
+
+
+class ShortOfMemoryForASecondToken(Rounded):
+    def forward(self, batch):
+        logits = super().forward(batch)
+        if len(self.batches) % 2 == 0:
+            raise OutOfMemoryError("no room")
+        return logits
+
+
+def test_a_draft_that_breaks_off_at_its_second_token_is_the_same_shortage_again():
+    engine, _ = engine_with_self(ShortOfMemoryForASecondToken, budget=64)
+    with capture_logs() as lines:
+        answers_of(engine, [request("r", [1, 2, 3], max_tokens=100, ignore_eos=True)])
+    assert [line["steps_without"] for line in lines] == [16, 32, 64]
 
 
 def test_a_drafter_that_joins_between_two_steps_drafts_for_who_is_there_already():

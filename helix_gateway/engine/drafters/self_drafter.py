@@ -76,6 +76,9 @@ class SelfDrafter(Generic[Logits]):
         while growing:
             self._compute([_next_part(draft) for draft in growing])
             growing = self._going_on([draft for draft in growing if not draft.is_done])
+        if any(draft.token_ids for draft in drafts):
+            # Not sooner: what breaks off at a later token is the same shortage again.
+            self._rest.forget()
         return [draft.as_drafted() if draft.token_ids else NOTHING for draft in drafts]
 
     def _going_on(self, drafts: list[GrowingDraft]) -> list[GrowingDraft]:
@@ -88,7 +91,6 @@ class SelfDrafter(Generic[Logits]):
         """Let each draft grow by a token."""
         began = perf_counter()
         grow_drafts(self._runner, self._cache, parts, self._rows)
-        self._rest.forget()
         self._policy.observe(len(parts), perf_counter() - began)
 
     def _rows(self, drafts: list[GrowingDraft]) -> SamplingRows:
