@@ -17,6 +17,7 @@ def host():
     made._tokenizer = None
     made._engine = make_engine(40, budget=64)
     made._served_since_check = True
+    made._late = None
     made.engine.submit(request("first", range(1, 20)))
     drain(made.engine)
     return made

@@ -1,14 +1,24 @@
 """The model's own weights at fewer bits draft for it, as settings name that: no answer changes, or it is refused in one line."""
 
+import subprocess
+import sys
 import threading
 import time
+import weakref
+from types import SimpleNamespace
 
 import pytest
 
 from helix_gateway import HelixEngine
-from helix_gateway.core.errors import ModelLoadError
+from helix_gateway.core.errors import ModelLoadError, OutOfMemoryError
+from helix_gateway.engine.block_pool import NoFreeBlocksError
+from helix_gateway.runtime import fewer_bits
 from helix_gateway.runtime.cpu.compiled import is_compiled
-from helix_gateway.service import self_drafting
+from helix_gateway.runtime.cpu.parts import Parts
+from helix_gateway.service import host as host_module
+from helix_gateway.service import self_drafting, speculation
+from helix_gateway.service.host import EngineHost
+from helix_gateway.service.settings import EngineSettings
 from helix_gateway.service.tiny_model import write_tiny_model
 
 PROMPTS = ["once upon a time there was", "a b a b a b", "one"]
@@ -119,21 +129,128 @@ def test_of_several_processes_one_compiles_and_the_others_wait_for_it(tmp_path, 
     monkeypatch.setattr(self_drafting, "is_compiled", is_compiled)
     started = []
 
-    class Compiling:
-        def __init__(self, kv_dtype):
-            started.append(kv_dtype)
+    def compiling(kv_dtype):
+        started.append(kv_dtype)
+        self_drafting.mark_compiled_for(kv_dtype)
+        return process_of("import time; time.sleep(0.2)")
 
-        def wait(self):
-            time.sleep(0.2)
-            self_drafting.mark_compiled_for(started[-1])
-
-    monkeypatch.setattr(self_drafting, "start_compiling", Compiling)
-    threads = [threading.Thread(target=self_drafting._compile_for, args=("int8",)) for _ in range(3)]
+    monkeypatch.setattr(self_drafting, "start_compiling", compiling)
+    compiled = self_drafting._compile_for
+    threads = [threading.Thread(target=compiled, args=("int8", threading.Event())) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert started == ["int8"]
+
+
+def process_of(code):
+    return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+
+
+def wait_until(holds):
+    until = time.monotonic() + 60
+    while not holds() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert holds()
+
+
+def test_where_the_process_that_compiles_fails_nothing_is_compiled_beside_those_who_are_served(
+    path, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(self_drafting, "is_compiled", lambda what: False)
+    monkeypatch.setattr(self_drafting, "start_compiling", lambda _: process_of("import sys; sys.exit(7)"))
+    monkeypatch.setattr(self_drafting, "at_fewer_bits", lambda *_: pytest.fail("it was made"))
+    with opened(path, min_depth=2) as engine:
+        host = engine._service.host
+        wait_until(lambda: engine.generate("one", max_tokens=2) and host._late is None)
+        assert "self" not in host.engine.stats().drafts
+    assert capsys.readouterr().out.count("the process that does so ended with 7") == 1
+
+
+def test_nothing_of_it_begins_before_the_engine_is_turned(path):
+    host = EngineHost(settings_of(path))
+    late = host._late
+    assert late._thread.ident is None
+    host.join_drafter()
+    assert late._thread.ident is not None
+    late._thread.join()
+    host.join_drafter()
+    assert host._late is None
+
+
+def test_an_engine_that_closes_ends_what_is_made_for_it(path, monkeypatch):
+    started = []
+
+    def compiling(_):
+        started.append(process_of("import time; time.sleep(60)"))
+        return started[0]
+
+    monkeypatch.setattr(self_drafting, "is_compiled", lambda what: False)
+    monkeypatch.setattr(self_drafting, "start_compiling", compiling)
+    monkeypatch.setattr(self_drafting, "at_fewer_bits", lambda *_: pytest.fail("it was made"))
+    with opened(path, min_depth=2) as engine:
+        late = engine._service.host._late
+        wait_until(lambda: engine.generate("one", max_tokens=2) and started)
+    late._thread.join(20)
+    assert not late._thread.is_alive()
+    assert started[0].returncode not in {None, 0}
+    with pytest.raises(self_drafting.NotMadeError, match="closed"):
+        late._made.result(0)
+
+
+def settings_of(path, speculation="auto"):
+    return EngineSettings(
+        model_path=path, dtype="float32", kv_cache_memory_bytes=4 << 20, speculation=speculation, min_depth=2
+    )
+
+
+@pytest.mark.parametrize(
+    "error", [NoFreeBlocksError("none"), OutOfMemoryError("no room"), KeyError("lm_head"), ModelLoadError("not so")]
+)
+def test_asked_for_by_name_it_is_refused_in_one_line_whatever_it_fails_by(error, path, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(host_module, "at_fewer_bits", fail)
+    with pytest.raises(ModelLoadError, match=r"--speculation self cannot be had: .*Leave it out") as refusal:
+        EngineHost(settings_of(path, "self"))
+    assert "\n" not in str(refusal.value)
+
+
+def test_asked_for_by_name_it_is_refused_where_there_is_no_memory_to_measure_drafts(path, monkeypatch):
+    monkeypatch.setattr(speculation, "_costs", lambda *_, whose: None)
+    with pytest.raises(ModelLoadError, match="--speculation self cannot be had: there is no memory"):
+        EngineHost(settings_of(path, "self"))
+    assert EngineHost(settings_of(path))._late is None
+
+
+@pytest.mark.parametrize("is_tied, needed", [(True, 1), (False, 2)])
+def test_an_embedding_of_its_own_needs_room_too(is_tied, needed, monkeypatch):
+    table = SimpleNamespace(weight_tiles=object(), in_features=1 << 10, out_features=1 << 10)
+    embedding = table if is_tied else SimpleNamespace()
+    runner = SimpleNamespace(parts=Parts(None, embedding, [], None, table, None))
+    monkeypatch.setattr(self_drafting, "free_memory_bytes", lambda device: needed << 21)
+    self_drafting._check_room(runner)
+    monkeypatch.setattr(self_drafting, "free_memory_bytes", lambda device: (needed << 21) - 2)
+    with pytest.raises(OutOfMemoryError, match=f"{needed} MiB are needed"):
+        self_drafting._check_room(runner)
+
+
+def test_what_is_read_in_vain_is_gone_before_it_is_read_in_int8(path, monkeypatch):
+    runner = EngineHost(settings_of(path, "off")).engine._decoder._runner
+    read, heads = fewer_bits._read, []
+
+    def watched(*arguments):
+        assert all(head() is None for head in heads)
+        parts = read(*arguments)
+        heads.append(weakref.ref(parts.head))
+        return parts
+
+    monkeypatch.setattr(fewer_bits, "_read", watched)
+    monkeypatch.setattr(fewer_bits, "is_quantised_alike", lambda parts: False)
+    assert fewer_bits.at_fewer_bits(path, runner).is_quantised
+    assert len(heads) == 2
 
 
 def test_weights_that_are_quantised_already_are_not_drafted_for(path):

@@ -37,6 +37,7 @@ def at_fewer_bits(path: str, runner: PagedRunner) -> PagedRunner:
         raise ModelLoadError("there is no compiled step of it")
     read = _read(path, description, "file")
     if not is_quantised_alike(read):  # a file may store in several ways what is computed as one matrix
+        del read  # there is not room for both
         read = _read(path, description, "int8")
     quantised = replace(read, rotary=parts.rotary)
 

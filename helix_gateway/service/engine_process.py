@@ -83,5 +83,8 @@ def _serve(settings: EngineSettings, link: GatewayLink) -> bool:
         link.tell(LoadFailed(f"The model could not be loaded: {type(error).__name__}: {reason}"))
         return False
     link.tell(Ready(host.max_model_len, host.vocab_size))
-    run_loop(host, link, link.tell, batch_window_s=settings.batch_window_ms / 1e3)
+    try:
+        run_loop(host, link, link.tell, batch_window_s=settings.batch_window_ms / 1e3)
+    finally:
+        host.close()
     return True

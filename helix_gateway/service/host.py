@@ -7,9 +7,17 @@ from typing import Any
 
 import structlog
 
-from helix_gateway.core.errors import ContextLengthError, InvalidRequestError, ModelLoadError, QueueFullError
+from helix_gateway.core.errors import (
+    ContextLengthError,
+    InvalidRequestError,
+    ModelLoadError,
+    OutOfMemoryError,
+    QueueFullError,
+)
 from helix_gateway.core.event import TokenEvent
 from helix_gateway.engine.audit import BrokenInvariantError
+from helix_gateway.engine.block_pool import NoFreeBlocksError
+from helix_gateway.engine.drafters.chain import CostlyDrafter
 from helix_gateway.engine.engine import ChoiceHooks, Engine, EngineLimits
 from helix_gateway.engine.kv_cache import PagedKVCache
 from helix_gateway.runtime.cpu.compile_cache import write_in_turn
@@ -27,6 +35,8 @@ from helix_gateway.text.tokenizer import Tokenizer
 from helix_gateway.text.translation.choice import translate_vocabularies
 
 log = structlog.get_logger(__name__)
+
+_NO_SELF = "--speculation self cannot be had: {}. Leave it out."
 
 
 class EngineHost:
@@ -73,19 +83,22 @@ class EngineHost:
             raise ModelLoadError("The KV cache's memory does not hold even two tokens; raise --kv-cache-memory.")
         self._served_since_check = False
         self._late: LateDrafter | None = None
-        if speculation.finish_self is not None and wants_self_drafter(settings, loaded.runner):
+        if wants_self_drafter(settings, loaded.runner):
             self._add_self_drafter(settings, loaded.runner, speculation.finish_self)
         warm_up(self._engine)
 
-    def _add_self_drafter(self, settings: EngineSettings, target: PagedRunner, finish: Finish) -> None:
-        """Now, where nobody else is to draft; else later."""
+    def _add_self_drafter(self, settings: EngineSettings, target: PagedRunner, finish: Finish | None) -> None:
+        """Now, where nobody else is to draft; else later, where there is memory for drafts at all."""
         if settings.speculation == "self":
-            try:
-                self._engine.join(finish(at_fewer_bits(settings.model_path, target)))
-            except ModelLoadError as error:
-                raise ModelLoadError(f"--speculation self cannot be had: {error}. Leave it out.") from error
-        else:
+            self._engine.join(_made_now(settings.model_path, target, finish))
+        elif finish is not None:
             self._late = LateDrafter(settings.model_path, target, finish)
+
+    def close(self) -> None:
+        """Let nothing be made any more for an engine that nobody will turn; may be called twice."""
+        if self._late is not None:
+            self._late.close()
+            self._late = None
 
     @property
     def max_model_len(self) -> int:
@@ -165,6 +178,22 @@ def _load(settings: EngineSettings, tokenizer: Tokenizer) -> tuple[LoadedRunner,
         DraftModel(draft.runner, draft.context_length, translation, draft.runner.remembered) for draft in drafts
     ]
     return target, next(iter(draft_models), None)
+
+
+def _made_now(path: str, target: PagedRunner, finish: Finish | None) -> CostlyDrafter:
+    """The drafter that was asked for by its name.
+
+    Raises:
+        ModelLoadError: it cannot be had, and why.
+    """
+    if finish is None:
+        raise ModelLoadError(_NO_SELF.format("there is no memory to measure what drafts are worth"))
+    try:
+        return finish(at_fewer_bits(path, target))
+    except ModelLoadError as error:
+        raise ModelLoadError(_NO_SELF.format(error)) from error
+    except (NoFreeBlocksError, OutOfMemoryError, MemoryError, KeyError) as error:
+        raise ModelLoadError(_NO_SELF.format(f"{type(error).__name__}: {error}")) from error
 
 
 def _limits(settings: EngineSettings, loaded: LoadedRunner) -> EngineLimits:

@@ -79,6 +79,7 @@ class InProcessService(EngineClient):
         try:
             run_loop(host, self._inbox, self._receive, batch_window_s=self._settings.batch_window_ms / 1e3)
         finally:
+            host.close()
             self._state = "stopped"
             self._observer.engine_gone()
             self._in_flight.fail_all("The engine has stopped.")

@@ -84,3 +84,8 @@ class Parts:
     """What the last norm multiplies by, float32."""
     head: PackedLinear
     rotary: RotaryTable
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head is the embedding's matrix."""
+        return getattr(self.embedding, "weight_tiles", None) is self.head.weight_tiles
