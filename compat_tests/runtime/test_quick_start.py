@@ -11,7 +11,7 @@ from test_loading_gguf import make_model as make_gguf_model
 from compat_tests.runtime.paged import Feeder, random_sequences, turn_wrongly_from
 from compat_tests.tiny_models import LLAMA_LIKE_OPTIONS, TINY_MODELS, make_model
 from helix_gateway.core.errors import ModelLoadError
-from helix_gateway.runtime import factory
+from helix_gateway.runtime import describing, factory
 from helix_gateway.runtime.compiled_runner import CompiledRunner
 from helix_gateway.runtime.cpu.llama import LlamaStep
 from helix_gateway.runtime.cpu.quantised_llama import QuantisedLlamaStep
@@ -158,6 +158,22 @@ def test_a_description_that_is_not_the_models_is_refused_with_a_line_and_made_an
     change(cache, alter)
     assert "quick_start_failed" in assert_goes_the_full_way(folder)
     assert type(load(folder)) is CompiledRunner
+
+
+def test_a_description_that_fails_and_cannot_be_made_anew_fails_once(folder, cache, monkeypatch):
+    load(folder)
+    change(cache, lambda told: told["layers"].reverse())
+    monkeypatch.setattr(describing, "describe", lambda *_: None)
+    assert "quick_start_failed" in assert_goes_the_full_way(folder)
+    assert assert_goes_the_full_way(folder) == []
+
+
+def test_what_cannot_be_written_down_costs_a_line_and_no_start(folder, monkeypatch):
+    def fail(*_):
+        raise KeyError("model.norm")
+
+    monkeypatch.setattr(describing, "describe", fail)
+    assert assert_goes_the_full_way(folder) == ["not_written_down"]
 
 
 def test_what_was_not_written_down_is_checked_without_a_line(folder, cache):

@@ -24,7 +24,7 @@ def describe(runner: TransformersRunner, form: Form, checkpoint: Checkpoint) -> 
         form: what its weights are held in.
         checkpoint: where they come from.
     """
-    parts, model = runner.parts, runner._model
+    parts, model = runner.parts, runner.model
     base: Any = model.base_model
     if parts is None or not _are_of(form, model, parts):
         return None
@@ -32,12 +32,11 @@ def describe(runner: TransformersRunner, form: Form, checkpoint: Checkpoint) -> 
     if frequencies is None:
         return None
     names = {module: name for name, module in model.named_modules()}
-    tied = getattr(parts.embedding, "weight_tiles", None) is parts.head.weight_tiles
     description = Description(
         form=form,
         structure=parts.structure,
         embedding=names[parts.embedding],
-        head=None if tied else names[parts.head],
+        head=None if parts.is_tied else names[parts.head],
         layers=[_layer(layer, names) for layer in base.layers],
         norm=_norm(base.norm, names),
         frequencies=frequencies,

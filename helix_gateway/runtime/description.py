@@ -84,6 +84,11 @@ def remember(description: Description, remembered: Remembered) -> None:
     remembered.put(_REMEMBERED_AS, msgspec.to_builtins(description))
 
 
+def forget(remembered: Remembered) -> None:
+    """Let the next start find none."""
+    remembered.forget(_REMEMBERED_AS)
+
+
 def recall(remembered: Remembered) -> Description | None:
     """What an earlier start has written down.
 
@@ -119,12 +124,7 @@ def read_parts(description: Description, tensors: Mapping[str, StoredTensor], re
         )
         for layer in description.layers
     ]
-    embedding = reader.embedding(description.embedding, is_head_too=description.head is None)
-    head = (
-        reader.head(description.head)
-        if description.head is not None
-        else PackedLinear(embedding.weight_tiles, None)  # type: ignore[arg-type]
-    )
+    embedding, head = reader.tables(description.embedding, description.head)
     rotary = RotaryTable(FrequencyEmbedding(description.frequencies), description.context_length)
     return Parts(description.structure, embedding, layers, reader.norm(description.norm), head, rotary)
 
@@ -139,11 +139,15 @@ class _Reader:
     def linear(self, name: str) -> PackedLinear:
         return PackedLinear(self._matrix(name, self._form.quantisation), self._bias(name))
 
-    def head(self, name: str) -> PackedLinear:
-        return PackedLinear(self._table(name), self._bias(name))
+    def tables(self, embedding: str, head: str | None) -> tuple[nn.Module, PackedLinear]:
+        """Embedding and head, which is the embedding's matrix where it has no name."""
+        if head is None:
+            both = PackedEmbedding(self._table(embedding))
+            return both, PackedLinear(both.weight_tiles, None)
+        return self._embedding(embedding), PackedLinear(self._table(head), self._bias(head))
 
-    def embedding(self, name: str, *, is_head_too: bool) -> nn.Module:
-        if is_head_too or self._form.quantisation is not None:
+    def _embedding(self, name: str) -> nn.Module:
+        if self._form.quantisation is not None:
             return PackedEmbedding(self._table(name))
         values = self._values(name)
         return nn.Embedding(values.shape[0], values.shape[1], _weight=values, _freeze=True)

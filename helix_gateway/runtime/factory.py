@@ -17,7 +17,7 @@ from typing_extensions import Required, Unpack
 from helix_gateway.core.errors import ModelLoadError, OutOfMemoryError
 from helix_gateway.runtime.compiled_runner import CompiledRunner
 from helix_gateway.runtime.cpu.reading import Quantisation
-from helix_gateway.runtime.description import Description, Form, described_tensors, read_parts, recall, remember
+from helix_gateway.runtime.description import Description, Form, described_tensors, forget, read_parts, recall, remember
 from helix_gateway.runtime.device import free_memory_bytes, get_device
 from helix_gateway.runtime.heap import return_freed_blocks, returning_freed_memory
 from helix_gateway.runtime.kv_format import kv_dtype
@@ -129,6 +129,8 @@ def _recalled(
         log.warning(
             "quick_start_failed", models=list(paths), reason=f"{type(error).__name__}: {error}", remedy="checked again"
         )
+        for each in known:
+            forget(each)  # should nothing be written down in its place, no later start is to fail by it again
     # Only now, without the error: its traceback holds all that was read.
     gc.collect()
     return_freed_blocks()
@@ -184,7 +186,11 @@ def _loaded(
 def _write_down(path: str, runner: "TransformersRunner", form: Form) -> None:
     from helix_gateway.runtime.describing import describe
 
-    description = describe(runner, form, open_checkpoint(path))
+    try:
+        description = describe(runner, form, open_checkpoint(path))
+    except Exception as error:  # noqa: BLE001 - whatever it is, the model is loaded, and the next start does it again
+        log.info("not_written_down", model=path, reason=f"{type(error).__name__}: {error}")
+        return
     if description is not None:
         remember(description, runner.remembered)
 

@@ -50,6 +50,15 @@ class Remembered:
         """Keep a value that JSON can write; where the folder cannot be written, for this process only."""
         # As it will be read: other kinds of keys and sequences than JSON's do not come back.
         self._found[name] = json.loads(json.dumps(value))
+        self._write()
+
+    def forget(self, name: str) -> None:
+        """Let nothing be known under this name."""
+        if name in self._found:
+            del self._found[name]
+            self._write()
+
+    def _write(self) -> None:
         content = {
             "circumstances": self._circumstances,
             "found": self._found,
@@ -97,6 +106,9 @@ class NothingRemembered(Remembered):
     def put(self, name: str, value: Any) -> None:
         """See `Remembered`."""
         self._found[name] = value
+
+    def _write(self) -> None:
+        """Nowhere."""
 
 
 def remembered_folder() -> Path:

@@ -76,6 +76,11 @@ class TransformersRunner(PagedRunner):
         if self._device.type == "cpu":
             self._take_shortcut()
 
+    @property
+    def model(self) -> PreTrainedModel:
+        """What it was made of, as it is now: packed, and with attention over pages."""
+        return self._model
+
     def _through_transformers(self, batch: StepBatch) -> torch.Tensor:
         for table in self._rotary:
             table.reserve(int(batch.context_lens.max()))
