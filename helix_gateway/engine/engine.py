@@ -173,23 +173,14 @@ class Engine(Generic[Logits]):
             message = f"The queue is full: {self.num_waiting} sequences are waiting. Try again in a moment."
             raise QueueFullError(message, retry_after_s=_RETRY_AFTER_FULL_QUEUE_S)
         hooks = hooks or [ChoiceHooks()] * request.sampling.n
-        first, *others = (self._new_sequence(request, index, hook) for index, hook in enumerate(hooks))
+        eos = frozenset() if request.sampling.ignore_eos else self._eos_token_ids
+        first, *others = (
+            _new_sequence(request, index, hook, eos, next(self._arrivals)) for index, hook in enumerate(hooks)
+        )
         self._sequences[request.request_id] = [first, *others]
         if others:
             self._forks[request.request_id] = others
         self._scheduler.add(first)
-
-    def _new_sequence(self, request: Request, index: int, hooks: ChoiceHooks) -> Sequence:
-        eos = frozenset() if request.sampling.ignore_eos else self._eos_token_ids
-        return Sequence(
-            request=request,
-            index=index,
-            arrival_order=next(self._arrivals),
-            stop_ids=eos | frozenset(request.sampling.stop_token_ids),
-            stop=hooks.stop,
-            constraint=hooks.constraint,
-            timeline=Timeline(arrival=monotonic()),
-        )
 
     def cancel(self, request_id: str) -> None:
         """End a request, wherever it is; nothing happens if it has ended already."""
@@ -320,3 +311,17 @@ class Engine(Generic[Logits]):
         for sequence in self._sequences.pop(request_id, ()):
             self._end(sequence, reason)
             self._events.append(end_event(sequence, reason, self._step_time, message, kind))
+
+
+def _new_sequence(
+    request: Request, index: int, hooks: ChoiceHooks, eos_token_ids: frozenset[int], arrival_order: int
+) -> Sequence:
+    return Sequence(
+        request=request,
+        index=index,
+        arrival_order=arrival_order,
+        stop_ids=eos_token_ids | frozenset(request.sampling.stop_token_ids),
+        stop=hooks.stop,
+        constraint=hooks.constraint,
+        timeline=Timeline(arrival=monotonic()),
+    )
