@@ -372,9 +372,16 @@ def tokens_for(options, name, streams):
     return max(FEWEST_PREDICTED_TOKENS, 2 * tokens) if name == PREDICTED else tokens
 
 
+def warm_up(bench, messages):
+    """What is compiled when first used would else be in the first cell's time."""
+    for number, drafter in enumerate(["off", *bench.drafters]):
+        bench.serve(bench.engine(drafter), [bench.request(f"warm-up {number}", messages, 24)], 1)
+
+
 def measure_all(bench, options):
     levels = options.streams or CONCURRENCY
     prompts = prompts_by_category(options)
+    warm_up(bench, next(iter(prompts.values()))[0])
     groups = {streams: options.groups or GROUPS.get(streams, FEWEST_GROUPS) for streams in levels}
     with report.progress("runs", len(prompts) * sum(groups.values()) * (2 + len(bench.drafters))) as advance:
         for name, asked in prompts.items():
