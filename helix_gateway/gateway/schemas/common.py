@@ -269,7 +269,7 @@ class GenerationRequest(WireModel):
     cache_salt: str = Field("", max_length=1024)
     """Prompts are found in the cache only by requests of equal salt."""
     speculation: Speculation = None
-    """`off`, or the most tokens to draft a step. Where rows do not depend on each other, it never changes the text."""
+    """`off`, or the most tokens to draft a step. On a CPU it never changes the text, only when it comes."""
     response_format: ResponseFormat | None = None
 
     @field_validator("logit_bias", mode="before")
