@@ -374,8 +374,10 @@ def tokens_for(options, name, streams):
 
 def warm_up(bench, messages):
     """What is compiled when first used would else be in the first cell's time."""
-    for number, drafter in enumerate(["off", *bench.drafters]):
-        bench.serve(bench.engine(drafter), [bench.request(f"warm-up {number}", messages, 24)], 1)
+    plain, _ = bench.serve(bench.engine("off"), [bench.request("plain", messages, 24)], 1)
+    for drafter in bench.drafters:
+        for name, prediction in (("unknown", ()), ("predicted", plain["plain"])):
+            bench.serve(bench.engine(drafter), [bench.request(f"{drafter} {name}", messages, 24, prediction)], 1)
 
 
 def measure_all(bench, options):
