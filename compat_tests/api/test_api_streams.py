@@ -75,25 +75,26 @@ async def test_a_stream_leaves_nothing_for_the_garbage_collector(gateway):
     assert found[0] < 20 * 20
 
 
-async def test_the_head_comes_in_one_packet_with_the_first_event(gateway):
+async def first_packet(gateway):
+    """What a stream's client reads at once."""
     body = json.dumps(chat_body(stream=True)).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
     writer.write(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
     packet = await reader.read(65536)
     writer.close()
     await writer.wait_closed()
+    return packet
+
+
+async def test_the_head_comes_in_one_packet_with_the_first_event(gateway):
+    packet = await first_packet(gateway)
     assert packet.startswith(b"HTTP/1.1 200")
     assert b"data: {" in packet
 
 
 async def test_the_end_comes_in_one_packet_with_the_last_event():
     async with running(FakeService("x")) as gateway:
-        body = json.dumps(chat_body(stream=True)).encode()
-        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
-        writer.write(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
-        packet = await reader.read(65536)
-        writer.close()
-        await writer.wait_closed()
+        packet = await first_packet(gateway)
     assert packet.startswith(b"HTTP/1.1 200")
     assert b'"finish_reason":"stop"' in packet
     assert packet.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
