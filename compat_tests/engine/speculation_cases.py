@@ -3,8 +3,14 @@
 import random
 from functools import cache
 
-from compat_tests.engine.toy import EOS, ONE_GROUP, VOCAB, ScriptedDrafter, alone, drain, logits_after
+from hypothesis import strategies as st
+
+from compat_tests.engine.toy import EOS, ONE_GROUP, VOCAB, ScriptedDrafter, alone, drain, logits_after, request
+from helix_gateway.engine.acceptance import AcceptanceModel
+from helix_gateway.engine.depth import AdaptiveDepth, FixedDepth
 from helix_gateway.engine.drafters.suffix import SuffixDrafter
+from helix_gateway.engine.drafting import AdaptiveDrafting, AlwaysDrafting
+from helix_gateway.engine.step_costs import StepCosts
 
 OPTIONS = {
     "greedy": {"temperature": 0.0},
@@ -42,6 +48,11 @@ def wanted_of(each, groups=ONE_GROUP):
     return as_told(alone(each, groups))
 
 
+def wanted_of_all(requests, groups=ONE_GROUP):
+    """What each of some requests is answered by itself."""
+    return {key: told for each in requests for key, told in wanted_of(each, groups).items()}
+
+
 def as_told(answers):
     """Of answers what must not differ."""
     return {
@@ -56,6 +67,40 @@ def got_from(engine, requests):
     answers = drain(engine)
     assert engine.cache.pool.num_referenced == 0
     return as_told(answers), answers
+
+
+FREE = {1: 0.01, 64: 0.0101}
+"""Seconds of steps by rows, which cost next to nothing: all that is drafted is verified."""
+CHEAP = {1: 0.001, 64: 0.0011}
+"""Of a drafting model's forwards."""
+
+
+def draw_crowd(draw):
+    """Up to seven requests of any options, as hypothesis' ``draw`` has it; prompts begin alike, some are equal."""
+    dice = random.Random(draw(st.integers(0, 10**6)))
+    common = [dice.randrange(6) for _ in range(20)]
+    return [
+        request(
+            f"r{i}",
+            common[: dice.choice([0, 9, 20])] + [dice.randrange(6) for _ in range(dice.randrange(1, 25))],
+            seed=i,
+            max_depth=dice.choice([None, None, 0, 2]),
+            priority=dice.randrange(2),
+            **{"temperature": 1.0, "max_tokens": dice.randrange(1, 24), **OPTIONS[dice.choice(list(OPTIONS))]},
+        )
+        for i in range(draw(st.integers(1, 7)))
+    ]
+
+
+def draw_policies(draw, source):
+    """(depth policy, drafting policy) for a drafter that computes: one depth throughout, or what pays."""
+    acceptance = AcceptanceModel()
+    fixed = [(FixedDepth(depth), AlwaysDrafting()) for depth in (1, 5, 7)]
+    adaptive = (
+        AdaptiveDepth(StepCosts(FREE), max_depth=8, acceptance=acceptance),
+        AdaptiveDrafting(StepCosts(FREE), StepCosts(CHEAP), acceptance, source=source),
+    )
+    return draw(st.sampled_from([*fixed, adaptive]))
 
 
 def worst(sequence, tokens):

@@ -1,15 +1,19 @@
 """A second model drafts: the answers are the target's own, and its memory is nobody else's trouble."""
 
-import itertools
-import random
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compat_tests.effort import deeply
-from compat_tests.engine.speculation_cases import OPTIONS, as_told, wanted_of
+from compat_tests.engine.speculation_cases import (
+    OPTIONS,
+    as_told,
+    draw_crowd,
+    draw_policies,
+    wanted_of,
+    wanted_of_all,
+)
 from compat_tests.engine.toy import ONE_GROUP, TWO_GROUPS, VOCAB, ToyRunner, alone, drain, make_engine, request
 from helix_gateway.core.errors import OutOfMemoryError
 from helix_gateway.core.kv import KVGroup
@@ -19,12 +23,10 @@ from helix_gateway.engine.drafters.chain import CostlyDrafter
 from helix_gateway.engine.drafters.model import ModelDrafter
 from helix_gateway.engine.drafters.same_vocabulary import SameTokens, SameVocabulary
 from helix_gateway.engine.drafters.suffix import SuffixDrafter
-from helix_gateway.engine.drafting import AdaptiveDrafting, AlwaysDrafting
+from helix_gateway.engine.drafting import MODEL, AdaptiveDrafting, AlwaysDrafting
 from helix_gateway.engine.kv_cache import PagedKVCache
 from helix_gateway.engine.step_costs import StepCosts
 
-FREE = {1: 0.01, 64: 0.0101}
-CHEAP = {1: 0.001, 64: 0.0011}
 DRAFT_GROUPS = {
     "alike": (KVGroup("draft/full", 4, None),),
     "coarse": (KVGroup("draft/full", 7, None),),
@@ -184,32 +186,8 @@ def test_a_draft_model_that_is_the_target_is_right_with_every_option(groups, opt
 @settings(max_examples=deeply(30, 600), deadline=None)
 @given(st.data())
 def test_a_crowd_with_a_draft_model_and_little_memory_gets_what_each_gets_alone(data):
-    dice = random.Random(data.draw(st.integers(0, 10**6)))
-    common = [dice.randrange(6) for _ in range(20)]
-    requests = [
-        request(
-            f"r{i}",
-            common[: dice.choice([0, 9, 20])] + [dice.randrange(6) for _ in range(dice.randrange(1, 25))],
-            seed=i,
-            max_depth=dice.choice([None, None, 0, 2]),
-            priority=dice.randrange(2),
-            **{"temperature": 1.0, "max_tokens": dice.randrange(1, 24), **OPTIONS[dice.choice(list(OPTIONS))]},
-        )
-        for i in range(data.draw(st.integers(1, 7)))
-    ]
-    acceptance = AcceptanceModel()
-    policy, drafting = data.draw(
-        st.sampled_from(
-            [
-                (FixedDepth(1), AlwaysDrafting()),
-                (FixedDepth(5), AlwaysDrafting()),
-                (
-                    AdaptiveDepth(StepCosts(FREE), max_depth=8, acceptance=acceptance),
-                    AdaptiveDrafting(StepCosts(FREE), StepCosts(CHEAP), acceptance),
-                ),
-            ]
-        )
-    )
+    requests = draw_crowd(data.draw)
+    policy, drafting = draw_policies(data.draw, MODEL)
     groups = data.draw(st.sampled_from([ONE_GROUP, TWO_GROUPS]))
     engine, *_ = engine_with_draft_model(
         RUNNERS[data.draw(st.sampled_from(list(RUNNERS)))],
@@ -224,10 +202,7 @@ def test_a_crowd_with_a_draft_model_and_little_memory_gets_what_each_gets_alone(
         read_tokens=data.draw(st.integers(1, 40)),
         caching=data.draw(st.booleans()),
     )
-    wanted = {}
-    for each in requests:
-        wanted |= wanted_of(each, groups)
-    assert as_told(answers_of(engine, requests)) == wanted
+    assert as_told(answers_of(engine, requests)) == wanted_of_all(requests, groups)
 
 
 def test_each_draft_position_is_one_forward_for_all_and_lacking_tokens_are_computed_in_the_first():
@@ -450,30 +425,6 @@ def test_a_device_without_room_for_drafts_costs_drafts_only(call):
     assert as_told(answers) == wanted_of(each)
     assert engine._budget.tokens == 64
     assert answers["r", 0].last.metrics.draft_tokens > 0
-
-
-def test_shortages_far_apart_are_each_the_first():
-    """A device without room for drafts now and then: what was drafted between two shortages ends the longer rests."""
-    each = request("r", [1, 2, 3], max_tokens=150, ignore_eos=True)
-    engine, draft, _ = engine_with_draft_model(budget=64)
-    works, calls, failed_at = draft.forward, [], []
-
-    def full_now_and_then(batch):
-        calls.append(batch)
-        if len(calls) % 10 == 0:
-            failed_at.append(steps)
-            raise OutOfMemoryError("no room")
-        return works(batch)
-
-    draft.forward = full_now_and_then
-    engine.submit(each)
-    steps = 0
-    while engine.has_work():
-        engine.step()
-        steps += 1
-    gaps = [later - earlier for earlier, later in itertools.pairwise(failed_at)]
-    assert len(gaps) > 2
-    assert max(gaps) - min(gaps) <= 2
 
 
 def test_a_sequence_that_lost_its_drafts_memory_and_has_it_again_is_left_alone_no_longer_the_next_time():

@@ -1,18 +1,14 @@
 """The target at fewer bits drafts over the target's own pages: the answers are the target's, and nothing is left behind."""
 
-import random
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from structlog.testing import capture_logs
 
 from compat_tests.effort import deeply
-from compat_tests.engine.speculation_cases import OPTIONS, as_told, wanted_of
+from compat_tests.engine.speculation_cases import OPTIONS, as_told, draw_crowd, draw_policies, wanted_of, wanted_of_all
 from compat_tests.engine.test_constraints import Pattern
 from compat_tests.engine.toy import ONE_GROUP, TWO_GROUPS, Answers, ToyRunner, drain, make_engine, request
-from helix_gateway.core.errors import OutOfMemoryError
 from helix_gateway.engine.acceptance import AcceptanceModel
 from helix_gateway.engine.depth import AdaptiveDepth, FixedDepth
 from helix_gateway.engine.drafters.chain import CostlyDrafter
@@ -23,8 +19,6 @@ from helix_gateway.engine.engine import ChoiceHooks
 from helix_gateway.engine.kv_cache import PagedKVCache
 from helix_gateway.engine.step_costs import StepCosts
 
-FREE = {1: 0.01, 64: 0.0101}
-CHEAP = {1: 0.001, 64: 0.0011}
 OWN = 1000
 """Added to what it writes: the target would answer otherwise if it ever read that."""
 
@@ -138,32 +132,8 @@ def test_a_constraint_is_kept_to_while_drafting():
 @given(st.data())
 def test_a_crowd_with_little_memory_gets_what_each_gets_alone(data):
     """With prefixes found, prompts in chunks and sequences preempted."""
-    dice = random.Random(data.draw(st.integers(0, 10**6)))
-    common = [dice.randrange(6) for _ in range(20)]
-    requests = [
-        request(
-            f"r{i}",
-            common[: dice.choice([0, 9, 20])] + [dice.randrange(6) for _ in range(dice.randrange(1, 25))],
-            seed=i,
-            max_depth=dice.choice([None, None, 0, 2]),
-            priority=dice.randrange(2),
-            **{"temperature": 1.0, "max_tokens": dice.randrange(1, 24), **OPTIONS[dice.choice(list(OPTIONS))]},
-        )
-        for i in range(data.draw(st.integers(1, 7)))
-    ]
-    acceptance = AcceptanceModel()
-    policy, drafting = data.draw(
-        st.sampled_from(
-            [
-                (FixedDepth(1), AlwaysDrafting()),
-                (FixedDepth(7), AlwaysDrafting()),
-                (
-                    AdaptiveDepth(StepCosts(FREE), max_depth=8, acceptance=acceptance),
-                    AdaptiveDrafting(StepCosts(FREE), StepCosts(CHEAP), acceptance, source=SELF),
-                ),
-            ]
-        )
-    )
+    requests = draw_crowd(data.draw)
+    policy, drafting = draw_policies(data.draw, SELF)
     groups = data.draw(st.sampled_from([ONE_GROUP, TWO_GROUPS]))
     engine, _ = engine_with_self(
         RUNNERS[data.draw(st.sampled_from(list(RUNNERS)))],
@@ -175,10 +145,7 @@ def test_a_crowd_with_little_memory_gets_what_each_gets_alone(data):
         budget=data.draw(st.integers(4, 40)),
         caching=data.draw(st.booleans()),
     )
-    wanted = {}
-    for each in requests:
-        wanted |= wanted_of(each, groups)
-    assert as_told(answers_of(engine, requests)) == wanted
+    assert as_told(answers_of(engine, requests)) == wanted_of_all(requests, groups)
 
 
 def test_each_draft_position_is_one_forward_of_a_row_for_each():
@@ -217,17 +184,11 @@ def test_choices_of_one_request_share_the_prompt_and_draft_each_into_blocks_of_i
 class Failing(Rounded):
     """Fails at its third forward, and at each later one."""
 
-    error = ValueError("no reason")
-
     def forward(self, batch):
         logits = super().forward(batch)  # what it wrote stays
         if len(self.batches) >= 3:
-            raise self.error
+            raise ValueError("no reason")
         return logits
-
-
-class Full(Failing):
-    error = OutOfMemoryError("no room")
 
 
 def test_a_drafter_that_fails_costs_drafts_and_nothing_else(capsys):
@@ -237,31 +198,6 @@ def test_a_drafter_that_fails_costs_drafts_and_nothing_else(capsys):
     assert got == {**wanted_of(requests[0]), **wanted_of(requests[1])}
     assert capsys.readouterr().out.count("drafter_switched_off") == 2
     assert len(own.batches) <= 5
-
-
-def test_memory_that_is_too_short_for_drafts_costs_drafts_alone_and_is_left_alone_for_a_while(capsys):
-    engine, own = engine_with_self(Full, budget=64)
-    each = request("r", [1, 2, 3], max_tokens=40, ignore_eos=True)
-    assert as_told(answers_of(engine, [each])) == wanted_of(each)
-    told = capsys.readouterr().out
-    assert "no_memory_for_drafts" in told
-    assert "out_of_memory" not in told
-    assert len(own.batches) <= 3 + 40 // 16
-
-
-class ShortOfMemoryForASecondToken(Rounded):
-    def forward(self, batch):
-        logits = super().forward(batch)
-        if len(self.batches) % 2 == 0:
-            raise OutOfMemoryError("no room")
-        return logits
-
-
-def test_a_draft_that_breaks_off_at_its_second_token_is_the_same_shortage_again():
-    engine, _ = engine_with_self(ShortOfMemoryForASecondToken, budget=64)
-    with capture_logs() as lines:
-        answers_of(engine, [request("r", [1, 2, 3], max_tokens=100, ignore_eos=True)])
-    assert [line["steps_without"] for line in lines] == [16, 32, 64]
 
 
 def test_a_drafter_that_joins_between_two_steps_drafts_for_who_is_there_already():

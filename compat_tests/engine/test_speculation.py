@@ -1,13 +1,11 @@
 """Speculation cannot be seen in what is answered, whatever is drafted, however deep, with any option."""
 
-import random
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compat_tests.engine.speculation_cases import DRAFTERS, OPTIONS, got_from, wanted_of, worst
+from compat_tests.engine.speculation_cases import DRAFTERS, draw_crowd, got_from, wanted_of, wanted_of_all, worst
 from compat_tests.engine.toy import (
     ONE_GROUP,
     TWO_GROUPS,
@@ -33,32 +31,18 @@ DEAR = StepCosts({rows: 0.01 * rows**1.3 for rows in (1, 2, 4, 8, 16, 32, 64)})
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_a_crowd_with_any_drafters_depths_and_little_memory_gets_what_each_gets_alone(data):
-    dice = random.Random(data.draw(st.integers(0, 10**6)))
-    requests = [
-        request(
-            f"r{i}",
-            [dice.randrange(6) for _ in range(dice.randrange(1, 30))],
-            seed=i,
-            max_depth=dice.choice([None, None, 0, 2]),
-            priority=dice.randrange(2),
-            **{"temperature": 1.0, "max_tokens": dice.randrange(1, 24), **OPTIONS[dice.choice(list(OPTIONS))]},
-        )
-        for i in range(data.draw(st.integers(1, 7)))
-    ]
+    requests = draw_crowd(data.draw)
     drafter = data.draw(st.sampled_from(list(DRAFTERS)))
     policy = data.draw(st.sampled_from([FixedDepth(1), FixedDepth(6), AdaptiveDepth(FREE, max_depth=8)]))
     engine = make_engine(
-        data.draw(st.integers(24, 60)),
+        data.draw(st.integers(34, 80)),  # at least what the longest needs
         TWO_GROUPS,
         budget=data.draw(st.integers(4, 40)),
         drafter=DRAFTERS[drafter]({}),
         depth_policy=policy,
     )
     got, _ = got_from(engine, requests)
-    wanted = {}
-    for each in requests:
-        wanted |= wanted_of(each, TWO_GROUPS)
-    assert got == wanted
+    assert got == wanted_of_all(requests, TWO_GROUPS)
 
 
 class Trace(ToyRunner):

@@ -56,3 +56,6 @@ class ChoosyDrafter(Drafter, Protocol):
 
         Called once at each step, with all that may have drafts, before `propose` is called for some of them or none.
         """
+
+    def give_back(self) -> None:
+        """Give back what memory is held between two steps: there was too little to propose."""

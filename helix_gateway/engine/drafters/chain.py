@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from helix_gateway.engine.drafters.base import NOTHING, ChoosyDrafter, Drafter, DraftTokens
 from helix_gateway.engine.drafters.guarded import GuardedChoosyDrafter, GuardedDrafter
+from helix_gateway.engine.drafters.resting import RestingDrafter
 from helix_gateway.engine.drafting import DraftingPolicy
 from helix_gateway.engine.sequence import Sequence
 
@@ -40,7 +41,7 @@ class DraftChain:
 
     def join(self, costly: CostlyDrafter) -> None:
         """Ask this drafter too from the next step on, whose sequences it may never have heard of."""
-        guarded = GuardedChoosyDrafter(costly.drafter, self._vocab_size)
+        guarded = GuardedChoosyDrafter(RestingDrafter(costly.drafter), self._vocab_size)
         self._costly = CostlyDrafter(guarded, costly.policy)
 
     def propose(self, sequences: Ordered[Sequence], depths: Ordered[int], num_decodes: int) -> list[DraftTokens]:

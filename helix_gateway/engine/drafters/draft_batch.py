@@ -39,8 +39,8 @@ def grow_drafts(
     cache: PagedKVCache,
     parts: Ordered[DraftPart[Draft]],
     rows_of: Callable[[list[Draft]], SamplingRows],
-) -> list[Draft]:
-    """One forward: write the parts' keys and values, and let those drafts that draw grow by a token each; these.
+) -> None:
+    """One forward: write the parts' keys and values, and let those drafts that draw grow by a token each.
 
     Args:
         rows_of: how the next token of each of some drafts is drawn.
@@ -54,7 +54,6 @@ def grow_drafts(
         confidences = np.exp(runner.logprobs(logits, every, token_ids, 0).logprobs)
         for draft, token_id, confidence in zip(drawing, token_ids.tolist(), confidences.tolist(), strict=True):
             draft.append(token_id, confidence)
-    return drawing
 
 
 def build_draft_batch(parts: Ordered[DraftPart[Draft]], cache: PagedKVCache) -> StepBatch:

@@ -97,3 +97,7 @@ class GuardedChoosyDrafter(GuardedDrafter):
     def begin_step(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> list[int]:
         """See `ChoosyDrafter`."""
         return self._of_each(self._choosy.begin_step, 0, sequences, depths)
+
+    def give_back(self) -> None:
+        """See `ChoosyDrafter`."""
+        self._choosy.give_back()

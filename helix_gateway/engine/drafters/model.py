@@ -11,13 +11,10 @@ from collections.abc import Sequence as Ordered
 from time import perf_counter
 from typing import Generic
 
-import structlog
-
-from helix_gateway.core.errors import OutOfMemoryError
 from helix_gateway.core.protocols import Logits, ModelRunner, VocabularyTranslation
 from helix_gateway.core.step import SamplingRows
 from helix_gateway.engine.block_pool import NoFreeBlocksError
-from helix_gateway.engine.drafters.base import NOTHING, DraftTokens
+from helix_gateway.engine.drafters.base import DraftTokens
 from helix_gateway.engine.drafters.draft_batch import (
     DraftPart,
     build_draft_rows,
@@ -25,13 +22,10 @@ from helix_gateway.engine.drafters.draft_batch import (
     grow_drafts,
 )
 from helix_gateway.engine.drafters.draft_reader import DraftReader, ReadDraft
-from helix_gateway.engine.drafters.rest import Rest
 from helix_gateway.engine.drafters.same_vocabulary import SameVocabulary
 from helix_gateway.engine.drafting import DraftingPolicy
 from helix_gateway.engine.kv_cache import PagedKVCache
 from helix_gateway.engine.sequence import Sequence, SequenceKey
-
-log = structlog.get_logger(__name__)
 
 _NEAR = 8
 """So many tokens are caught up with whatever else there is to do: as many as a step may have accepted."""
@@ -77,34 +71,14 @@ class ModelDrafter(Generic[Logits]):
         self._read_tokens = read_tokens
         self._readers: dict[SequenceKey, DraftReader] = {}
         self._step = 0
-        self._rest = Rest()
 
     def begin_step(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> list[int]:
         """See `ChoosyDrafter`."""
         self._step += 1
-        if self._step < self._rest.until:
-            return [0] * len(sequences)
         return [min(depth, self._room(sequence)) for sequence, depth in zip(sequences, depths, strict=True)]
 
     def propose(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> list[DraftTokens]:
         """See `Drafter`."""
-        try:
-            return self._propose(sequences, depths)
-        except (OutOfMemoryError, MemoryError) as error:
-            # No step is made smaller for the sake of drafts.
-            log.warning("no_memory_for_drafts", reason=str(error), steps_without=self._rest.steps)
-            self._rest.begin(self._step)
-            for reader in self._readers.values():
-                self._cache.remove(reader.key)
-            return [NOTHING] * len(sequences)
-
-    def retire(self, sequence: Sequence) -> None:
-        """See `Drafter`."""
-        reader = self._readers.pop(sequence.key, None)
-        if reader is not None:
-            self._cache.remove(reader.key)
-
-    def _propose(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> list[DraftTokens]:
         drafts = [self._begin(sequence, depth) for sequence, depth in zip(sequences, depths, strict=True)]
         parts = self._first_parts([draft for draft in self._read(drafts) if self._is_open(draft)])
         while parts:
@@ -114,7 +88,21 @@ class ModelDrafter(Generic[Logits]):
                 DraftPart(draft, draft.position - 1, draft.token_ids[-1:], draws=True)
                 for draft in self._going_on(growing)
             ]
+        for draft in drafts:
+            if draft.token_ids:
+                draft.reader.rest.forget()
         return [draft.proposal() for draft in drafts]
+
+    def give_back(self) -> None:
+        """All blocks; what is needed of them is computed anew."""
+        for reader in self._readers.values():
+            self._close(reader)
+
+    def retire(self, sequence: Sequence) -> None:
+        """See `Drafter`."""
+        reader = self._readers.pop(sequence.key, None)
+        if reader is not None:
+            self._cache.remove(reader.key)
 
     def _going_on(self, drafts: list[ReadDraft]) -> list[ReadDraft]:
         if not drafts:
@@ -243,13 +231,10 @@ class ModelDrafter(Generic[Logits]):
     def _compute(self, parts: list[DraftPart[ReadDraft]]) -> None:
         """Write the parts' KV, and let drafts that draw grow by a token."""
         began = perf_counter()
-        drawn = grow_drafts(self._runner, self._cache, parts, self._rows)
+        grow_drafts(self._runner, self._cache, parts, self._rows)
         for part in parts:
             part.draft.reader.write(part.start, part.token_ids)
             part.draft.is_reading = True
-        for draft in drawn:
-            draft.reader.rest.forget()
-            self._rest.forget()
         self._policy.observe(sum(len(part.token_ids) for part in parts), perf_counter() - began)
 
     def _rows(self, drafts: list[ReadDraft]) -> SamplingRows:

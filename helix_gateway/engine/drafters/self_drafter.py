@@ -12,20 +12,14 @@ from collections.abc import Sequence as Ordered
 from time import perf_counter
 from typing import Generic
 
-import structlog
-
-from helix_gateway.core.errors import OutOfMemoryError
 from helix_gateway.core.protocols import Logits, ModelRunner
 from helix_gateway.core.step import SamplingRows
 from helix_gateway.engine.drafters.base import NOTHING, DraftTokens
 from helix_gateway.engine.drafters.draft_batch import DraftPart, build_draft_rows, grow_drafts
 from helix_gateway.engine.drafters.growing_draft import GrowingDraft
-from helix_gateway.engine.drafters.rest import Rest
 from helix_gateway.engine.drafting import SELF, DraftingPolicy
 from helix_gateway.engine.kv_cache import PagedKVCache
 from helix_gateway.engine.sequence import Sequence
-
-log = structlog.get_logger(__name__)
 
 _DOUBT = 0.2
 """Two forms of one model that draw with one noise agree far more often than either is sure of its token: before more is
@@ -45,41 +39,27 @@ class SelfDrafter(Generic[Logits]):
         self._runner = runner
         self._cache = cache
         self._policy = policy
-        self._step = 0
-        self._rest = Rest()
 
     def begin_step(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> list[int]:
         """See `ChoosyDrafter`.  Whoever's prompt is not computed yet, but for its last token, waits for that."""
-        self._step += 1
-        if self._step < self._rest.until:
-            return [0] * len(sequences)
         return [
             depth if sequence.num_pending_tokens == 1 else 0 for sequence, depth in zip(sequences, depths, strict=True)
         ]
 
     def propose(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> list[DraftTokens]:
         """See `Drafter`; blocks for so many tokens behind each sequence's last must be its own."""
-        try:
-            return self._propose(sequences, depths)
-        except (OutOfMemoryError, MemoryError) as error:
-            # No step is made smaller for the sake of drafts.
-            log.warning("no_memory_for_drafts", reason=str(error), steps_without=self._rest.steps)
-            self._rest.begin(self._step)
-            return [NOTHING] * len(sequences)
-
-    def retire(self, sequence: Sequence) -> None:
-        """Nothing is kept of a sequence."""
-
-    def _propose(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> list[DraftTokens]:
         drafts = [_begin(sequence, depth) for sequence, depth in zip(sequences, depths, strict=True)]
         growing = self._going_on(drafts)
         while growing:
             self._compute([_next_part(draft) for draft in growing])
             growing = self._going_on([draft for draft in growing if not draft.is_done])
-        if any(draft.token_ids for draft in drafts):
-            # Not sooner: what breaks off at a later token is the same shortage again.
-            self._rest.forget()
         return [draft.as_drafted() if draft.token_ids else NOTHING for draft in drafts]
+
+    def give_back(self) -> None:
+        """Nothing is held."""
+
+    def retire(self, sequence: Sequence) -> None:
+        """Nothing is kept of a sequence."""
 
     def _going_on(self, drafts: list[GrowingDraft]) -> list[GrowingDraft]:
         if not drafts:
