@@ -7,6 +7,7 @@ import time
 import weakref
 from types import SimpleNamespace
 
+import filelock
 import pytest
 
 from helix_gateway import HelixEngine
@@ -199,6 +200,29 @@ def test_an_engine_that_closes_ends_what_is_made_for_it(path, monkeypatch):
     assert started[0].returncode not in {None, 0}
     with pytest.raises(self_drafting.NotMadeError, match="closed"):
         late._made.result(0)
+
+
+def test_an_engine_that_closes_waits_no_longer_for_another_process_that_compiles(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(self_drafting, "is_compiled", is_compiled)
+    monkeypatch.setattr(self_drafting, "start_compiling", lambda _: pytest.fail("it was begun"))
+    closed, refused = threading.Event(), []
+
+    def wait_for_it():
+        try:
+            self_drafting._compile_for("float16", closed)
+        except self_drafting.NotMadeError as error:
+            refused.append(error)
+
+    waiting = threading.Thread(target=wait_for_it)
+    with filelock.FileLock(tmp_path / ".compiling-fewer-bits-float16"):
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+        closed.set()
+        waiting.join(5)
+        assert not waiting.is_alive()
+    assert "closed" in str(refused[0])
 
 
 def settings_of(path, speculation="auto"):

@@ -8,6 +8,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import structlog
@@ -144,7 +145,7 @@ def _compile_for(kv_dtype: str, closed: threading.Event) -> None:
     what = _COMPILED_FOR + kv_dtype
     if is_compiled(what):
         return
-    with compiling_alone(what):
+    with compiling_alone(what, partial(_go_on_unless, closed)):
         if is_compiled(what):
             return
         _go_on_unless(closed)

@@ -4,15 +4,21 @@ Looks at the folder that this package's import has chosen; knows nothing about w
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 USUAL_FUNCTIONS = 91
 """That a first start of the default model leaves compiled; another model's are about as many."""
 
 _EVERY_ENGINES = "ahead"
 _LONGEST_S = 600.0
+_LOOK_EVERY_S = 0.1
+"""At whether it is still worth waiting."""
 
 
 def num_compiled() -> int:
@@ -49,17 +55,32 @@ def mark_compiled(what: str) -> None:
 
 
 @contextmanager
-def compiling_alone(what: str) -> Iterator[None]:
-    """Wait for whoever compiles something already, in any process, and keep others waiting; not for ever."""
+def compiling_alone(what: str, go_on: Callable[[], None]) -> Iterator[None]:
+    """Wait for whoever compiles something already, in any process, and keep others waiting; not for ever.
+
+    Args:
+        go_on: called every now and then while this waits; what it raises ends that.
+    """
     import filelock
 
     folder = _folder()
     with ExitStack() as held:
-        # Where a file system has no locks, or somebody stands still with this one, it is as without it.
+        # Where a file system has no locks it is as without this one.
         with suppress(OSError, NotImplementedError):
             if folder:
-                held.enter_context(filelock.FileLock(folder / f".compiling-{what}").acquire(timeout=_LONGEST_S))
+                lock = filelock.FileLock(folder / f".compiling-{what}")
+                _acquire(lock, go_on)
+                held.callback(lock.release)
         yield
+
+
+def _acquire(lock: "BaseFileLock", go_on: Callable[[], None]) -> None:
+    """Take the lock, or go without where somebody stands still with it."""
+    for _ in range(round(_LONGEST_S / _LOOK_EVERY_S)):
+        go_on()
+        with suppress(TimeoutError):
+            lock.acquire(timeout=_LOOK_EVERY_S)
+            return
 
 
 def _folder() -> Path | None:
