@@ -17,9 +17,11 @@ from compat_tests.engine.toy import (
     request,
 )
 from helix_gateway.engine.depth import AdaptiveDepth, FixedDepth
-from helix_gateway.engine.drafters.base import DraftTokens
+from helix_gateway.engine.drafters.base import NOTHING, DraftTokens
+from helix_gateway.engine.drafters.chain import CostlyDrafter
 from helix_gateway.engine.drafters.none import NoDrafter
 from helix_gateway.engine.drafters.suffix import SuffixDrafter
+from helix_gateway.engine.drafting import AlwaysDrafting
 from helix_gateway.engine.step_costs import StepCosts
 
 FREE = StepCosts({1: 0.01, 64: 0.0101})
@@ -65,19 +67,32 @@ class Trace(ToyRunner):
         return super().logprobs(*arguments)
 
 
-class Untouchable:
-    """Fails the test that lets it draft."""
+class Untouched:
+    """Counts how often it is asked: what it raised would be taken for a drafter's fault, and nobody would hear of it."""
+
+    def __init__(self):
+        self.num_asked = 0
+
+    def begin_step(self, sequences, depths):
+        self.num_asked += 1
+        return [0] * len(sequences)
 
     def propose(self, sequences, depths):
-        raise AssertionError("nobody should have asked for drafts")
+        self.num_asked += 1
+        return [NOTHING] * len(sequences)
 
     def retire(self, sequence):
         pass
 
 
 def test_where_rows_are_dear_nothing_of_a_drafter_runs_and_the_calls_are_those_of_plain_decoding():
-    traces = []
-    for options in ({}, {"drafter": Untouchable(), "depth_policy": AdaptiveDepth(DEAR, max_depth=4)}):
+    traces, drafter, costly = [], Untouched(), Untouched()
+    with_drafters = {
+        "drafter": drafter,
+        "costly_drafter": CostlyDrafter(costly, AlwaysDrafting()),
+        "depth_policy": AdaptiveDepth(DEAR, max_depth=4),
+    }
+    for options in ({}, with_drafters):
         runner = Trace(ONE_GROUP, 200)
         engine = make_engine(runner=runner, **options)
         for i in range(4):
@@ -85,6 +100,7 @@ def test_where_rows_are_dear_nothing_of_a_drafter_runs_and_the_calls_are_those_o
         drain(engine)
         traces.append(runner.calls)
     assert traces[0] == traces[1]
+    assert (drafter.num_asked, costly.num_asked) == (0, 0)
 
 
 def test_a_drafter_that_fails_for_one_sequence_serves_the_others_on():
@@ -125,6 +141,19 @@ def test_a_prediction_is_drafted_from_and_told_apart_in_the_figures():
     assert metrics.rejected_prediction_tokens >= 1
     assert metrics.accepted_tokens >= metrics.accepted_prediction_tokens
     assert ask([]).last.metrics.accepted_prediction_tokens == 0
+
+
+@pytest.mark.parametrize("groups", [ONE_GROUP, TWO_GROUPS], ids=["one group", "a window too"])
+def test_blocks_that_only_rejected_drafts_lie_in_are_given_back_at_once(groups):
+    engine = make_engine(groups=groups, drafter=ScriptedDrafter(worst), depth_policy=FixedDepth(9), budget=64)
+    for i in range(3):
+        engine.submit(request(f"r{i}", [1, 2, 3, i], max_tokens=20, ignore_eos=True))
+    while engine.has_work():
+        engine.step()
+        for sequence in engine.running:
+            for table in engine.cache.tables(sequence.key):
+                assert table.num_entries == table.entries_for(sequence.num_computed_tokens)
+                assert len(table.blocks) == table.num_entries - table.first_needed(sequence.num_computed_tokens)
 
 
 def test_drafts_of_more_tokens_than_were_asked_for_are_cut():
