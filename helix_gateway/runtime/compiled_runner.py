@@ -4,7 +4,7 @@ Trusted only if it answers a trial bit by bit as what was held to transformers' 
 or schedules.
 """
 
-from helix_gateway.runtime.cpu.llama import step_of
+from helix_gateway.runtime.cpu.compiled_steps import step_of
 from helix_gateway.runtime.cpu.parts import Parts
 from helix_gateway.runtime.paged_runner import AGREED, ModelPages, PagedRunner, digest_of
 from helix_gateway.runtime.remembered import Remembered

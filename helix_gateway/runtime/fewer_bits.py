@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 from helix_gateway.core.errors import ModelLoadError
-from helix_gateway.runtime.cpu.llama import step_of
+from helix_gateway.runtime.cpu.compiled_steps import step_of
 from helix_gateway.runtime.cpu.parts import Parts
 from helix_gateway.runtime.cpu.quantised_llama import is_quantised_alike
 from helix_gateway.runtime.description import Description, Form, described_tensors, read_parts, recall

@@ -15,7 +15,7 @@ from helix_gateway.core.step import Int32s, StepBatch
 from helix_gateway.runtime import transformers_attention
 from helix_gateway.runtime.context import context_length
 from helix_gateway.runtime.cpu.activations import keep_rows_apart
-from helix_gateway.runtime.cpu.llama import step_of
+from helix_gateway.runtime.cpu.compiled_steps import step_of
 from helix_gateway.runtime.cpu.quantising import computing_exactly, dequantise, is_quantised
 from helix_gateway.runtime.cpu.structures import parts_of
 from helix_gateway.runtime.paged_runner import AGREED, Compute, ModelPages, PagedRunner, digest_of

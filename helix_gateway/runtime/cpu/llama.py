@@ -1,31 +1,21 @@
-"""Finds the compiled step of a model, and runs a whole step of a Llama's float weights through `layers.py`.
+"""The float weights of a Llama, and a step's memory, handed to `layers.py` as it wants them."""
 
-There are steps for models of `parts.py`'s parts: in float those that have nothing which the first Llama lacks,
-quantised its relatives too (`quantised_llama.py`).  The compiled step must then agree with transformers' forward on some
-tokens.  What does not fit, or does not agree, is served through transformers' modules as before.
-"""
-
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import structlog
 import torch
 from torch import nn
 
 from helix_gateway.core.step import StepBatch
+from helix_gateway.runtime.cpu.angle_tables import AngleTables
 from helix_gateway.runtime.cpu.attention import ACTIVATIONS, CpuPagedAttention
+from helix_gateway.runtime.cpu.joined_tiles import join_tiles
 from helix_gateway.runtime.cpu.layers import FIELDS, Angles, Scratch, Weights, compiled_layers, norm_row
 from helix_gateway.runtime.cpu.linear import FloatWeight, PackedLinear
-from helix_gateway.runtime.cpu.packed import PackedWeight
 from helix_gateway.runtime.cpu.parts import LayerParts, Parts
 from helix_gateway.runtime.cpu.products import host_shape
 from helix_gateway.runtime.cpu.threads import configure_threads
-from helix_gateway.runtime.cpu.weight_memory import WeightMemory
 from helix_gateway.runtime.heap import return_freed_blocks
-from helix_gateway.runtime.rotary import RotaryTable
-
-log = structlog.get_logger(__name__)
 
 _GAP = 16
 """Elements between rows of activations, so that rows of 1,024 do not all fall on the same cache lines."""
@@ -96,64 +86,3 @@ class LlamaStep:
 
     def _angles(self, longest: int) -> Angles:
         return self._tables.reaching(longest)
-
-
-class AngleTables:
-    """The tables of a rotary embedding, of each kind that a model's layers have, one behind the other."""
-
-    def __init__(self, rotary: RotaryTable, layer_kinds: Sequence[str]) -> None:
-        """``layer_kinds``: what each layer tells the embedding, empty where there is nothing to tell."""
-        self._rotary = rotary
-        self._kinds = list(dict.fromkeys(layer_kinds))
-        self.kind_of = [self._kinds.index(kind) for kind in layer_kinds]
-        """For each layer, which of the tables it reads."""
-        self._sources: list[torch.Tensor] = []
-        self._angles = Angles(*(np.zeros((1, 0, 0), np.float32) for _ in range(2)))
-
-    def reaching(self, longest: int) -> Angles:
-        """Tables for contexts of up to ``longest`` tokens; made anew only when they have grown."""
-        self._rotary.reserve(longest)
-        pairs = [self._rotary.tables(torch.empty(0), *filter(None, [kind])) for kind in self._kinds]
-        sources = [table for pair in pairs for table in pair]
-        if len(sources) != len(self._sources) or any(a is not b for a, b in zip(sources, self._sources)):
-            self._sources = sources
-            self._angles = Angles(*(_stacked(tables) for tables in zip(*pairs, strict=True)))
-        return self._angles
-
-
-def _stacked(tables: Sequence[torch.Tensor]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """[kinds, positions, dim]; a view where there is one kind."""
-    return (tables[0][None] if len(tables) == 1 else torch.stack(list(tables))).numpy()
-
-
-def step_of(parts: Parts, attention: object) -> Callable[[StepBatch], torch.Tensor] | None:
-    """The compiled step that fits a model of these parts over such pages, else None."""
-    if not isinstance(attention, CpuPagedAttention):
-        return None
-    if isinstance(parts.head.weight_tiles, FloatWeight):
-        return LlamaStep(parts, attention) if _is_plain(parts, attention) else None
-    from helix_gateway.runtime.cpu.quantised_llama import QuantisedLlamaStep, is_quantised_alike
-
-    return QuantisedLlamaStep(parts, attention) if is_quantised_alike(parts) else None
-
-
-def _is_plain(parts: Parts, attention: CpuPagedAttention) -> bool:
-    """Whether there is nothing in a model that `layers.py` does not compute."""
-    norms = [weight is not None for weight in parts.layers[0].norms]
-    return parts.structure.is_plain and attention.is_uniform and all(norms[:2]) and not any(norms[2:])
-
-
-def join_tiles(parts: Sequence[PackedLinear], memory: WeightMemory | None = None) -> torch.Tensor:
-    """Tiles of several products one after another; each part goes on as a view of them, so nothing is held twice.
-
-    Where there is a memory for weights, they are moved there.
-    """
-    weights: list[PackedWeight] = [part.weight_tiles for part in parts]
-    joined = weights[0].tiles if len(weights) == 1 else torch.cat([weight.tiles for weight in weights])
-    if memory is not None:
-        joined = memory.move(joined)
-    first = 0
-    for weight in weights:
-        weight.tiles = joined[first : first + len(weight.tiles)]
-        first += len(weight.tiles)
-    return joined

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from helix_gateway.core.step import StepBatch
+from helix_gateway.runtime.cpu.angle_tables import AngleTables
 from helix_gateway.runtime.cpu.attention import CpuPagedAttention
+from helix_gateway.runtime.cpu.joined_tiles import join_tiles
 from helix_gateway.runtime.cpu.layers import Angles
 from helix_gateway.runtime.cpu.linear import PackedEmbedding, PackedLinear
-from helix_gateway.runtime.cpu.llama import AngleTables, join_tiles
 from helix_gateway.runtime.cpu.parts import LayerParts, Parts
 from helix_gateway.runtime.cpu.quantised_products import tile_kernel
 from helix_gateway.runtime.cpu.quantised_rows import num_groups, record_bytes
