@@ -2,7 +2,7 @@
 
 Through transformers' modules a step of a small model is mostly Python between short products; here there is none.
 The residual stream and all activations stay float32, products and attention are those of `products.py` and
-`attention.py`, so a row's bits depend on its own sequence alone.  Which models this fits is `compiled_steps.py`'s affair.
+`attention.py`, so a row's bits depend on its own sequence alone.  Which models this fits, `compiled_steps.py` says.
 """
 
 from collections.abc import Callable
