@@ -86,8 +86,18 @@ def test_what_is_not_sound_is_named_with_the_reason(tmp_path):
     assert done.returncode == 1
     assert report["need_torch"] == ["helix_gateway.runtime.device"]
     reasons = {name.removeprefix("helix_gateway."): why for name, why in report["wrong"].items()}
-    assert set(reasons) == {"cli.heavy", "core.broken", "runtime.odd", "runtime.lost"}
+    assert set(reasons) == {"cli.heavy", "core.broken", "runtime.odd"}
     assert "must not" in reasons["cli.heavy"]
     assert "SyntaxError" in reasons["core.broken"]
     assert "odd" in reasons["runtime.odd"]
-    assert "no_such_library" in reasons["runtime.lost"]
+    assert (report["untried"], report["missing"]) == (["helix_gateway.runtime.lost"], ["no_such_library"])
+
+
+def test_modules_that_want_what_is_not_installed_are_one_line_that_says_what_to_do(tmp_path):
+    (tmp_path / "helix_gateway").mkdir()
+    for name in ("__init__", "one", "two"):
+        (tmp_path / "helix_gateway" / f"{name}.py").write_text("import no_such_library\n")
+    done = script("validate.py", "--root", str(tmp_path), flags=("-P",) if sys.version_info >= (3, 11) else ())
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("WRONG")]
+    assert done.returncode == 1
+    assert line.startswith("WRONG 3 modules could not be tried without no_such_library: install Helix first")

@@ -75,6 +75,37 @@ def test_help_answers_before_anyone_waits():
     assert min(float(run.stdout.splitlines()[-1]) for run in runs) < 0.3
 
 
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("serve --prot 1", "helix serve: there is no option --prot; did you mean --port?"),
+        (
+            "serve --max-model-length 1",
+            "helix serve: there is no option --max-model-length; did you mean --max-model-len?",
+        ),
+        ("bench --zzz", "helix bench: there is no option --zzz; `helix bench --help` names them."),
+        ("--verson", "helix: there is no option --verson; did you mean --version?"),
+        ("serve --port", "helix: Option '--port' requires an argument."),
+        ("bench --concurrency 0", "helix bench: Invalid value: --concurrency takes numbers above 0"),
+        ("chat --temperature 9", "helix chat: Invalid value for '--temperature': "),
+        ("models show", "helix models show: Missing argument 'NAME'."),
+        ("srve", "helix: No such command 'srve'"),
+    ],
+)
+def test_a_command_line_that_makes_no_sense_is_answered_in_one_line(line, said):
+    done = helix(*line.split())
+    assert (done.returncode, done.stdout) == (2, "")
+    (told,) = done.stderr.splitlines()
+    assert told.startswith(said)
+
+
+def test_a_draft_model_that_is_not_there_is_named_by_its_option(smollm2_path, tmp_path):
+    done = helix("serve", str(smollm2_path), "--port", "0", "--draft-model", str(tmp_path / "none.gguf"))
+    assert done.returncode == 1
+    (told,) = done.stderr.splitlines()
+    assert told.startswith("helix: --draft-model: There is no file or folder ")
+
+
 def test_no_command_at_all_shows_the_help():
     assert "serve" in CliRunner().invoke(app, []).output
 
@@ -200,7 +231,25 @@ async def test_a_start_that_compiles_says_so_and_one_that_does_not_is_silent(tmp
         await asyncio.sleep(0.3)
     said = capsys.readouterr().err.splitlines()
     assert "for this processor" in said[0]
-    assert re.fullmatch(r"Compiling kernels 2/\d\d after 0 s", said[1])
+    assert said[1] == "Compiling kernels: 1, 0 s"
+
+
+async def test_how_much_is_to_be_compiled_is_told_only_where_that_is_known(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(first_start, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(first_start, "_TOLD_EVERY_S", 0.01)
+    async with first_start.telling_of_compilation():
+        await asyncio.sleep(0.1)
+        for function in range(120):
+            await asyncio.sleep(0.005)
+            (tmp_path / f"{function}.nbc").touch()
+        await asyncio.sleep(0.1)
+    said = capsys.readouterr().err.splitlines()
+    totals = {int(found[1]) for line in said if (found := re.search(r"of about (\d+)", line))}
+    assert totals == {91}
+    assert said[-1].startswith("Compiling kernels: 120, ")
+    # What a terminal of 80 columns shows, behind a turning sign.
+    assert len(f"{first_start._WHY_ON_TERMINAL}: 90 of about 91, 999 s") < 78
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from helix_gateway.cli.main import app
-from helix_gateway.cli.options import flag_of
+from helix_gateway.cli.options import flag_of, metavar
 from helix_gateway.cli.settings import ServeSettings
 from helix_gateway.cli.sources import SettingsError, effective
 from helix_gateway.gateway.settings import GatewaySettings
@@ -205,6 +205,27 @@ def test_show_config_is_a_file_that_sets_the_same_and_hides_keys(tmp_path, monke
 def test_a_key_that_is_wrong_is_not_shown(toml):
     toml('api_key = ["very-secret", 5]')
     assert "very-secret" not in wrong()
+
+
+def test_of_a_key_of_another_type_the_type_is_told(toml):
+    toml("api_key = 5")
+    assert wrong().endswith("`api_key`: must be an array, not an integer.")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name, field in ServeSettings.model_fields.items() if metavar(name) in {"INTEGER", "SIZE", "NUMBER"}],
+)
+def test_every_number_has_bounds_on_both_sides(name):
+    for beyond in ("-1", "-7.5", "1" + "0" * 30, "1" + "0" * 400):
+        line = wrong({name: beyond})
+        assert line.startswith(f"{flag_of(name)}: ")
+        assert len(line) < 500
+
+
+def test_the_least_depth_is_not_beyond_the_most():
+    assert wrong({"min_depth": "9", "max_depth": "3"}) == "--min-depth: must be at most max_depth, which is 3; it is 9."
+    assert effective({"min_depth": "3", "max_depth": "3"}, None).settings.min_depth == 3
 
 
 # ---- speculation as other servers are told of it

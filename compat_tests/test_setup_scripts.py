@@ -192,6 +192,26 @@ def test_pip_output_becomes_progress_and_loses_what_is_harmless(capsys):
     assert activity.detail == "Installing packages: 100"
 
 
+def test_a_step_of_pip_loses_where_things_come_from_and_is_never_cut_inside_a_word():
+    assert environment.shortened("Collecting typer>=0.12.5 (from helix-gateway==0.1.0)") == "Collecting typer>=0.12.5"
+    step = "Downloading https://files.example.org/packages/ab/cd/torch-2.13.0-cp311.whl.metadata (31 kB)"
+    assert environment.shortened(step) == "Downloading torch-2.13.0-cp311.whl.metadata (31 kB)"
+    long = environment.shortened("Collecting " + "extraordinary " * 9)
+    assert long.endswith("extraordinary ...")
+    assert len(long) <= environment.DETAIL_WIDTH
+
+
+def test_a_line_on_a_narrow_terminal_ends_with_a_whole_word(monkeypatch):
+    shown = []
+    monkeypatch.setenv("COLUMNS", "60")
+    activity = environment.Activity("Installing Helix")
+    monkeypatch.setattr(activity, "_show", lambda line, end: shown.append(line))
+    activity.detail = "Collecting numba numpy numexpr"
+    activity._redraw(0)
+    assert shown[0].endswith("Collecting numba ...")
+    assert len(shown[0]) < 60
+
+
 def test_a_long_part_says_when_it_starts_and_ends_without_a_terminal(capsys):
     with environment.Activity("Making .venv"):
         pass

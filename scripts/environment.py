@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import urllib.error
@@ -40,6 +41,7 @@ REACH_TIMEOUT_S = 5.0
 QUIET_LINE_EVERY_S = 30.0
 LOG_LINES_SHOWN = 60
 DETAIL_WIDTH = 72
+LEAST_DETAIL_WIDTH = 12
 
 
 class SetupError(Exception):
@@ -196,7 +198,10 @@ class Activity:
         if self.fraction is not None:
             filled = int(20 * self.fraction)
             bar = f"[{'#' * filled}{'-' * (20 - filled)}] {self.fraction:4.0%}"
-        self._show(f"{bar} {self.title} ({self._elapsed()}) {self.detail}", "")
+        head = f"{bar} {self.title} ({self._elapsed()}) "
+        room = shutil.get_terminal_size().columns - 1 - len(head)
+        detail = textwrap.shorten(self.detail, room, placeholder=" ...") if room >= LEAST_DETAIL_WIDTH else ""
+        self._show(head + detail, "")
 
     def _show(self, line: str, end: str) -> None:
         # Blanks over the old line, where escape codes would need a terminal that knows them.
@@ -206,6 +211,8 @@ class Activity:
 
 HARMLESS = re.compile(r"Location '.*' is ignored|Running pip as the 'root' user|A new release of pip")
 RAW_PROGRESS = re.compile(r"Progress (\d+) of (\d+)")
+PLACES = re.compile(r" \(from [^)]*\)|(?<= )\S*/")
+"""Where a step's package comes from: who wants it, and the folder or address before a file's name."""
 STEP = re.compile(r"(?:Collecting|Downloading|Using cached|Processing|Installing|Building|Preparing|Getting) .*")
 
 
@@ -213,7 +220,8 @@ def shortened(step: str) -> str:
     """A step of pip's in few enough words; the list of all packages becomes their number."""
     if step.startswith("Installing collected packages"):
         return f"Installing packages: {step.count(',') + 1}"
-    return step if len(step) <= DETAIL_WIDTH else f"{step[:DETAIL_WIDTH]} ..."
+    words = PLACES.sub("", step)
+    return textwrap.shorten(words, DETAIL_WIDTH, placeholder=" ...")
 
 
 def read_line(activity: Activity, line: str) -> str:

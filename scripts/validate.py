@@ -53,6 +53,10 @@ class Report:
     """Do not, and may not have to."""
     wrong: dict[str, str] = field(default_factory=dict)
     """What went wrong with those that had to, or for another reason than torch."""
+    untried: list[str] = field(default_factory=list)
+    """Want some other dependency that is not installed."""
+    missing: list[str] = field(default_factory=list)
+    """Those dependencies, as modules."""
 
 
 def files(package: Path) -> list[Path]:
@@ -91,8 +95,12 @@ def check_imports(names: list[str], report: Report) -> None:
 
 def _note_missing(name: str, error: ModuleNotFoundError, report: Report) -> None:
     room = name.partition(".")[2].partition(".")[0]
-    if (error.name or "").partition(".")[0] not in HIDDEN:
-        report.wrong[name] = f"{error}: a dependency is not installed"
+    wanted = (error.name or "").partition(".")[0]
+    if wanted == PACKAGE:
+        report.wrong[name] = str(error)
+    elif wanted not in HIDDEN:
+        report.untried.append(name)
+        report.missing = sorted({*report.missing, wanted})
     elif room in FREE_OF_TORCH:
         report.wrong[name] = f"needs {error.name}, which {room}/ must not"
     else:
@@ -113,7 +121,7 @@ def main() -> int:
     names = [module_of(file, options.root) for file in sources if file.name != "__main__.py"]
     check_imports([name for name in names if name not in report.wrong], report)
     print(json.dumps(asdict(report), indent=1) if options.json else told(report))
-    return 1 if report.wrong else 0
+    return 1 if report.wrong or report.untried else 0
 
 
 def told(report: Report) -> str:
@@ -121,6 +129,11 @@ def told(report: Report) -> str:
     lines = [f"{len(report.free)} modules come up without torch; {len(report.need_torch)} need it:"]
     lines += [f"  {name}" for name in report.need_torch]
     lines += [f"WRONG {name}: {why}" for name, why in report.wrong.items()]
+    if report.untried:
+        lines.append(
+            f"WRONG {len(report.untried)} modules could not be tried without {', '.join(report.missing)}: install Helix "
+            "first (python3 scripts/check.py does) and use its Python, .venv/bin/python."
+        )
     return "\n".join(lines)
 
 

@@ -76,8 +76,8 @@ async def test_stops_and_the_rest_of_the_request_arrive(gateway):
     assert (call.request.priority, call.request.cache_salt, call.request.max_depth) == (-3, "s", 2)
 
 
-@pytest.mark.parametrize("speculation, depth", [("off", 0), (0, 0), (5, 5), (None, None)])
-async def test_speculation_is_off_or_a_depth(gateway, speculation, depth):
+@pytest.mark.parametrize("speculation, depth", [("off", 0), (0, 0), (5, 5), (None, None), ("on", None), ("auto", None)])
+async def test_speculation_is_off_a_depth_or_as_the_server_decides(gateway, speculation, depth):
     await gateway.chat(speculation=speculation)
     assert gateway.service.calls[-1].request.max_depth == depth
 
@@ -190,8 +190,8 @@ BOTH = [
     ("cache_salt", ["x"], [5, "x" * 1025]),
     (
         "speculation",
-        ["off", 0, 8, 64],
-        ["on", "OFF", "", "8", -1, 65, 2**70, 1.5, True, False, [], [8], {}, {"depth": 8}],
+        ["off", "on", "auto", 0, 8, 64],
+        ["ON", "OFF", "", "8", -1, 65, 2**70, 1.5, True, False, [], [8], {}, {"depth": 8}],
     ),
     ("stream", [False], ["yes", 1]),
     ("stream_options", [{}], [5, {"include_usage": 1}]),

@@ -194,6 +194,14 @@ async def test_what_was_asked_is_logged_only_where_wanted(log_prompts, form):
     assert "my secret is 45" not in stream.getvalue()
 
 
+def test_the_line_of_an_answer_that_was_cut_off_does_not_say_that_nothing_was_cached_or_drafted():
+    tally = Tally(prompt_tokens=[5], num_choices=1)
+    tally.add(0, TextDelta(index=0, text="a", token_ids=[1]))
+    line = tally.for_log()
+    assert (line["prompt_tokens"], line["completion_tokens"]) == (5, 1)
+    assert not {"cached_tokens", "draft_tokens", "accepted_tokens"} & set(line)
+
+
 def test_the_line_for_machines_tells_what_came_of_drafts_and_what_steps_took():
     tally = Tally(prompt_tokens=[5], num_choices=2)
     for choice, depths in enumerate(([2, 0, 3], [1])):

@@ -14,6 +14,8 @@ import typer
 LOOK_EVERY_S = 1.0
 _TOLD_EVERY_S = 5.0
 _WHY = "Compiling kernels for this processor; the next start finds them"
+_WHY_ON_TERMINAL = "Compiling kernels for this processor, once"
+"""Short enough for 80 columns with what follows it."""
 
 Said = Callable[[], Awaitable[str]]
 """Waits until it is time to look again; how far it is then."""
@@ -42,9 +44,10 @@ async def _watch() -> None:
 
     async def how_far() -> str:
         await asyncio.sleep(LOOK_EVERY_S if on_terminal else _TOLD_EVERY_S)
-        there = await asyncio.to_thread(num_compiled)
-        # Another model may need some more, or fewer.
-        return f"{there}/{max(there, USUAL_FUNCTIONS)} after {monotonic() - started_s:.0f} s"
+        new = await asyncio.to_thread(num_compiled) - before
+        # Beside what lies there already nobody knows how many a model needs, and the first may need more than the usual.
+        total = f" of about {USUAL_FUNCTIONS}" if before == 0 and new < USUAL_FUNCTIONS else ""
+        return f"{new}{total}, {monotonic() - started_s:.0f} s"
 
     await (_show if on_terminal else _tell)(how_far)
 
@@ -52,12 +55,12 @@ async def _watch() -> None:
 async def _show(how_far: Said) -> None:
     from rich.console import Console
 
-    with Console(stderr=True).status(_WHY) as status:
+    with Console(stderr=True).status(_WHY_ON_TERMINAL) as status:
         while True:
-            status.update(f"{_WHY}: {await how_far()}")
+            status.update(f"{_WHY_ON_TERMINAL}: {await how_far()}")
 
 
 async def _tell(how_far: Said) -> None:
     typer.echo(f"{_WHY}.", err=True)
     while True:
-        typer.echo(f"Compiling kernels {await how_far()}", err=True)
+        typer.echo(f"Compiling kernels: {await how_far()}", err=True)

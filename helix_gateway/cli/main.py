@@ -13,7 +13,8 @@ from helix_gateway.cli.bench import bench
 from helix_gateway.cli.chat.command import chat
 from helix_gateway.cli.doctor.command import doctor
 from helix_gateway.cli.models import app as models
-from helix_gateway.cli.serve import serve
+from helix_gateway.cli.serve import WRONG_USE, serve
+from helix_gateway.cli.usage import WrongUsage, told
 from helix_gateway.cli.version import print_version, version
 from helix_gateway.core.errors import HelixError
 
@@ -48,9 +49,14 @@ def main() -> None:
     """Run the command line of this process; the console script ``helix``.
 
     What Helix raises on purpose, and what the system refuses (a port in use, a full disk), is one line on stderr
-    and exit code 1; a traceback is our own fault.
+    and exit code 1; a command line that makes no sense is one line and exit code 2; a traceback is our own fault.
     """
     try:
-        app(prog_name="helix")
+        sys.exit(app(prog_name="helix", standalone_mode=False))
+    except WrongUsage as error:
+        typer.echo(told(error), err=True)
+        sys.exit(WRONG_USE)
+    except typer.Abort:
+        sys.exit("Aborted.")
     except (HelixError, OSError) as error:
         sys.exit(f"helix: {error}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from helix_gateway.cli.options import with_flags
-from helix_gateway.core.errors import InvalidRequestError
+from helix_gateway.core.errors import InvalidRequestError, ModelLoadError
 from helix_gateway.gateway.origins import is_loopback
 from helix_gateway.gateway.settings import GatewaySettings
 from helix_gateway.service.settings import EngineSettings
@@ -80,9 +80,18 @@ def _serve(settings: "ServeSettings") -> None:
     sockets = bind(gateway)
     if not (gateway.api_keys or gateway.api_key_file or is_loopback(gateway.host)):
         typer.echo(f"helix: whoever reaches {gateway.host} is served; set --api-key or --api-key-file", err=True)
-    draft_model = settings.spoken().draft_model
-    engine = settings.engine(resolve(settings.model), None if draft_model is None else resolve(draft_model))
+    engine = settings.engine(resolve(settings.model), _draft_model_path(settings))
     raise typer.Exit(_run(engine, gateway, sockets, name, launched))
+
+
+def _draft_model_path(settings: "ServeSettings") -> str | None:
+    from helix_gateway.runtime.model_source import resolve
+
+    name = settings.spoken().draft_model
+    try:
+        return None if name is None else resolve(name)
+    except ModelLoadError as error:
+        raise ModelLoadError(f"--draft-model: {error}") from error
 
 
 def _effective(flags: dict[str, Any], config: str | None) -> "Effective":

@@ -33,6 +33,10 @@ _ENGINE = EngineSettings(model_path="")
 _GATEWAY = GatewaySettings()
 _LOG = LogSettings()
 _LARGEST_SEED = 2**64 - 1
+_MOST_TOKENS = 2**31 - 1
+_MOST_A_MINUTE = 10**9
+_MOST_MEMORY_BYTES = 2**50
+_LARGEST_BODY_BYTES = 2**40
 
 
 def _size(value: object) -> object:
@@ -136,7 +140,11 @@ class ServeSettings(BaseModel):
     )
     device: DeviceName = _setting(_ENGINE.device, "Where to compute; auto takes the best there is.")
     max_model_len: int | None = _setting(
-        None, "Tokens of prompt and answer together.", unset="what the model and memory hold", ge=2
+        None,
+        "Tokens of prompt and answer together.",
+        unset="what the model and memory hold",
+        ge=2,
+        le=_MOST_TOKENS,
     )
     max_num_seqs: int = _setting(_ENGINE.max_num_seqs, "Sequences computed in one step.", ge=1, le=4096)
     max_num_batched_tokens: int | None = _setting(
@@ -144,6 +152,7 @@ class ServeSettings(BaseModel):
         "Tokens computed in one step; longer prompts are computed in chunks.",
         unset="what suits the device",
         ge=1,
+        le=1_000_000,
     )
     block_size: int = _setting(_ENGINE.block_size, "Tokens in one block of the KV cache.", ge=1, le=1024)
     kv_cache_memory: Size | None = _setting(
@@ -152,6 +161,7 @@ class ServeSettings(BaseModel):
         metavar="SIZE",
         unset="a share of what is free",
         ge=1,
+        le=_MOST_MEMORY_BYTES,
     )
     kv_cache_dtype: KVDTypeName = _setting(
         _ENGINE.kv_cache_dtype,
@@ -199,12 +209,18 @@ class ServeSettings(BaseModel):
         unset="none",
     )
     rate_limit: int | None = _setting(
-        None, "Requests a minute for each key (for all together where no key is set).", unset="none", ge=1
+        None,
+        "Requests a minute for each key (for all together where no key is set).",
+        unset="none",
+        ge=1,
+        le=_MOST_A_MINUTE,
     )
     token_rate_limit: int | None = _setting(
-        None, "Tokens a minute for each key, of prompts and answers together.", unset="none", ge=1
+        None, "Tokens a minute for each key, of prompts and answers together.", unset="none", ge=1, le=_MOST_A_MINUTE
     )
-    concurrency_limit: int | None = _setting(None, "Requests at once for each key.", unset="none", ge=1)
+    concurrency_limit: int | None = _setting(
+        None, "Requests at once for each key.", unset="none", ge=1, le=_MOST_A_MINUTE
+    )
     request_timeout: float | None = _setting(
         None,
         "Seconds that one request may take until the end of its answer.",
@@ -219,10 +235,14 @@ class ServeSettings(BaseModel):
         le=86_400.0,
     )
     max_body_size: Size = _setting(
-        _GATEWAY.max_body_bytes, "Largest body of a request, like 32MiB.", metavar="SIZE", ge=1024
+        _GATEWAY.max_body_bytes,
+        "Largest body of a request, like 32MiB.",
+        metavar="SIZE",
+        ge=1024,
+        le=_LARGEST_BODY_BYTES,
     )
     default_max_tokens: int | None = _setting(
-        None, "Bound on chat answers that name none.", unset="the end of the context", ge=1
+        None, "Bound on chat answers that name none.", unset="the end of the context", ge=1, le=_MOST_TOKENS
     )
     allowed_origins: Names = _setting(
         [],
@@ -257,6 +277,14 @@ class ServeSettings(BaseModel):
         assert info.field_name is not None
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
             raise PydanticCustomError("boolean", "must not be true or false")
+        return value
+
+    @field_validator("min_depth")
+    @classmethod
+    def _not_beyond_the_most(cls, value: int, info: ValidationInfo) -> int:
+        if value > (most := info.data.get("max_depth", value)):
+            problem = f"must be at most max_depth, which is {most}; it is {value}"
+            raise PydanticCustomError("depths_crossed", "{problem}", {"problem": problem})
         return value
 
     @field_validator("speculative_config")

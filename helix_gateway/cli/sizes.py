@@ -1,6 +1,7 @@
 """Sizes of memory as people write them, to bytes.  Knows nothing about what is measured."""
 
 import re
+from decimal import Decimal
 
 _UNITS = {
     "": 1,
@@ -29,7 +30,7 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip().lower())
     if match is None or match[2] not in _UNITS:
         raise ValueError(f"{text!r} is not a size; write it like 2GiB, 512MB or 1073741824 (bytes).")
-    size_bytes = int(float(match[1]) * _UNITS[match[2]])
+    size_bytes = int(Decimal(match[1]) * _UNITS[match[2]])
     if size_bytes < 1:
         raise ValueError(f"{text!r} is no memory at all; write a size above zero, like 2GiB.")
     return size_bytes

@@ -164,7 +164,8 @@ def _problems(error: ValidationError, values: Mapping[str, Any], origins: Mappin
     lines: dict[str, str] = {}
     for finding in error.errors(include_url=False):
         name = str(finding["loc"][0])
-        shown = {**finding, "input": "…"} if note(name, "secret") else finding
+        hidden = note(name, "secret") and isinstance(finding["input"], str)  # of other types the type alone is told
+        shown = {**finding, "input": "…"} if hidden else finding
         lines.setdefault(name, f"{origins[name]}: {problem_of(shown)}.{_hint(values[name])}")
     return list(lines.values())
 

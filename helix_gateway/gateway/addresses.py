@@ -29,7 +29,7 @@ def bind(settings: GatewaySettings) -> list[socket.socket]:
     try:
         found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
-        raise BindError(f"The host {settings.host} has no address on this machine: {error.strerror}.") from error
+        raise BindError(f"The host {settings.host!r} has no address on this machine: {error.strerror}.") from error
     sockets: list[socket.socket] = []
     for family, _, _, _, address in dict.fromkeys(found):
         port = sockets[0].getsockname()[1] if sockets else settings.port

@@ -63,7 +63,7 @@ def _fetch_from_hub(name: str) -> Path:
     if looks_local or hub_id is None:
         raise ModelLoadError(
             f"There is no file or folder {name!r}, and it is not a hub id (org/name, org/name@revision or "
-            f"org/name/file.gguf). For the default model, name none."
+            f"org/name/file.gguf). The default model is called smollm2."
         )
     from helix_gateway.runtime.sources.hub import HubModel, fetch
 

@@ -81,7 +81,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise HelixError(f"Cannot read prompts from {path}: {error}.") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise HelixError(f"Cannot read prompts from {path}: {reason}.") from error
     prompts = [_prompt(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise HelixError(f"{path} holds no prompts.")

@@ -133,4 +133,4 @@ def _draw_latencies(axes: "Axes", summaries: Sequence[LevelSummary]) -> None:
             axes.plot(loads, values, style, marker="o", color=color, label=f"{label}, {name}")
     axes.set_yscale("log")
     axes.set_ylabel("ms")
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False)  # lines are anywhere

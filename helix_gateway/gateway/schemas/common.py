@@ -181,7 +181,9 @@ Biases = Annotated[
 ]
 Speculation = Annotated[
     Literal["off"] | int | None,
-    WithJsonSchema({"anyOf": [{"const": "off"}, {"type": "integer", "minimum": 0, "maximum": MAX_DEPTH}]}),
+    WithJsonSchema(
+        {"anyOf": [{"enum": ["off", "on", "auto"]}, {"type": "integer", "minimum": 0, "maximum": MAX_DEPTH}]}
+    ),
 ]
 
 
@@ -269,7 +271,8 @@ class GenerationRequest(WireModel):
     cache_salt: str = Field("", max_length=1024)
     """Prompts are found in the cache only by requests of equal salt."""
     speculation: Speculation = None
-    """`off`, or the most tokens to draft a step. On a CPU it never changes the text, only when it comes."""
+    """`off`, or the most tokens to draft a step; `on` and `auto` are as if it were left out. On a CPU it never changes the
+    text, only when it comes."""
     response_format: ResponseFormat | None = None
 
     @field_validator("logit_bias", mode="before")
@@ -286,6 +289,11 @@ class GenerationRequest(WireModel):
     @field_validator("speculation", mode="before")
     @classmethod
     def _depth_or_off(cls, value: Any) -> Any:
+        if isinstance(value, str) and value in {
+            "on",
+            "auto",
+        }:  # words of servers' flags; what they leave open, this one decides by itself
+            return None
         if value != "off" and (type(value) is not int or not 0 <= value <= MAX_DEPTH):
             raise PydanticCustomError("speculation", 'must be "off" or the most tokens to draft a step, 0 to 64')
         return value
