@@ -12,13 +12,15 @@ from numba.extending import intrinsic
 
 from helix_gateway.runtime.cpu.emitter import I32S, Emitter
 from helix_gateway.runtime.cpu.instruction_sets import is_x86, target_features
-from helix_gateway.runtime.cpu.integer_dot import DOTS
+from helix_gateway.runtime.cpu.integer_dot import DOTS, OFFSETS
 
 FEATURES = target_features()
 NEEDS = {
     "vnni512": {"avx512f", "avx512vnni"} <= FEATURES,
     "vnni256": {"avx2", "avxvnni"} <= FEATURES or {"avx512vl", "avx512vnni"} <= FEATURES,
     "avx2": "avx2" in FEATURES,
+    "i8mm": "i8mm" in FEATURES,
+    "dotprod": "dotprod" in FEATURES,
     "portable": True,
 }
 
@@ -52,7 +54,7 @@ def test_four_products_a_lane_are_added_exactly(name):
     signed[0], signed[1], signed[2, ::2] = 127, -128, -128
     for a, b in zip(unsigned, signed):
         sums = dice.integers(-(2**30), 2**30, 16).astype(np.int32)
-        wanted = sums + (a * b).reshape(16, 4).sum(1)
+        wanted = sums + ((a - OFFSETS[name]) * b).reshape(16, 4).sum(1)
         dot(sums, a.astype(np.uint8), b.astype(np.int8))
         assert sums.tolist() == wanted.tolist()
 
@@ -63,7 +65,7 @@ from helix_gateway.runtime.cpu import attention_int8_kernels, attention_kernels,
 import numpy as np
 dot, sums = compiled(integer_dot.host_dot()), np.zeros(16, np.int32)
 dot(sums, np.full(64, 255, np.uint8), np.full(64, -128, np.int8))
-assert sums.tolist() == [4 * 255 * -128] * 16
+assert sums.tolist() == [4 * (255 - integer_dot.OFFSETS[integer_dot.host_dot()]) * -128] * 16
 print(
     integer_dot.host_dot(),
     attention_int8_kernels.MANY_ROWS,

@@ -23,6 +23,11 @@ _CPUINFO = Path("/proc/cpuinfo")
 _MEMINFO = Path("/proc/meminfo")
 _AMD_VENDOR = "0x1002"
 _TOOL_TIMEOUT_S = 10.0
+# What sysctl says on macOS.
+_APPLE_WORDS = {
+    "avx2": "avx2", "fma": "fma", "avx512f": "avx512f", "neon": "neon", "feat_dotprod: 1": "asimddp",
+    "feat_i8mm: 1": "i8mm",
+}  # fmt: skip
 # Of Windows' IsProcessorFeaturePresent.
 _WINDOWS_FEATURES = {"sse4_2": 38, "avx": 39, "avx2": 40, "avx512f": 41}
 
@@ -68,7 +73,7 @@ def inspect_hardware() -> Hardware:
         processor=_processor(),
         cores=os.cpu_count() or 1,
         usable_cores=_usable_cores(),
-        instruction_sets=_instruction_sets(),
+        instruction_sets=instruction_sets(),
         memory_bytes=total,
         available_bytes=available,
         gpus=(*_nvidia(), *_amd(), *_apple()),
@@ -91,7 +96,8 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _instruction_sets() -> tuple[str, ...]:
+def instruction_sets() -> tuple[str, ...]:
+    """Those of `INSTRUCTION_SETS` that the system says this processor has."""
     if sys.platform == "win32":
         present = ctypes.windll.kernel32.IsProcessorFeaturePresent
         found = {name for name, number in _WINDOWS_FEATURES.items() if present(number)}
@@ -106,8 +112,7 @@ def _instruction_sets() -> tuple[str, ...]:
 
 def _of_apple() -> set[str]:
     told = _output_of("sysctl", "-a", "machdep.cpu", "hw.optional").lower()
-    names = {"avx2": "avx2", "fma": "fma", "avx512f": "avx512f", "neon": "neon", "feat_dotprod: 1": "asimddp"}
-    return {name for word, name in names.items() if word in told}
+    return {name for word, name in _APPLE_WORDS.items() if word in told}
 
 
 def _memory() -> tuple[int | None, int | None]:

@@ -1,9 +1,11 @@
 """Compiled code for CPUs: products, attention and their scalar mathematics, in Python that numba compiles.
 
-Importing this package decides where compiled code is kept between runs (`compile_cache`); it must come before numba
-sees the first function to cache.
+Importing this package decides where compiled code is kept between runs (`compile_cache`) and, on Arm, what it is compiled
+for (`arm`); it must come before numba sees the first function to cache.
 """
 
+from helix_gateway.runtime.cpu.arm import tell_numba
 from helix_gateway.runtime.cpu.compile_cache import use_compile_cache
 
 use_compile_cache()
+tell_numba()

@@ -18,6 +18,7 @@ from numba import njit
 
 from helix_gateway.runtime.cpu.attention_int8_kernels import (
     MANY_ROWS,
+    OFFSET_LEFT,
     copy_byte,
     copy_word,
     largest,
@@ -159,7 +160,7 @@ def _take_query(kind, source, dim, scaling, work, query, factor_at, start_at):  
     split(kind, source, dim, _inverse(top, _TOP_16), high, high + width)
     work[factor_at] = top / _TOP_16 * np.float32(scaling)
     for part in range(_PARTS):
-        ints[start_at + part] = -128 * sum_bytes(high + part * width, width // LANES)
+        ints[start_at + part] = -OFFSET_LEFT * sum_bytes(high + part * width, width // LANES)
 
 
 @njit(cache=True)
@@ -236,13 +237,13 @@ def _weigh_row(work, row, first, last, softcap, scales, bytes_at, step):  # type
 
 @njit(cache=True)
 def _begin_sums(work, weights, sums, columns, dims):  # type: ignore[no-untyped-def]
-    """What a row's sums of high or of low bytes begin with: 128 is taken off each value of whole units' columns."""
+    """What a row's sums of high or of low bytes begin with: what is left of the offset of whole units' columns is taken off."""
     ints, whole = work.view(np.int32), columns // LANES
     total = sum_bytes(work.ctypes.data + weights, whole) if whole > 0 else np.int32(0)
     words = work.view(np.int8)
     for i in range(whole * LANES, columns):
         total += np.int32(words[weights + i])
-    ints[sums : sums + dims] = -128 * total
+    ints[sums : sums + dims] = -OFFSET_LEFT * total
 
 
 @njit(cache=True)

@@ -1,7 +1,7 @@
 """The inner loops of attention over int8 pages: integer scores of 16 keys, and integer weighted sums of values.
 
 Queries and attention weights have two signed bytes a number, ``256 * high + low``; keys and values are one unsigned byte,
-the quantised number plus 128, which the start of each sum takes off again.  Sums are exact, so no order of them matters.
+the quantised number plus 128, which the start of each sum takes off again where the instructions have not.  Sums are exact, so no order of them matters.
 Each kernel is a numba intrinsic over raw addresses that walks a list of units.  Knows nothing about heads or threads.
 """
 
@@ -28,12 +28,15 @@ from helix_gateway.runtime.cpu.emitter import (
     call,
     constant,
 )
-from helix_gateway.runtime.cpu.integer_dot import DOTS, host_dot
+from helix_gateway.runtime.cpu.integer_dot import DOTS, host_dot, host_offset_left
 from helix_gateway.runtime.cpu.math import ROUND
 from helix_gateway.runtime.cpu.vector_math import exponential
 
 MANY_ROWS, MANY_SUMS = (6, 24) if host_dot() == "vnni512" else (2, 6)
 """Most rows of one call, and most vectors of sums that registers hold."""
+
+OFFSET_LEFT = host_offset_left()
+"""What the start of a sum has to take off every stored byte."""
 
 BYTES = ir.VectorType(I8, LANES)
 
@@ -223,14 +226,9 @@ def _weigh(
 
 def _load_some(emitter: Emitter, kind: types.Array, address: ir.Value, count: ir.Value) -> ir.Value:
     """Sixteen elements as float32, of which only the first ``count`` are read; the rest are zero."""
-    builder, wide = emitter.builder, int(kind.dtype.bitwidth) == 32
-    vector, align = (F32S, F32_BYTES) if wide else (I16S, F32_BYTES // 2)
-    lanes = ir.Constant(I32S, list(range(LANES)))
-    mask = builder.icmp_signed("<", lanes, emitter.splat(builder.trunc(count, I32)))
-    pointer = builder.inttoptr(address, vector.as_pointer())
-    name = f"llvm.masked.load.v{LANES}{vector.element.intrinsic_name}.p0"
-    loaded = call(builder, name, vector, pointer, ir.Constant(I32, align), mask, constant(vector, 0))
-    return loaded if wide else emitter.widened(loaded)
+    if int(kind.dtype.bitwidth) == 32:
+        return emitter.load_lanes(F32S, address, count, F32_BYTES)
+    return emitter.widened(emitter.load_lanes(I16S, address, count, F32_BYTES // 2))
 
 
 def _blocks(builder: ir.IRBuilder, count: ir.Value) -> ir.Value:

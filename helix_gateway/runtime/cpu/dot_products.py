@@ -12,13 +12,18 @@ from typing import Any, ClassVar
 from llvmlite import ir
 
 from helix_gateway.runtime.cpu.emitter import I8, I16, I32, I32S, LANES, Emitter, call, constant
-from helix_gateway.runtime.cpu.integer_dot import DOTS, usable_dots
+from helix_gateway.runtime.cpu.integer_dot import (
+    BYTE_OFFSET,
+    DOTS,
+    add_signed_bytes,
+    usable_dots,
+    without_offset,
+)
 
 _HALF = LANES // 2
 _I32_HALF = ir.VectorType(I32, _HALF)
 _I16_HALF = ir.VectorType(I16, 2 * _HALF)
 _I8_HALF = ir.VectorType(I8, 4 * _HALF)
-_OFFSET = 128
 
 
 class DotProducts(ABC):
@@ -52,16 +57,8 @@ class DotProducts(ABC):
         """What `add_small` has summed up, as int32."""
 
 
-class _Offset(DotProducts):
-    """Takes unsigned weights as they are stored, so that 128 times the activations' sum is too much."""
-
-    def signed_start(self, emitter: Emitter, total: ir.Value) -> ir.Value:
-        """See `DotProducts`."""
-        return emitter.splat(emitter.builder.mul(total, ir.Constant(I32, -_OFFSET)))
-
-    def signed_weights(self, emitter: Emitter, stored: ir.Value) -> ir.Value:
-        """See `DotProducts`."""
-        return stored
+class _Alike(DotProducts):
+    """Small weights are added as eight-bit ones are."""
 
     def small_start(self) -> ir.Value:
         """See `DotProducts`."""
@@ -76,11 +73,22 @@ class _Offset(DotProducts):
         return sums
 
 
-class _ByBytes(_Offset):
-    """By a dot product of bytes, of which the activations are the same in every lane."""
+class _ByBytes(_Alike):
+    """By a dot product of unsigned bytes by signed ones; the activations are the same in every lane.
+
+    Weights are taken as they are stored, so that 128 times the activations' sum is too much.
+    """
 
     dot: ClassVar[str]
     """Its name in `DOTS`."""
+
+    def signed_start(self, emitter: Emitter, total: ir.Value) -> ir.Value:
+        """See `DotProducts`."""
+        return emitter.splat(emitter.builder.mul(total, ir.Constant(I32, -BYTE_OFFSET)))
+
+    def signed_weights(self, emitter: Emitter, stored: ir.Value) -> ir.Value:
+        """See `DotProducts`."""
+        return stored
 
     def add_signed(self, emitter: Emitter, sums: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
         """See `DotProducts`."""
@@ -116,7 +124,7 @@ class Avx2(DotProducts):
     def signed_weights(self, emitter: Emitter, stored: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
         """See `DotProducts`."""
         builder, halves = emitter.builder, []
-        signed = builder.xor(stored, constant(I32S, 0x80808080))
+        signed = without_offset(emitter, stored)
         for number in range(2):
             weights = builder.bitcast(_half(emitter, signed, number), _I8_HALF)
             keep_least = ir.Constant(ir.IntType(1), 0)  # |-128| is 128, unsigned
@@ -159,6 +167,34 @@ class Avx2(DotProducts):
         return _joined(emitter, [_pair_sums(emitter, _half(emitter, sums, number)) for number in range(2)])
 
 
+class ArmI8mm(_ByBytes):
+    """``usdot``, which Armv8.6's matrix instructions brought along, on 128 bits.
+
+    Its sibling ``smmla`` multiplies two rows by two channels over eight inputs, in half as many instructions; but its sums
+    would be neither rows nor lanes of channels, and one row, most of what a server computes, would waste half of them.
+    """
+
+    dot, registers = "i8mm", 8
+
+
+class ArmDotProduct(_Alike):
+    """``sdot`` on 128 bits: signed bytes by signed ones, so eight-bit weights lose their offset first."""
+
+    registers = 8
+
+    def signed_start(self, emitter: Emitter, total: ir.Value) -> ir.Value:
+        """See `DotProducts`."""
+        return constant(I32S, 0)
+
+    def signed_weights(self, emitter: Emitter, stored: ir.Value) -> ir.Value:
+        """See `DotProducts`."""
+        return without_offset(emitter, stored)
+
+    def add_signed(self, emitter: Emitter, sums: ir.Value, weights: Any, x: ir.Value) -> ir.Value:
+        """See `DotProducts`."""
+        return add_signed_bytes(emitter, sums, weights, emitter.splat(x))
+
+
 class Portable(_ByBytes):
     """Shifts, products and sums of 32 bits, which every processor has in some width."""
 
@@ -183,7 +219,14 @@ def _pair_sums(emitter: Emitter, pairs: ir.Value) -> ir.Value:
     return call(emitter.builder, "llvm.x86.avx2.pmadd.wd", _I32_HALF, pairs, ones)
 
 
-DOT_PRODUCTS: tuple[DotProducts, ...] = (Avx512Vnni(), AvxVnni(), Avx2(), Portable())
+DOT_PRODUCTS: tuple[DotProducts, ...] = (
+    Avx512Vnni(),
+    AvxVnni(),
+    Avx2(),
+    ArmI8mm(),
+    ArmDotProduct(),
+    Portable(),
+)
 """In the order of `DOTS`, best first."""
 
 

@@ -22,6 +22,8 @@ F32S, I32S, I16S, F16S, I8S = (ir.VectorType(element, LANES) for element in (F32
 
 _HALF_FEATURES = frozenset({"f16c", "fullfp16", "neon"})
 """Any of these converts float16."""
+_MASK_FEATURES = frozenset({"avx", "avx2", "avx512f"})
+"""Any of these loads and stores some lanes of a vector."""
 
 Body = Callable[[ir.Value, list[ir.Value]], list[ir.Value]]
 
@@ -35,6 +37,18 @@ def call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> 
 def constant(kind: ir.Type, number: float) -> ir.Constant:
     """A number, in every lane where ``kind`` is a vector."""
     return ir.Constant(kind, [number] * LANES if isinstance(kind, ir.VectorType) else number)
+
+
+def _bytes_of(element: ir.Type) -> int:
+    return F32_BYTES if element == F32 else element.width // 8
+
+
+def _either(builder: ir.IRBuilder, choices: list[tuple[ir.Value, ir.Block]]) -> ir.Value:
+    """The value that comes with the block which led here."""
+    value = builder.phi(choices[0][0].type)
+    for choice, block in choices:
+        value.add_incoming(choice, block)
+    return value
 
 
 class Emitter:
@@ -58,11 +72,58 @@ class Emitter:
 
     def store_lanes(self, value: ir.Value, address: ir.Value, count: ir.Value) -> None:
         """Store the first ``count`` lanes of a vector; none where it is not positive."""
-        lanes = ir.Constant(I32S, list(range(LANES)))
-        mask = self.builder.icmp_signed("<", lanes, self.splat(self.builder.trunc(count, I32)))
+        if not target_features() & _MASK_FEATURES:
+            self._store_lanes_in_turn(value, address, count)
+            return
         name = f"llvm.masked.store.v{LANES}{value.type.element.intrinsic_name}.p0"
         pointer = self.builder.inttoptr(address, value.type.as_pointer())
-        call(self.builder, name, ir.VoidType(), value, pointer, ir.Constant(I32, 2), mask)
+        call(self.builder, name, ir.VoidType(), value, pointer, ir.Constant(I32, 2), self._first_lanes(count))
+
+    def load_lanes(self, kind: ir.Type, address: ir.Value, count: ir.Value, align: int) -> ir.Value:
+        """A vector of which only the first ``count`` lanes are read, and the others are zero."""
+        if not target_features() & _MASK_FEATURES:
+            return self._load_lanes_in_turn(kind, address, count, align)
+        name = f"llvm.masked.load.v{LANES}{kind.element.intrinsic_name}.p0"
+        pointer = self.builder.inttoptr(address, kind.as_pointer())
+        return call(
+            self.builder, name, kind, pointer, ir.Constant(I32, align), self._first_lanes(count), constant(kind, 0)
+        )
+
+    def _first_lanes(self, count: ir.Value) -> ir.Value:
+        lanes = ir.Constant(I32S, list(range(LANES)))
+        return self.builder.icmp_signed("<", lanes, self.splat(self.builder.trunc(count, I32)))
+
+    def _store_lanes_in_turn(self, value: ir.Value, address: ir.Value, count: ir.Value) -> None:
+        """Where LLVM would write a branch for each lane: all at once, or a loop over those that are wanted."""
+        builder, step = self.builder, _bytes_of(value.type.element)
+
+        def one_lane(lane: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            self.store(builder.extract_element(value, lane), self.offset(address, lane, step), 2)
+            return []
+
+        with builder.if_else(builder.icmp_signed(">=", count, ir.Constant(I64, LANES))) as (whole, part):
+            with whole:
+                self.store(value, address, 2)
+            with part, builder.if_then(builder.icmp_signed(">", count, ir.Constant(I64, 0))):
+                self.count(count, [], one_lane)
+
+    def _load_lanes_in_turn(self, kind: ir.Type, address: ir.Value, count: ir.Value, align: int) -> ir.Value:
+        builder, step, zero = self.builder, _bytes_of(kind.element), constant(kind, 0)
+
+        def one_lane(lane: ir.Value, loaded: list[ir.Value]) -> list[ir.Value]:
+            element = self.load(self.offset(address, lane, step), kind.element, align)
+            return [builder.insert_element(loaded[0], element, lane)]
+
+        with builder.if_else(builder.icmp_signed(">=", count, ir.Constant(I64, LANES))) as (whole, part):
+            with whole:
+                choices = [(self.load(address, kind, align), builder.block)]
+            with part:
+                before = builder.block
+                with builder.if_then(builder.icmp_signed(">", count, ir.Constant(I64, 0))):
+                    (some,) = self.count(count, [zero], one_lane)
+                    loop = builder.block
+                choices.append((_either(builder, [(zero, before), (some, loop)]), builder.block))
+        return _either(builder, choices)
 
     def splat(self, scalar: ir.Value) -> ir.Value:
         """A vector of one scalar."""

@@ -1,6 +1,7 @@
 """Dot products of bytes as LLVM vector code: in each of 16 lanes, four unsigned bytes times four signed ones.
 
-AVX-512 VNNI and AVX-VNNI have an instruction for it.  On AVX2 the bytes are widened to 16 bits and joined by the
+AVX-512 VNNI, AVX-VNNI and Arm's i8mm have an instruction for it.  Arm's older dot product takes signed bytes alone, so
+it takes 128 off the unsigned ones first (`OFFSETS`).  On AVX2 the bytes are widened to 16 bits and joined by the
 multiply-add of 16-bit pairs, whose 32-bit sums hold them all; the older instruction for bytes saturates at 16 bits and is
 never used.  Elsewhere it is written out in 32-bit integers.  All give the same integers, modulo 2**32.  Knows nothing about
 what is multiplied.
@@ -15,15 +16,23 @@ from helix_gateway.runtime.cpu.emitter import I8, I16, I32, I32S, LANES, Emitter
 from helix_gateway.runtime.cpu.instruction_sets import target_features
 
 Dot = Callable[[Emitter, ir.Value, ir.Value, ir.Value], ir.Value]
-"""``dot(emitter, sums, unsigned, signed)``: sums plus the products; 16 lanes of 32 bits each."""
+"""``dot(emitter, sums, unsigned, signed)``: sums plus the products; 16 lanes of 32 bits each.
 
-_HALF = LANES // 2
+What is multiplied is each unsigned byte less the kind's number in `OFFSETS`.
+"""
+
+BYTE_OFFSET = 128
+"""What is added to signed bytes that are stored as unsigned ones."""
+
+_HALF, _QUARTER = LANES // 2, LANES // 4
 _BYTES = 4
 _EVEN = 0x00FF00FF
 _NEEDED: dict[str, tuple[set[str], ...]] = {
     "vnni512": ({"avx512f", "avx512vnni"},),
     "vnni256": ({"avx2", "avxvnni"}, {"avx512vl", "avx512vnni"}),
     "avx2": ({"avx2"},),
+    "i8mm": ({"i8mm"},),
+    "dotprod": ({"dotprod"},),
     "portable": (set(),),
 }
 """What each needs, any one of the sets; best first."""
@@ -51,14 +60,18 @@ def _vnni512(emitter: Emitter, sums: ir.Value, unsigned: ir.Value, signed: ir.Va
     return call(emitter.builder, "llvm.x86.avx512.vpdpbusd.512", I32S, sums, *pair)
 
 
-def _in_halves(emitter: Emitter, vectors: tuple[ir.Value, ...], join: Callable[..., ir.Value]) -> ir.Value:
-    """``join`` of the lower lanes of some vectors and of the upper ones, put together again."""
+def _in_parts(emitter: Emitter, lanes: int, vectors: tuple[ir.Value, ...], join: Callable[..., ir.Value]) -> ir.Value:
+    """``join`` of the first ``lanes`` lanes of some vectors, of the next ones and so on, put together again."""
     builder, parts = emitter.builder, []
-    for first in (0, _HALF):
-        picks = ir.Constant(ir.VectorType(I32, _HALF), list(range(first, first + _HALF)))
-        halves = [builder.shuffle_vector(v, ir.Constant(v.type, ir.Undefined), picks) for v in vectors]
-        parts.append(join(*halves))
-    return builder.shuffle_vector(parts[0], parts[1], ir.Constant(I32S, list(range(LANES))))
+    for first in range(0, LANES, lanes):
+        picks = ir.Constant(ir.VectorType(I32, lanes), list(range(first, first + lanes)))
+        parts.append(join(*(builder.shuffle_vector(v, ir.Constant(v.type, ir.Undefined), picks) for v in vectors)))
+    while len(parts) > 1:
+        pairs = zip(parts[::2], parts[1::2])
+        lanes *= 2
+        whole = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
+        parts = [builder.shuffle_vector(low, high, whole) for low, high in pairs]
+    return parts[0]
 
 
 def _vnni256(emitter: Emitter, sums: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
@@ -66,7 +79,7 @@ def _vnni256(emitter: Emitter, sums: ir.Value, unsigned: ir.Value, signed: ir.Va
         pair = (_bytes_of(emitter, a), _bytes_of(emitter, b))
         return call(emitter.builder, "llvm.x86.avx512.vpdpbusd.256", total.type, total, *pair)
 
-    return _in_halves(emitter, (sums, unsigned, signed), join)
+    return _in_parts(emitter, _HALF, (sums, unsigned, signed), join)
 
 
 def _avx2(emitter: Emitter, sums: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
@@ -83,7 +96,35 @@ def _avx2(emitter: Emitter, sums: ir.Value, unsigned: ir.Value, signed: ir.Value
             total = builder.add(total, product)
         return total
 
-    return _in_halves(emitter, (sums, unsigned, signed), join)
+    return _in_parts(emitter, _HALF, (sums, unsigned, signed), join)
+
+
+def _by_neon(name: str, emitter: Emitter, sums: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+    """One of Arm's dot products of 16 bytes by 16, four times."""
+
+    def join(total: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
+        pair = (_bytes_of(emitter, x), _bytes_of(emitter, y))
+        return call(emitter.builder, f"llvm.aarch64.neon.{name}.v{_QUARTER}i32.v16i8", total.type, total, *pair)
+
+    return _in_parts(emitter, _QUARTER, (sums, a, b), join)
+
+
+def _i8mm(emitter: Emitter, sums: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
+    return _by_neon("usdot", emitter, sums, unsigned, signed)
+
+
+def add_signed_bytes(emitter: Emitter, sums: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+    """Arm's dot product of signed bytes by signed ones; the arguments are those of a `Dot`."""
+    return _by_neon("sdot", emitter, sums, a, b)
+
+
+def without_offset(emitter: Emitter, unsigned: ir.Value) -> ir.Value:
+    """Unsigned bytes less `BYTE_OFFSET`, as signed ones."""
+    return emitter.builder.xor(unsigned, constant(I32S, 0x80808080))
+
+
+def _dotprod(emitter: Emitter, sums: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
+    return add_signed_bytes(emitter, sums, without_offset(emitter, unsigned), signed)
 
 
 def _portable(emitter: Emitter, sums: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
@@ -95,5 +136,20 @@ def _portable(emitter: Emitter, sums: ir.Value, unsigned: ir.Value, signed: ir.V
     return sums
 
 
-DOTS: dict[str, Dot] = {"vnni512": _vnni512, "vnni256": _vnni256, "avx2": _avx2, "portable": _portable}
+DOTS: dict[str, Dot] = {
+    "vnni512": _vnni512,
+    "vnni256": _vnni256,
+    "avx2": _avx2,
+    "i8mm": _i8mm,
+    "dotprod": _dotprod,
+    "portable": _portable,
+}
 """By the name of what they need."""
+
+OFFSETS = {name: BYTE_OFFSET if name == "dotprod" else 0 for name in DOTS}
+"""What each takes off the unsigned bytes before it multiplies them."""
+
+
+def host_offset_left() -> int:
+    """What `host_dot` leaves on bytes that were stored with `BYTE_OFFSET`, for the start of a sum to take off."""
+    return BYTE_OFFSET - OFFSETS[host_dot()]

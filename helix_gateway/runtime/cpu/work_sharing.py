@@ -18,12 +18,15 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from helix_gateway.runtime.cpu.arm import is_arm
 from helix_gateway.runtime.cpu.emitter import I32, I64, call
 from helix_gateway.runtime.cpu.instruction_sets import is_x86
 
 _LINE = 8
 """int64 in a cache line."""
 _LINE_BYTES = 64
+_WHOLE_SYSTEM = 15
+"""The scope of Arm's barriers that is the only one for instructions."""
 # Pauses before the core is offered to others, and between two offers after that.
 _PAUSES, _PAUSES_BETWEEN = 512, 16
 
@@ -47,6 +50,15 @@ def _fetch_add(typing_context, address, number):  # type: ignore[no-untyped-def]
     return types.int64(types.int64, types.int64), emit
 
 
+def _emit_pause(builder: ir.IRBuilder) -> None:
+    """Let some tens of nanoseconds pass without keeping the core's other thread from its work."""
+    if is_x86():
+        call(builder, "llvm.x86.sse2.pause", ir.VoidType())
+    elif is_arm():
+        # Arm's own hint to yield does nothing on most cores; an instruction barrier takes about as long as x86's pause.
+        call(builder, "llvm.aarch64.isb", ir.VoidType(), ir.Constant(I32, _WHOLE_SYSTEM))
+
+
 def _emit_yield(builder: ir.IRBuilder) -> None:
     """Offer the core to another thread."""
     call(builder, "SwitchToThread" if os.name == "nt" else "sched_yield", I32)
@@ -67,8 +79,7 @@ def _wait_until(typing_context, address, number):  # type: ignore[no-untyped-def
         there = builder.load_atomic(pointer, "acquire", 8)
         builder.cbranch(builder.icmp_signed(">=", there, args[1]), after, pause)
         builder.position_at_end(pause)
-        if is_x86():
-            call(builder, "llvm.x86.sse2.pause", ir.VoidType())
+        _emit_pause(builder)
         following = builder.add(turns, ir.Constant(I64, 1))
         long_ = builder.icmp_signed(">", following, ir.Constant(I64, _PAUSES))
         due = builder.icmp_signed("==", builder.srem(following, ir.Constant(I64, _PAUSES_BETWEEN)), ir.Constant(I64, 0))
