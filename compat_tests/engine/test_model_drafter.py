@@ -1,5 +1,7 @@
 """A second model drafts: the answers are the target's own, and its memory is nobody else's trouble."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -58,6 +60,14 @@ class Blurred(ToyRunner):
     def _logits(self, batch, s, row):
         exact = super()._logits(batch, s, row)
         return exact + np.random.default_rng(int(abs(exact[0]) * 1e6)).normal(0, 1.5, len(exact))
+
+
+class WrongOfEveryFifth(ToyRunner):
+    """Right, but for the token behind every fifth."""
+
+    def _logits(self, batch, s, row):
+        exact = super()._logits(batch, s, row)
+        return -exact if batch.positions[row] % 5 == 4 else exact
 
 
 class Forgetful(ToyRunner):
@@ -216,6 +226,40 @@ def test_each_draft_position_is_one_forward_for_all_and_lacking_tokens_are_compu
     engine.step()
     # All three drafts were right: the last of them, and the bonus, have no KV yet.
     assert [len(batch.token_ids) for batch in draft.batches] == [2 * 4, 4, 4]
+
+
+class EverySecond(AlwaysDrafting):
+    """Asks at every second step."""
+
+    def __init__(self):
+        self.steps = itertools.count()
+
+    def ask(self, sequences, drafts, depths, num_decodes):
+        return list(depths) if next(self.steps) % 2 else [0] * len(depths)
+
+
+@pytest.mark.parametrize("drafting", [AlwaysDrafting, EverySecond])
+@pytest.mark.parametrize("draft_groups", DRAFT_GROUPS)
+def test_what_is_drafted_after_a_rejection_is_drafted_from_what_stands(draft_groups, drafting):
+    """Of rejected drafts the keys and values are computed anew before anything is drafted behind them."""
+    engine, *_ = engine_with_draft_model(
+        WrongOfEveryFifth,
+        DRAFT_GROUPS[draft_groups],
+        TWO_GROUPS if draft_groups == "windowed" else ONE_GROUP,
+        drafting=drafting(),
+        budget=64,
+        depth_policy=FixedDepth(4),
+    )
+    engine.submit(request("r", [1, 2, 3], max_tokens=80, ignore_eos=True, temperature=1.0))
+    drafted = 0
+    while engine.has_work():
+        engine.step()
+        (output,) = engine.last_output.step.outputs
+        behind = output.scheduled.start + output.scheduled.num_tokens - 1
+        right = next(place for place in range(5) if (behind + place) % 5 == 4)
+        assert output.num_accepted == min(right, output.num_draft_tokens)
+        drafted += output.num_draft_tokens
+    assert drafted > 40
 
 
 def test_a_long_prompt_is_caught_up_with_over_several_steps_and_drafted_for_then():

@@ -1,9 +1,12 @@
 """Speculation cannot be seen in what is answered, whatever is drafted, however deep, with any option."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from compat_tests.engine.speculation_cases import DRAFTERS, draw_crowd, got_from, wanted_of, wanted_of_all, worst
 from compat_tests.engine.toy import (
@@ -103,6 +106,15 @@ def test_where_rows_are_dear_nothing_of_a_drafter_runs_and_the_calls_are_those_o
     assert (drafter.num_asked, costly.num_asked) == (0, 0)
 
 
+@pytest.mark.parametrize("cap", [0, 2, 5])
+def test_a_request_is_drafted_for_no_deeper_than_it_asks_for(cap):
+    engine = make_engine(drafter=ScriptedDrafter(worst), depth_policy=FixedDepth(4), budget=64)
+    engine.submit(request("capped", [1, 2, 3], max_tokens=20, ignore_eos=True, max_depth=cap))
+    engine.submit(request("free", [1, 2, 3], max_tokens=20, ignore_eos=True))
+    for name, _, drafted in itertools.chain.from_iterable(windows_of(engine) for _ in range(10)):
+        assert drafted == (min(cap, 4) if name == "capped" else 4)
+
+
 def test_a_drafter_that_fails_for_one_sequence_serves_the_others_on():
     class Fragile(ScriptedDrafter):
         def propose(self, sequences, depths):
@@ -116,7 +128,9 @@ def test_a_drafter_that_fails_for_one_sequence_serves_the_others_on():
         wanted |= alone(each)
     drafter = Fragile(lambda sequence, tokens: (wanted[sequence.key].token_ids + [0] * 20)[len(tokens) - 3])
     engine = make_engine(drafter=drafter, depth_policy=FixedDepth(2))
-    answers = got_from(engine, requests)[1]
+    with capture_logs() as lines:
+        answers = got_from(engine, requests)[1]
+    assert [(line["event"], line["request_id"]) for line in lines] == [("drafter_switched_off", "bad")]
     assert {key: a.token_ids for key, a in answers.items()} == {key: a.token_ids for key, a in wanted.items()}
     assert answers["good", 0].last.metrics.accepted_tokens > 0
     assert answers["bad", 0].last.metrics.draft_tokens == 0
