@@ -250,7 +250,7 @@ def test_what_is_drafted_after_a_rejection_is_drafted_from_what_stands(draft_gro
         budget=64,
         depth_policy=FixedDepth(4),
     )
-    engine.submit(request("r", [1, 2, 3], max_tokens=80, ignore_eos=True, temperature=1.0))
+    engine.submit(request("r", [1, 2, 3], max_tokens=80, ignore_eos=True, temperature=0.0))
     drafted = 0
     while engine.has_work():
         engine.step()
