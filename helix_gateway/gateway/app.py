@@ -13,7 +13,7 @@ from helix_gateway.gateway.keys import KeyRing
 from helix_gateway.gateway.limits.callers import Callers
 from helix_gateway.gateway.long_bodies import LongBodies
 from helix_gateway.gateway.loop_lag import watch_lag
-from helix_gateway.gateway.middlewares import MIDDLEWARES, add_headers
+from helix_gateway.gateway.middlewares import add_headers, middlewares
 from helix_gateway.gateway.openapi import OpenApi
 from helix_gateway.gateway.registry import ModelRegistry
 from helix_gateway.gateway.route import Route
@@ -65,7 +65,7 @@ def create_app(
     Raises:
         KeyFileError: the file of keys cannot be used.
     """
-    app = web.Application(middlewares=MIDDLEWARES, client_max_size=settings.max_body_bytes)
+    app = web.Application(middlewares=middlewares(settings), client_max_size=settings.max_body_bytes)
     app[SETTINGS] = settings
     app[MODELS] = ModelRegistry(models, settings.served_model_names)
     app[API] = OpenApi(ROUTES, model=next(iter(app[MODELS].names), ""))

@@ -5,18 +5,21 @@ that nobody knows costs nothing however large it is, and no field but the prompt
 about what the fields mean.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 from aiohttp import web
+from pydantic import ValidationError
 
 from helix_gateway.gateway import envelope
 from helix_gateway.gateway.envelope import Envelope, JsonError, Overlong, Wanted, read_envelope, read_value
 from helix_gateway.gateway.errors import ApiError
+from helix_gateway.gateway.known_options import KnownOptions, checked_prompt, key_of
 from helix_gateway.gateway.long_bodies import limit_bytes
-from helix_gateway.gateway.schemas.common import WireModel
+from helix_gateway.gateway.schemas.common import WireModel, unknown_in
 from helix_gateway.gateway.state import LONG_BODIES, in_worker, models_of, settings_of
 
 INLINE_BYTES = 64 * 1024
@@ -28,14 +31,25 @@ MAX_FIELD_BYTES = 1024 * 1024
 
 Schema = TypeVar("Schema", bound=WireModel)
 
+_known = KnownOptions()
+
 
 @dataclass(frozen=True, slots=True)
 class Body(Generic[Schema]):
     """A checked request and what it held beyond the schema."""
 
     fields: Schema
-    ignored: list[str]
-    """Fields that change nothing, by path: those that nobody knows, in the order in which they came, and overruled ones."""
+    """All but the prompt; shared with other requests that say the same."""
+    prompt: Any
+    """What the schema's prompt field holds."""
+    unknown: list[str]
+    """Fields that the schema does not have, in the order in which they came."""
+
+    @property
+    def ignored(self) -> list[str]:
+        """Fields that change nothing, by path: those that nobody knows, and overruled ones."""
+        below = unknown_in(self.fields.prompt_field, self.prompt)
+        return self.unknown + self.fields.overruled() + self.fields.unknown_below() + below
 
 
 async def read_body(request: web.Request, schema: type[Schema]) -> Body[Schema]:
@@ -82,7 +96,7 @@ async def _open_elsewhere(request: web.Request, pieces: list[bytes], schema: typ
     return opened
 
 
-def _prompt_too_long(name: str | None, size: int, context_tokens: int | None) -> ApiError:
+def _prompt_too_long(name: str, size: int, context_tokens: int | None) -> ApiError:
     return ApiError.bad_request(
         f"This model's maximum context length is {context_tokens} tokens, but `{name}` alone has {size} bytes, "
         "which no prompt of so many tokens has. Shorten the prompt.",
@@ -112,16 +126,29 @@ def parse_body(data: bytes, schema: type[Schema]) -> Body[Schema]:
 
 
 def _checked(opened: Envelope, schema: type[Schema]) -> Body[Schema]:
-    values = {
-        name: value if name in schema.raw_fields else _read_field(name, value, schema)
-        for name, value in opened.fields.items()
-    }
-    fields = schema.model_validate(values)
     unknown = [name for name in opened.others if name not in schema.inert_fields]
-    return Body(fields, unknown + fields.overruled() + fields.unknown_below())
+    key = key_of(schema, opened.fields)
+    fields = _known.find(key)
+    if fields is not None:
+        # What is wrong with the prompt is told by the checks of the whole.
+        with suppress(ApiError, ValidationError, KeyError):
+            return Body(fields, _prompt_alone(opened.fields, schema), unknown)
+    checked = schema.model_validate({name: _read_field(name, raw, schema) for name, raw in opened.fields.items()})
+    name = schema.prompt_field
+    fields = checked.model_copy(update={name: None})
+    _known.remember(key, fields)
+    return Body(fields, getattr(checked, name), unknown)
+
+
+def _prompt_alone(fields: Mapping[str, bytes], schema: type[WireModel]) -> Any:
+    name = schema.prompt_field
+    value = _read_field(name, fields[name], schema)
+    return value if name in schema.raw_fields else checked_prompt(schema, value)
 
 
 def _read_field(name: str, value: bytes, schema: type[WireModel]) -> Any:
+    if name in schema.raw_fields:
+        return value
     if len(value) > MAX_FIELD_BYTES:
         outline = schema.large_fields.get(name)
         if outline is None:

@@ -17,7 +17,7 @@ from aiohttp import web
 from helix_gateway.gateway.body import Body
 from helix_gateway.gateway.chunks import in_pieces, to_json
 from helix_gateway.gateway.errors import ApiError, to_api_error
-from helix_gateway.gateway.generation import Deltas, closing, merged, without_output
+from helix_gateway.gateway.generation import Deltas, Merged, closing, without_output
 from helix_gateway.gateway.params import Plan, Wanted, make_plan
 from helix_gateway.gateway.prompts import Prompt
 from helix_gateway.gateway.registry import ServedModel
@@ -91,14 +91,10 @@ class Exchange:
                 streams.push_async_exit(closing(stream))
             self.context.log.update(self.tally.for_log())
 
-    async def deltas(self) -> Deltas:
+    def deltas(self) -> Deltas:
         """The engine's deltas, counted as they pass."""
-        deltas = merged(self._streams, self.plan.num_choices)
-        async with closing(without_output(deltas) if self.plan.prompt_only else deltas) as source:
-            async for choice, delta in source:
-                self.tally.add(choice, delta)
-                self.context.tokens = self.tally.total_tokens  # a request that the engine refuses costs none
-                yield choice, delta
+        deltas = Merged(self._streams, self.plan.num_choices)
+        return _Counted(without_output(deltas) if self.plan.prompt_only else deltas, self.tally, self.context)
 
     async def events(self, deltas: Deltas, writer: EventWriter) -> AsyncGenerator[bytes, None]:
         """The stream of these `deltas`; what is told once every choice has ended goes with `DONE`, in one payload."""
@@ -125,8 +121,8 @@ class Exchange:
         """Say in headers and log what the client and the operator should know."""
         context, plan, stream = self.context, self.plan, self.body.fields.stream
         context.headers["x-helix-seed"] = str(plan.seed)
-        if self.body.ignored:
-            context.headers["x-helix-ignored-fields"] = context.log["ignored_fields"] = _header_list(self.body.ignored)
+        if ignored := self.body.ignored:
+            context.headers["x-helix-ignored-fields"] = context.log["ignored_fields"] = _header_list(ignored)
         if plan.clamped_to is not None:
             context.headers["x-helix-clamped"] = context.log["clamped"] = f"max_tokens={plan.clamped_to}"
         context.log.update(model=self.served.name, stream=stream, choices=plan.num_choices * len(self.prompts))
@@ -136,6 +132,25 @@ class Exchange:
         context.generation = Generation(
             plan.calls, self.served.name, self.reply.id, stream, tally.measured, tally.finish_reasons, perf_counter()
         )
+
+
+class _Counted(AsyncIterator[tuple[int, TextDelta]]):
+    """Deltas, counted as they pass."""
+
+    def __init__(self, deltas: Deltas, tally: Tally, context: RequestContext) -> None:
+        self._deltas = deltas
+        self._tally = tally
+        self._context = context
+
+    async def __anext__(self) -> tuple[int, TextDelta]:
+        choice, delta = await self._deltas.__anext__()
+        self._tally.add(choice, delta)
+        self._context.tokens = self._tally.total_tokens  # a request that the engine refuses costs none
+        return choice, delta
+
+    async def aclose(self) -> None:
+        """End what is counted."""
+        await closing(self._deltas).__aexit__()
 
 
 async def plan_exchange(

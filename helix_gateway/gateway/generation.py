@@ -17,7 +17,7 @@ from helix_gateway.service.api import TextDelta
 
 T = TypeVar("T")
 
-Deltas = AsyncGenerator[tuple[int, TextDelta], None]
+Deltas = AsyncIterator[tuple[int, TextDelta]]
 """(choice, delta); choice = prompt index * choices a prompt + index."""
 
 INTERLEAVE_BUFFER = 64
@@ -28,31 +28,46 @@ class closing(Generic[T]):  # noqa: N801 - as contextlib's `aclosing`
     """Close ``stream`` on the way out, if it is of a kind that can be."""
 
     def __init__(self, stream: AsyncIterator[T]) -> None:
-        self._stream = stream
+        self.stream = stream
 
     async def __aenter__(self) -> AsyncIterator[T]:
-        return self._stream
+        return self.stream
 
     async def __aexit__(self, *_: object) -> None:
-        aclose = getattr(self._stream, "aclose", None)
+        aclose = getattr(self.stream, "aclose", None)
         if aclose is not None:
             await aclose()
 
 
-async def merged(streams: Sequence[AsyncIterator[TextDelta]], num_choices: int) -> Deltas:
+class Merged(AsyncIterator[tuple[int, TextDelta]]):
     """All deltas of all choices, in the order in which they come; there is a stream for each prompt.
 
-    Raises:
-        QueueFullError, EngineUnavailableError: as the service does.
-        GenerationFailedError: the engine gave up on a sequence.
+    Every chunk of a stream passes through here: a generator more would cost each of them a frame.
     """
-    unfinished = len(streams) * num_choices
-    async with closing(streams[0] if len(streams) == 1 else _interleaved(streams, num_choices)) as deltas:
-        async for delta in deltas:
-            unfinished -= _is_last(delta)
-            yield delta.index, delta
-    if unfinished:
-        raise EngineUnavailableError("The engine stopped before the answer was complete.")
+
+    def __init__(self, streams: Sequence[AsyncIterator[TextDelta]], num_choices: int) -> None:
+        self._unfinished = len(streams) * num_choices
+        self._source = closing(streams[0] if len(streams) == 1 else _interleaved(streams, num_choices))
+
+    async def __anext__(self) -> tuple[int, TextDelta]:
+        """The next delta.
+
+        Raises:
+            QueueFullError, EngineUnavailableError: as the service does.
+            GenerationFailedError: the engine gave up on a sequence.
+        """
+        try:
+            delta = await self._source.stream.__anext__()
+        except StopAsyncIteration:
+            if self._unfinished:
+                raise EngineUnavailableError("The engine stopped before the answer was complete.") from None
+            raise
+        self._unfinished -= _is_last(delta)
+        return delta.index, delta
+
+    async def aclose(self) -> None:
+        """End all streams."""
+        await self._source.__aexit__()
 
 
 async def _interleaved(
@@ -106,7 +121,7 @@ def _is_last(delta: TextDelta) -> bool:
     return True
 
 
-async def without_output(deltas: Deltas) -> Deltas:
+async def without_output(deltas: Deltas) -> AsyncGenerator[tuple[int, TextDelta], None]:
     """Only what is known of the prompt: for ``echo`` with ``max_tokens: 0``, for which one token was generated."""
     async with closing(deltas) as source:
         async for choice, delta in source:
@@ -116,7 +131,7 @@ async def without_output(deltas: Deltas) -> Deltas:
             )
 
 
-async def prompt_logprobs_first(deltas: Deltas, num_choices: int) -> Deltas:
+async def prompt_logprobs_first(deltas: Deltas, num_choices: int) -> AsyncGenerator[tuple[int, TextDelta], None]:
     """The same deltas, but of each prompt the one that brings the prompt's logprobs comes before all others."""
     known: set[int] = set()
     held: dict[int, list[tuple[int, TextDelta]]] = {}

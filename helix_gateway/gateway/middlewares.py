@@ -1,6 +1,6 @@
 """What happens around every request: its id and log line, errors into OpenAI's shape, browsers, keys.
 
-Plain functions, outermost first in `MIDDLEWARES`; headers that every response carries are added as it is
+Plain functions, outermost first in `middlewares`; headers that every response carries are added as it is
 prepared, so that streams have them too.  Knows nothing about what routes do.
 """
 
@@ -15,6 +15,7 @@ from helix_gateway.gateway.drain import count_and_drain
 from helix_gateway.gateway.errors import ApiError, to_api_error
 from helix_gateway.gateway.limits.middleware import limit_rate, limit_time
 from helix_gateway.gateway.origins import host_allowed, origin_allowed
+from helix_gateway.gateway.settings import GatewaySettings
 from helix_gateway.gateway.state import (
     API,
     DRAIN,
@@ -210,12 +211,13 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     headers["openai-processing-ms"] = str(round(context.elapsed_ms))
 
 
-MIDDLEWARES: tuple[Middleware, ...] = (
-    identify_and_log,
-    shape_errors,
-    guard_browsers,
-    count_and_drain,
-    authenticate,
-    limit_rate,
-    limit_time,
-)
+def middlewares(settings: GatewaySettings) -> tuple[Middleware, ...]:
+    """The middlewares of such a gateway, outermost first: what is not asked of it stands in no request's way."""
+    has_keys = settings.api_keys or settings.api_key_file is not None
+    limits = (settings.rate_limit, settings.token_rate_limit, settings.concurrency_limit)
+    return (
+        *(identify_and_log, shape_errors, guard_browsers, count_and_drain),
+        *((authenticate,) if has_keys else ()),
+        *((limit_rate,) if any(limit is not None for limit in limits) else ()),
+        *((limit_time,) if settings.request_timeout_s is not None else ()),
+    )

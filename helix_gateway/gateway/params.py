@@ -144,6 +144,8 @@ def _max_depth(speculation: Literal["off"] | int | None) -> int | None:
 
 
 def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:
+    if not bias:
+        return {}
     for key in bias:
         if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocab_size):
             raise _wrong(f"logit_bias.{key[:40]}", f"must be named by a token id from 0 to {vocab_size - 1}")
@@ -159,6 +161,8 @@ def _stop_token_ids(token_ids: list[int], vocab_size: int) -> tuple[int, ...]:
 
 def _bad_words(words: list[str], served: ServedModel) -> tuple[tuple[int, ...], ...]:
     """Each word as it stands at the start of a text and as it stands after a space: they are different tokens."""
+    if not words:
+        return ()
     encode = served.service.tokenizer.encode
     spellings = (spelling for word in words for spelling in (word, " " + word.lstrip()))
     banned = (tuple(encode(spelling, add_special_tokens=False)) for spelling in spellings)

@@ -15,6 +15,8 @@ from tokenizers.decoders import DecodeStream
 
 from helix_gateway.text.token_bytes import TokenBytes, find_token
 
+_Utf8Decoder = codecs.getincrementaldecoder("utf-8")
+
 
 class Detokenizer(Protocol):
     """The text of one sequence of tokens; holds that sequence's state."""
@@ -35,7 +37,7 @@ class ByteDetokenizer:
     def __init__(self, token_bytes: TokenBytes, *, skip_special_tokens: bool) -> None:
         self._bytes = token_bytes
         self._skipped: frozenset[int] = token_bytes.special_ids if skip_special_tokens else frozenset()
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._decoder = _Utf8Decoder(errors="replace")
         self._at_start = token_bytes.strips_leading_space
 
     def feed(self, token_ids: Sequence[int]) -> str:

@@ -14,6 +14,7 @@ from jinja2 import Template, nodes
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
@@ -32,14 +33,25 @@ def compile_template(source: str) -> Template:
 
 @cache
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals.update(
         raise_exception=_raise_exception, strftime_now=_now, dict=_MakesDicts(), namespace=_OpenNamespace
     )
     return environment
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, which looks no further where a template asks what it asks for with every message."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """``loop.first`` and its like hold numbers and messages: nothing that leads anywhere."""
+        if type(obj) is LoopContext and attribute in _LOOP_FACTS:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
+
+
+_LOOP_FACTS = frozenset({"first", "last", "index", "index0", "revindex", "revindex0", "length", "previtem", "nextitem"})
 
 
 class _Generation(Extension):

@@ -27,7 +27,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     """Answer one conversation."""
     body = await read_body(request, ChatRequest)
     served = models_of(request).resolve_ready(body.fields.model)
-    prompt = await chat_prompt(request, served, body.fields.messages)
+    prompt = await chat_prompt(request, served, body.prompt)
     predicted = await predicted_tokens(request, served, body.fields.prediction)
     wanted = _wanted(body.fields, settings_of(request).default_max_tokens, predicted)
     exchange = await plan_exchange(request, served, body, new_reply("chatcmpl", served), [prompt], wanted)

@@ -38,9 +38,7 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
     """Go on from one prompt or from several."""
     body = await read_body(request, CompletionRequest)
     served = models_of(request).resolve_ready(body.fields.model)
-    prompts = await completion_prompts(
-        request, served, body.fields.prompt, add_special_tokens=body.fields.add_special_tokens
-    )
+    prompts = await completion_prompts(request, served, body.prompt, add_special_tokens=body.fields.add_special_tokens)
     reply = new_reply("cmpl", served)
     exchange = await plan_exchange(request, served, body, reply, prompts, _wanted(body.fields))
     async with exchange:

@@ -46,7 +46,7 @@ async def _answer(request: web.Request, schema: type[GenerateRequest]) -> web.St
     body = await read_body(request, schema)
     fields = body.fields
     served = models_of(request).resolve_ready(fields.model)
-    prompt = await single_prompt(request, served, fields.prompt, add_special_tokens=fields.add_special_tokens)
+    prompt = await single_prompt(request, served, body.prompt, add_special_tokens=fields.add_special_tokens)
     wanted = Wanted(
         token_limit=fields.max_tokens,
         default_limit=settings_of(request).default_max_tokens,

@@ -54,8 +54,8 @@ class WireModel(BaseModel):
     """Fields that may be as large as the body, each with a reader of its outline: it fails at the first thing that
     is wrong, before megabytes of that become objects."""
 
-    prompt_field: ClassVar[str | None] = None
-    """The field whose length the model's context bounds."""
+    prompt_field: ClassVar[str] = ""
+    """The field whose length the model's context bounds; every request has one."""
     one_prompt: ClassVar[str] = ""
     """How its value begins, as a regular expression, where it is one prompt and not several."""
 
@@ -84,10 +84,12 @@ class WireModel(BaseModel):
 
     def unknown_below(self) -> list[str]:
         """Paths of unknown fields in this object's objects, each once, without indices: ``messages[].x``."""
-        set_by_client = self.model_fields_set
-        # What the client did not send holds nothing unknown.
-        sent = [name for name in _fields_of_objects(type(self)) if name in set_by_client]
-        return list(dict.fromkeys(path for name in sent for path in _unknown_in(name, getattr(self, name))))
+        sent = self.model_fields_set
+        paths: list[str] = []
+        for name in _fields_of_objects(type(self)):
+            if name in sent:  # what the client did not send holds nothing unknown
+                paths += unknown_in(name, getattr(self, name))
+        return paths
 
     def overruled(self) -> list[str]:
         """Known fields that had to give way to others of this request."""
@@ -95,18 +97,24 @@ class WireModel(BaseModel):
 
     def unknown_here(self) -> list[str]:
         """Unknown fields of this object and of those in it."""
-        own = [name for name in self.model_extra or () if name not in self.inert_fields]
-        return own + self.unknown_below()
+        below = self.unknown_below()
+        if not self.model_extra:
+            return below
+        return [name for name in self.model_extra if name not in self.inert_fields] + below
 
 
-def _unknown_in(name: str, value: Any) -> list[str]:
-    """The paths of what is unknown in a field's value."""
+def unknown_in(name: str, value: Any) -> list[str]:
+    """The paths of what is unknown in a field's value, each once."""
+    paths: list[str] = []
     if isinstance(value, WireModel):
-        return [f"{name}.{path}" for path in value.unknown_here()]
-    if isinstance(value, list):
-        objects = [item for item in value if isinstance(item, WireModel)]
-        return [f"{name}[].{path}" for item in objects for path in item.unknown_here()]
-    return []
+        for path in value.unknown_here():
+            paths.append(f"{name}.{path}")
+    elif isinstance(value, list):
+        for item in value:
+            if isinstance(item, WireModel):
+                for path in item.unknown_here():
+                    paths.append(f"{name}[].{path}")
+    return list(dict.fromkeys(paths)) if paths else paths
 
 
 @lru_cache

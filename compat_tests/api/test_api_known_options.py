@@ -1,0 +1,78 @@
+"""Options that were checked once are known again: nobody notices but by the clock."""
+
+import pytest
+from conftest import chat_body
+
+from helix_gateway.gateway import known_options
+from helix_gateway.gateway.body import parse_body
+from helix_gateway.gateway.known_options import KnownOptions, key_of
+from helix_gateway.gateway.schemas.chat import ChatRequest
+from helix_gateway.gateway.schemas.completions import CompletionRequest
+
+CHAT = "/v1/chat/completions"
+OPTIONS = {"temperature": 0.5, "stop": ["x"], "logit_bias": {"5": 1.0}, "seed": 7, "odd": 1}
+WRONG_MESSAGES = [
+    None,
+    [],
+    "hello",
+    [5],
+    [{"role": "user", "content": 5}],
+    [{"role": "nobody", "content": "x"}],
+    [{"role": "user", "content": "x"}, {"role": "tool", "content": "x"}],
+    [{"role": "user", "content": "x", "tool_calls": [{}]}],
+    [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+]
+
+
+async def test_the_same_options_with_another_prompt_are_asked_of_the_engine_alike(gateway):
+    for text in ("first", "second", "third"):
+        await gateway.chat(text=text, **OPTIONS)
+    calls = gateway.service.calls[-3:]
+    assert [len(call.request.prompt_token_ids) for call in calls] == [23, 24, 23]
+    assert calls[0].request.sampling == calls[2].request.sampling
+    assert calls[0].stop == calls[1].stop == calls[2].stop
+
+
+@pytest.mark.parametrize("messages", WRONG_MESSAGES)
+async def test_a_wrong_prompt_is_told_in_the_same_words_whether_its_options_are_known_or_not(gateway, messages):
+    body = {**chat_body(), "top_k": 11}
+    unknown = await gateway.answer(CHAT, {**body, "top_k": 12, "messages": messages})
+    await gateway.chat(**body)
+    known = await gateway.answer(CHAT, {**body, "messages": messages})
+    assert unknown[0] == known[0] == 400
+    assert unknown[1] == known[1]
+
+
+async def test_unknown_fields_are_named_each_time(gateway):
+    named = []
+    for message in ({}, {"mood": 1}, {}, {"mood": 1}):
+        body = chat_body(top_k=13, odd=1)
+        body["messages"][0].update(message)
+        async with gateway.post(CHAT, body) as response:
+            named.append(response.headers["x-helix-ignored-fields"])
+    assert named == ["odd", "odd, messages[].mood", "odd", "odd, messages[].mood"]
+
+
+def test_prompts_are_not_kept_and_routes_do_not_share_options(monkeypatch):
+    known = KnownOptions()
+    monkeypatch.setattr("helix_gateway.gateway.body._known", known)
+    chat = parse_body(b'{"messages": [{"role": "user", "content": "secret"}], "n": 2}', ChatRequest)
+    completion = parse_body(b'{"prompt": "secret", "n": 2}', CompletionRequest)
+    assert (chat.prompt[0].content, completion.prompt) == ("secret", b'"secret"')
+    assert "secret" not in repr(known.__dict__)
+    again = parse_body(b'{"n": 2, "prompt": "other"}', CompletionRequest)
+    assert again.fields is completion.fields
+    assert again.prompt == b'"other"'
+
+
+def test_no_more_than_so_many_are_kept_and_none_that_are_long(monkeypatch):
+    monkeypatch.setattr(known_options, "MOST_KNOWN", 3)
+    known = KnownOptions()
+    request = parse_body(b'{"messages": [{"role": "user", "content": "x"}]}', ChatRequest).fields
+    keys = [key_of(ChatRequest, {"seed": str(seed).encode()}) for seed in range(5)]
+    for key in keys:
+        known.remember(key, request)
+    assert [known.find(key) is not None for key in keys] == [False, False, True, True, True]
+    long = key_of(ChatRequest, {"prediction": b"x" * (known_options.MOST_BYTES + 1)})
+    known.remember(long, request)
+    assert known.find(long) is None

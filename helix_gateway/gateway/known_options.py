@@ -1,0 +1,58 @@
+"""What requests say beside their prompts, remembered once it is checked: programs say the same with every prompt.
+
+Checking some forty fields, nearly all of them absent, touches much memory, and a request that finds the gateway idle waits
+for all of it.  Knows nothing about what the fields mean, and keeps neither prompts nor long fields.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from helix_gateway.gateway.schemas.common import WireModel
+
+MOST_KNOWN = 256
+MOST_BYTES = 2048
+"""Of one request's options; longer ones are seldom sent twice."""
+
+Key = tuple[type[WireModel], tuple[tuple[str, bytes], ...]]
+"""A schema, and the fields of a body but for its prompt, as they lay in it."""
+
+
+class KnownOptions:
+    """Checked requests without their prompts, by how the rest lay in the body; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._checked: dict[Key, WireModel] = {}
+
+    def find(self, key: Key) -> Any:
+        """A request of those options, checked and without a prompt; None where they are not known."""
+        return self._checked.get(key)
+
+    def remember(self, key: Key, request: WireModel) -> None:
+        """Keep a checked request that has no prompt; of too many the first is forgotten."""
+        if sum(len(value) for _, value in key[1]) > MOST_BYTES:
+            return
+        while len(self._checked) >= MOST_KNOWN:
+            self._checked.pop(next(iter(self._checked), key), None)
+        self._checked[key] = request
+
+
+def key_of(schema: type[WireModel], fields: Mapping[str, bytes]) -> Key:
+    """What a body's options are known by."""
+    return schema, tuple(item for item in fields.items() if item[0] != schema.prompt_field)
+
+
+def checked_prompt(schema: type[WireModel], prompt: Any) -> Any:
+    """The prompt's field alone, checked as the schema checks it.
+
+    Raises:
+        pydantic.ValidationError: it is not what it must be; the places that it names are below the field.
+    """
+    return _prompts(schema).validate_python(prompt)
+
+
+@cache
+def _prompts(schema: type[WireModel]) -> TypeAdapter[Any]:
+    return TypeAdapter(schema.model_fields[schema.prompt_field].rebuild_annotation())
