@@ -10,6 +10,9 @@ import pytest
 from helix_gateway.service.tiny_model import write_tiny_model
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import arm_check  # noqa: E402
 
 
 def script(name, *arguments, flags=()):
@@ -29,6 +32,21 @@ def test_the_hardware_is_told_as_json_too():
     told = json.loads(script("hardware_check.py", "--json").stdout)
     assert told["cores"] >= told["usable_cores"] >= 1
     assert told["packages"]["torch"]
+
+
+@pytest.mark.parametrize(
+    "words, has, lacks",
+    [
+        ((0x8FB, 0), {"fp", "asimd", "crc32"}, {"asimddp", "i8mm", "atomics"}),
+        ((0x119FFB, 0), {"asimd", "atomics", "asimddp"}, {"i8mm", "sve"}),
+        ((0xECFFFFFB, 0x7F877FFF), {"asimd", "asimddp", "sve", "i8mm", "bf16"}, set()),
+    ],
+    ids=["cortex-a57", "cortex-a76", "max"],
+)
+def test_an_emulated_processor_is_told_of_as_linux_would(words, has, lacks):
+    told = set(arm_check.capabilities(*words))
+    assert has <= told
+    assert not lacks & told
 
 
 @pytest.fixture

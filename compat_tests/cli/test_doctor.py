@@ -116,7 +116,9 @@ def states(finding):
     [
         (checks.check_processor(machine()), "ok"),
         (checks.check_processor(machine(instruction_sets=("sse4_2",))), "warning"),
-        (checks.check_processor(machine(machine="arm64", instruction_sets=("neon",))), "ok"),
+        (checks.check_processor(machine(machine="arm64", instruction_sets=("neon", "asimddp"))), "ok"),
+        (checks.check_processor(machine(machine="aarch64", instruction_sets=("neon",))), "warning"),
+        (checks.check_processor(machine(machine="ARM64", instruction_sets=())), "ok"),
         (checks.check_load(machine()), "ok"),
         (checks.check_load(machine(load=9.0)), "warning"),
         (checks.check_memory(machine()), "ok"),

@@ -66,6 +66,7 @@ def findings() -> Iterator[Finding]:
 def _device() -> Finding:
     import torch
 
+    from helix_gateway.runtime.cpu.arm import is_arm
     from helix_gateway.runtime.device import get_device
     from helix_gateway.runtime.hardware import inspect_hardware
 
@@ -76,6 +77,8 @@ def _device() -> Finding:
         f"cpu, by kernels that Helix compiles for it ({_widest(hardware.instruction_sets)}, for bytes {_byte_products()}); "
         f"torch {torch.__version__}"
     )
+    if is_arm():
+        said += "; on Arm their results were checked under an emulator, and their speed was never measured"
     if hardware.gpus and (torch.version.cuda or torch.version.hip):
         advice = (
             f"This torch could use the {hardware.gpus[0].name} but does not find it: see that its driver is new enough."
