@@ -53,6 +53,23 @@ async def test_unknown_fields_are_named_each_time(gateway):
     assert named == ["odd", "odd, messages[].mood", "odd", "odd, messages[].mood"]
 
 
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": "plain"}],
+        [{"role": "developer", "content": "é"}, {"role": "user", "content": ""}],
+        [{"role": "user", "content": "named", "name": "Ada"}],
+        [{"role": "user", "content": [{"type": "text", "text": "in"}, {"type": "text", "text": "parts"}]}],
+        [{"role": "assistant", "content": None}, {"role": "user", "content": "x", "refusal": None}],
+    ],
+)
+async def test_known_or_not_messages_of_every_form_become_the_same_prompt(gateway, messages):
+    for top_k in (14, 15, 15):
+        await gateway.chat(messages=messages, top_k=top_k)
+    asked = [call.request.prompt_token_ids for call in gateway.service.calls[-3:]]
+    assert asked[0] == asked[1] == asked[2]
+
+
 def test_prompts_are_not_kept_and_routes_do_not_share_options(monkeypatch):
     known = KnownOptions()
     monkeypatch.setattr("helix_gateway.gateway.body._known", known)

@@ -5,7 +5,7 @@ that nobody knows costs nothing however large it is, and no field but the prompt
 about what the fields mean.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -44,12 +44,13 @@ class Body(Generic[Schema]):
     """What the schema's prompt field holds."""
     unknown: list[str]
     """Fields that the schema does not have, in the order in which they came."""
+    overlooked: Sequence[str]
+    """What `known_options.Checked` says of the fields that it has."""
 
     @property
     def ignored(self) -> list[str]:
         """Fields that change nothing, by path: those that nobody knows, and overruled ones."""
-        below = unknown_in(self.fields.prompt_field, self.prompt)
-        return self.unknown + self.fields.overruled() + self.fields.unknown_below() + below
+        return [*self.unknown, *self.overlooked, *unknown_in(self.fields.prompt_field, self.prompt)]
 
 
 async def read_body(request: web.Request, schema: type[Schema]) -> Body[Schema]:
@@ -128,21 +129,22 @@ def parse_body(data: bytes, schema: type[Schema]) -> Body[Schema]:
 def _checked(opened: Envelope, schema: type[Schema]) -> Body[Schema]:
     unknown = [name for name in opened.others if name not in schema.inert_fields]
     key = key_of(schema, opened.fields)
-    fields = _known.find(key)
-    if fields is not None:
+    if (known := _known.find(key)) is not None:
         # What is wrong with the prompt is told by the checks of the whole.
         with suppress(ApiError, ValidationError, KeyError):
-            return Body(fields, _prompt_alone(opened.fields, schema), unknown)
-    checked = schema.model_validate({name: _read_field(name, raw, schema) for name, raw in opened.fields.items()})
-    name = schema.prompt_field
-    fields = checked.model_copy(update={name: None})
-    _known.remember(key, fields)
-    return Body(fields, getattr(checked, name), unknown)
+            return Body(known.options, _prompt_alone(opened.fields, schema), unknown, known.overlooked)
+    request = schema.model_validate({name: _read_field(name, raw, schema) for name, raw in opened.fields.items()})
+    options = request.model_copy(update={schema.prompt_field: None})
+    known = _known.remember(key, options)
+    return Body(options, getattr(request, schema.prompt_field), unknown, known.overlooked)
 
 
 def _prompt_alone(fields: Mapping[str, bytes], schema: type[WireModel]) -> Any:
     name = schema.prompt_field
-    value = _read_field(name, fields[name], schema)
+    raw = fields[name]
+    if len(raw) <= MAX_FIELD_BYTES and (prompt := schema.plain_prompt(raw)) is not None:
+        return prompt
+    value = _read_field(name, raw, schema)
     return value if name in schema.raw_fields else checked_prompt(schema, value)
 
 

@@ -4,7 +4,8 @@ Checking some forty fields, nearly all of them absent, touches much memory, and 
 for all of it.  Knows nothing about what the fields mean, and keeps neither prompts nor long fields.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -20,23 +21,34 @@ Key = tuple[type[WireModel], tuple[tuple[str, bytes], ...]]
 """A schema, and the fields of a body but for its prompt, as they lay in it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a request says beside its prompt, found right."""
+
+    options: Any
+    """The schema's object, with no prompt in it."""
+    overlooked: Sequence[str]
+    """Of its fields those that change nothing, by path: overruled ones, and unknown ones below others."""
+
+
 class KnownOptions:
-    """Checked requests without their prompts, by how the rest lay in the body; safe to use from several threads."""
+    """Checked options by how they lay in the body; safe to use from several threads."""
 
     def __init__(self) -> None:
-        self._checked: dict[Key, WireModel] = {}
+        self._checked: dict[Key, Checked] = {}
 
-    def find(self, key: Key) -> Any:
-        """A request of those options, checked and without a prompt; None where they are not known."""
+    def find(self, key: Key) -> Checked | None:
+        """Those options, where they are known."""
         return self._checked.get(key)
 
-    def remember(self, key: Key, request: WireModel) -> None:
-        """Keep a checked request that has no prompt; of too many the first is forgotten."""
-        if sum(len(value) for _, value in key[1]) > MOST_BYTES:
-            return
-        while len(self._checked) >= MOST_KNOWN:
-            self._checked.pop(next(iter(self._checked), key), None)
-        self._checked[key] = request
+    def remember(self, key: Key, options: WireModel) -> Checked:
+        """Take options that are right, and keep them if they are short; of too many the first are forgotten."""
+        checked = Checked(options, (*options.overruled(), *options.unknown_below()))
+        if sum(len(value) for _, value in key[1]) <= MOST_BYTES:
+            while len(self._checked) >= MOST_KNOWN:
+                self._checked.pop(next(iter(self._checked), key), None)
+            self._checked[key] = checked
+        return checked
 
 
 def key_of(schema: type[WireModel], fields: Mapping[str, bytes]) -> Key:

@@ -17,7 +17,7 @@ from helix_gateway.gateway.body import read_json
 from helix_gateway.gateway.envelope import read_value
 from helix_gateway.gateway.errors import ApiError, kind_of
 from helix_gateway.gateway.registry import ServedModel
-from helix_gateway.gateway.schemas.chat import ChatMessage, Prediction
+from helix_gateway.gateway.schemas.chat import ChatMessage, Prediction, TextMessage
 from helix_gateway.gateway.schemas.completions import MAX_PROMPTS
 from helix_gateway.gateway.state import INLINE_SIZE, sized
 
@@ -31,6 +31,9 @@ TRIAL_SLACK_TOKENS = 64
 """Tokens that cutting a text may add at the cut, generously."""
 
 
+Messages = Sequence[ChatMessage] | Sequence[TextMessage]
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One prompt as the model sees it, and as the client wrote it."""
@@ -40,7 +43,7 @@ class Prompt:
     """None where the client gave token ids."""
 
 
-async def chat_prompt(request: web.Request, served: ServedModel, messages: Sequence[ChatMessage]) -> Prompt:
+async def chat_prompt(request: web.Request, served: ServedModel, messages: Messages) -> Prompt:
     """Render and tokenise a conversation.
 
     Raises:
@@ -52,7 +55,7 @@ async def chat_prompt(request: web.Request, served: ServedModel, messages: Seque
     return await sized(request, size, _encode_chat, served, messages)
 
 
-def _encode_chat(served: ServedModel, messages: Sequence[ChatMessage]) -> Prompt:
+def _encode_chat(served: ServedModel, messages: Messages) -> Prompt:
     tokenizer = served.service.tokenizer
     texts = [text for message in messages for text in message.texts]
     _refuse_hopeless(served, texts, "messages")

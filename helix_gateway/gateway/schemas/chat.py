@@ -102,6 +102,27 @@ class ChatMessage(WireModel):
         return [part.text or part.refusal for part in self.content]
 
 
+class TextMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A message of a role and a text alone, as most are: the same as the `ChatMessage` of it, read in one call."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str
+
+    def for_template(self) -> dict[str, Any]:
+        """See `ChatMessage`."""
+        return {"role": self.role, "content": self.content}
+
+    @property
+    def texts(self) -> list[str]:
+        """See `ChatMessage`."""
+        return [self.content]
+
+
+_read_text_messages = msgspec.json.Decoder(
+    Annotated[list[TextMessage], msgspec.Meta(min_length=1, max_length=MAX_MESSAGES)]
+).decode
+
+
 class Prediction(WireModel):
     """What the answer is expected to be: it then comes the faster the more of it is right, and is never changed by it."""
 
@@ -187,6 +208,15 @@ class ChatRequest(GenerationRequest):
         if self.top_logprobs and not self.logprobs:
             raise field_problem("top_logprobs", "needs `logprobs` to be true")
         return self
+
+    @classmethod
+    def plain_prompt(cls, raw: bytes) -> list[TextMessage] | None:
+        """See `WireModel`."""
+        try:
+            messages: list[TextMessage] = _read_text_messages(raw)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return None
+        return messages
 
     @property
     def token_limit(self) -> int | None:

@@ -59,6 +59,11 @@ class WireModel(BaseModel):
     one_prompt: ClassVar[str] = ""
     """How its value begins, as a regular expression, where it is one prompt and not several."""
 
+    @classmethod
+    def plain_prompt(cls, _raw: bytes) -> Any:
+        """The prompt's field read and checked in one call, where it has the simplest form that there is; else None."""
+        return None
+
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, data: Any) -> Any:
