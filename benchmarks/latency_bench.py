@@ -86,7 +86,8 @@ def plot(levels):
         axes.set_xticks(STREAMS, STREAMS)
         axes.set_xlabel("streams")
         axes.set_ylabel("ms")
-        axes.legend()
+        # Lines are anywhere.
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
 
     return draw
 
