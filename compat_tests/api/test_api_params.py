@@ -155,6 +155,20 @@ async def test_a_prediction_arrives_as_the_tokens_of_its_text(gateway, content, 
     assert details["accepted_prediction_tokens"] == details["rejected_prediction_tokens"] == 0
 
 
+async def test_a_prediction_goes_with_every_prompt_of_every_route(gateway):
+    for path, body, calls in (
+        (COMPLETIONS, {"prompt": ["a", "b"], "max_tokens": 5}, 2),
+        ("/generate", {"prompt": "a", "max_tokens": 5}, 1),
+        ("/generate/stream", {"prompt": "a", "max_tokens": 5}, 1),
+    ):
+        async with gateway.post(path, {**body, "prediction": predicted("Grüße")}) as response:
+            assert response.status == 200, await response.text()
+            assert "x-helix-ignored-fields" not in response.headers
+            await response.read()
+        got = [bytes(call.request.prediction_token_ids).decode() for call in gateway.service.calls[-calls:]]
+        assert got == ["Grüße"] * calls
+
+
 @pytest.mark.parametrize("parts", [1, 12])
 async def test_of_a_long_prediction_what_the_context_holds_is_taken(gateway, parts):
     text = "words " * (1_000_000 // 6 // parts)
@@ -197,16 +211,6 @@ BOTH = [
     ("stream_options", [{}], [5, {"include_usage": 1}]),
     ("response_format", [{"type": "text"}], [{"type": "json_object"}, {"type": "xml"}, {}, "text"]),
     ("model", ["tiny", ""], [5]),
-]
-CHAT_ONLY = [
-    ("max_tokens", [1, 10**9, 2**70], [0, -1, 1.5, "5"]),
-    ("max_completion_tokens", [1], [0]),
-    ("logprobs", [True, False], [1, "yes"]),
-    ("tools", [[]], [[{"type": "function"}], {}, "x"]),
-    ("tool_choice", ["none", "auto"], ["required", {"type": "function"}]),
-    ("functions", [[]], [[{}]]),
-    ("modalities", [["text"]], [["text", "audio"], ["audio"], "text"]),
-    ("audio", [], [{"voice": "alloy"}]),
     (
         "prediction",
         [
@@ -239,6 +243,16 @@ CHAT_ONLY = [
             predicted([TEXT_PART] * 100_000),
         ],
     ),
+]
+CHAT_ONLY = [
+    ("max_tokens", [1, 10**9, 2**70], [0, -1, 1.5, "5"]),
+    ("max_completion_tokens", [1], [0]),
+    ("logprobs", [True, False], [1, "yes"]),
+    ("tools", [[]], [[{"type": "function"}], {}, "x"]),
+    ("tool_choice", ["none", "auto"], ["required", {"type": "function"}]),
+    ("functions", [[]], [[{}]]),
+    ("modalities", [["text"]], [["text", "audio"], ["audio"], "text"]),
+    ("audio", [], [{"voice": "alloy"}]),
 ]
 COMPLETIONS_ONLY = [
     ("max_tokens", [1, 10**9], [0, -1]),

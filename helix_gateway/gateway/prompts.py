@@ -17,8 +17,9 @@ from helix_gateway.gateway.body import read_json
 from helix_gateway.gateway.envelope import read_value
 from helix_gateway.gateway.errors import ApiError, kind_of
 from helix_gateway.gateway.registry import ServedModel
-from helix_gateway.gateway.schemas.chat import ChatMessage, Prediction, TextMessage
+from helix_gateway.gateway.schemas.chat import ChatMessage, TextMessage
 from helix_gateway.gateway.schemas.completions import MAX_PROMPTS
+from helix_gateway.gateway.schemas.content import Prediction
 from helix_gateway.gateway.state import INLINE_SIZE, sized
 
 MAX_PROMPT_IDS = 1024 * 1024

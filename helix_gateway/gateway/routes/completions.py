@@ -23,7 +23,7 @@ from helix_gateway.gateway.generation import (
 )
 from helix_gateway.gateway.logprobs import LegacyLogprobs, joined, prompt_logprobs
 from helix_gateway.gateway.params import Wanted
-from helix_gateway.gateway.prompts import Prompt, completion_prompts
+from helix_gateway.gateway.prompts import Prompt, completion_prompts, predicted_tokens
 from helix_gateway.gateway.reply import new_reply
 from helix_gateway.gateway.route import EVENTS, GENERATION_ERRORS, GENERATION_HEADERS, Example, Response, Route
 from helix_gateway.gateway.schemas.answers import Completion, CompletionChunk
@@ -40,7 +40,8 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
     served = models_of(request).resolve_ready(body.fields.model)
     prompts = await completion_prompts(request, served, body.prompt, add_special_tokens=body.fields.add_special_tokens)
     reply = new_reply("cmpl", served)
-    exchange = await plan_exchange(request, served, body, reply, prompts, _wanted(body.fields))
+    predicted = await predicted_tokens(request, served, body.fields.prediction)
+    exchange = await plan_exchange(request, served, body, reply, prompts, _wanted(body.fields, predicted))
     async with exchange:
         if body.fields.stream:
             return await answer_stream(request, _events(exchange, body.fields))
@@ -48,12 +49,13 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
         return await exchange.whole(sum(map(weight, answers)), _body, exchange, body.fields, answers)
 
 
-def _wanted(body: CompletionRequest) -> Wanted:
+def _wanted(body: CompletionRequest, predicted: list[int]) -> Wanted:
     asked = (body.prompt_logprobs, body.logprobs if body.echo else None)
     return Wanted(
         token_limit=body.max_tokens,
         logprobs=body.logprobs,
         prompt_logprobs=max((top for top in asked if top is not None), default=None),
+        prediction_token_ids=predicted,
     )
 
 

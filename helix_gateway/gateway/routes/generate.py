@@ -16,7 +16,7 @@ from helix_gateway.gateway.exchange import Exchange, answer_stream, plan_exchang
 from helix_gateway.gateway.generation import Answer, gather_answers, weight
 from helix_gateway.gateway.logprobs import chat_logprobs, prompt_logprobs
 from helix_gateway.gateway.params import Wanted
-from helix_gateway.gateway.prompts import single_prompt
+from helix_gateway.gateway.prompts import predicted_tokens, single_prompt
 from helix_gateway.gateway.reply import new_reply, tokens_per_second
 from helix_gateway.gateway.route import EVENTS, GENERATION_ERRORS, GENERATION_HEADERS, Example, Response, Route
 from helix_gateway.gateway.schemas.answers import (
@@ -52,6 +52,7 @@ async def _answer(request: web.Request, schema: type[GenerateRequest]) -> web.St
         default_limit=settings_of(request).default_max_tokens,
         logprobs=fields.logprobs,
         prompt_logprobs=fields.prompt_logprobs,
+        prediction_token_ids=await predicted_tokens(request, served, fields.prediction),
     )
     exchange = await plan_exchange(request, served, body, new_reply("gen", served), [prompt], wanted)
     async with exchange:

@@ -1,55 +1,20 @@
 """What `/v1/chat/completions` takes.
 
-Tools, structured output, audio and images are known by name and refused by name.  Knows nothing about templates.
+Tools, structured output and audio are known by name and refused by name.  Knows nothing about templates.
 """
 
 from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import Discriminator, Field, Tag, WithJsonSchema, field_validator, model_validator
+from pydantic import Field, WithJsonSchema, field_validator, model_validator
 from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from helix_gateway.gateway.schemas.common import MAX_TOP_LOGPROBS, GenerationRequest, WireModel, field_problem
+from helix_gateway.gateway.schemas.content import Content, Prediction, text_pieces
 
 MAX_MESSAGES = 16_384
-TEXT_PARTS = ("text", "refusal")
 NO_TOOLS: JsonDict = {"enum": ["none", "auto"]}
-
-
-class ContentPart(WireModel):
-    """One part of a message's content; only text is taken."""
-
-    type: str = Field(json_schema_extra={"enum": [*TEXT_PARTS]})
-    text: str = ""
-    """With the type `text`."""
-    refusal: str = ""
-    """With the type `refusal`."""
-
-    @model_validator(mode="after")
-    def _only_text(self) -> "ContentPart":
-        if self.type not in TEXT_PARTS:
-            raise PydanticCustomError(
-                "part",
-                "has the type `{part}`, which is not supported: send text, as `{text}`",
-                {"part": self.type[:40], "text": '{"type": "text", "text": "…"}'},
-            )
-        if self.type not in self.model_fields_set:
-            raise PydanticCustomError("part", "lacks the field `{part}`", {"part": self.type})
-        return self
-
-
-def _content_kind(value: Any) -> str | None:
-    return "<text>" if isinstance(value, str) else "<parts>" if isinstance(value, list) else None
-
-
-Content = Annotated[
-    Annotated[str, Tag("<text>")]
-    | Annotated[list[ContentPart], Field(fail_fast=True, max_length=MAX_MESSAGES), Tag("<parts>")],
-    Discriminator(
-        _content_kind, custom_error_type="content", custom_error_message="must be a string or an array of text parts"
-    ),
-]
 
 
 Role = Annotated[
@@ -97,9 +62,7 @@ class ChatMessage(WireModel):
     @property
     def texts(self) -> list[str]:
         """The content's pieces."""
-        if isinstance(self.content, str):
-            return [self.content]
-        return [part.text or part.refusal for part in self.content]
+        return text_pieces(self.content)
 
 
 class TextMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -121,21 +84,6 @@ class TextMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 _read_text_messages = msgspec.json.Decoder(
     Annotated[list[TextMessage], msgspec.Meta(min_length=1, max_length=MAX_MESSAGES)]
 ).decode
-
-
-class Prediction(WireModel):
-    """What the answer is expected to be: it then comes the faster the more of it is right, and is never changed by it."""
-
-    type: Literal["content"]
-    content: Content
-    """A text, or parts that are joined."""
-
-    @property
-    def text(self) -> str:
-        """The whole of it."""
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text or part.refusal for part in self.content)
 
 
 class _MessageOutline(msgspec.Struct):

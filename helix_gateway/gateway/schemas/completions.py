@@ -10,6 +10,7 @@ from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from helix_gateway.gateway.schemas.common import MAX_TOP_LOGPROBS, ONE_PROMPT, GenerationRequest, field_problem
+from helix_gateway.gateway.schemas.content import Prediction
 
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 1024
@@ -39,6 +40,8 @@ class CompletionRequest(GenerationRequest):
     """Whether the prompt stands before the answer."""
     add_special_tokens: bool = True
     """Whether the prompt gets the model's mark for a beginning."""
+    prediction: Prediction | None = None
+    """A draft of the answer, of every one where there are several. `usage` tells how many of its tokens were right."""
     suffix: str = Field("", json_schema_extra={"maxLength": 0})
     """Not supported: this model has no fill-in-the-middle format."""
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from helix_gateway.gateway.schemas.common import MAX_TOP_LOGPROBS, ONE_PROMPT, GenerationRequest
+from helix_gateway.gateway.schemas.content import Prediction
 
 
 class GenerateRequest(GenerationRequest):
@@ -29,6 +30,8 @@ class GenerateRequest(GenerationRequest):
     """As `n`."""
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     """Tells each token's log-probability and this many of the likeliest in its place."""
+    prediction: Prediction | None = None
+    """A draft of the answer. `metrics` tells how many drafts were right."""
     add_special_tokens: bool = True
     """Whether the prompt gets the model's mark for a beginning."""
 
