@@ -23,6 +23,14 @@ def test_the_repetition_penalty_counts_prompt_and_output_the_others_output_only(
     assert as_dict(edits.current()) == {1: (2.0, 0.0), 2: (2.0, -0.75), 3: (2.0, -1.0)}
 
 
+@pytest.mark.parametrize("penalty", [5e-324, 1e-45, 1e-38])
+def test_the_least_penalties_leave_logits_finite(penalty):
+    edits = TokenEdits(SamplingParams(repetition_penalty=penalty), [1], frozenset())
+    edits.advance(2)
+    assert np.all(edits.current().scale > 0)
+    assert np.all(np.isfinite(np.float32(1e4) / edits.current().scale))
+
+
 def test_a_bad_word_is_banned_where_its_beginning_stands():
     edits = TokenEdits(SamplingParams(bad_words=((4,), (5, 6, 7))), [5, 6], frozenset())
     assert as_dict(edits.current()) == {4: (1.0, -np.inf), 7: (1.0, 0.0)}

@@ -15,6 +15,8 @@ from helix_gateway.core.step import Float32s, Int32s, LogitEdits
 
 _ROOM = 16
 """Slots that a sequence has for tokens of its output before they are doubled."""
+_LEAST_SCALE = 1e-30
+"""Logits are divided by a scale in float32: a smaller one would make them infinite, and the least there are zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class TokenEdits:
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int], stop_ids: frozenset[int]) -> None:
         self._params = params
+        self._penalty = max(params.repetition_penalty, _LEAST_SCALE)
         self._slots: dict[int, int] = {}
         self._output: list[int] = []
         self._stop_ids = sorted(stop_ids) if params.min_tokens else []
@@ -67,7 +70,7 @@ class TokenEdits:
         self._counts = np.zeros(len(ids) + _ROOM, np.int32)
         self._scale = np.ones(len(ids) + _ROOM, np.float32)
         if params.repetition_penalty != 1.0:
-            self._scale[[self._slots[token] for token in set(prompt)]] = params.repetition_penalty
+            self._scale[[self._slots[token] for token in set(prompt)]] = self._penalty
         self._penalised = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1, 0, 0)
         self._bans = bool(self._stop_ids or params.bad_words)
 
@@ -80,7 +83,7 @@ class TokenEdits:
         if slot is None:
             slot = self._new_slot(token_id)
         self._counts[slot] += 1
-        self._scale[slot] = self._params.repetition_penalty
+        self._scale[slot] = self._penalty
 
     def _new_slot(self, token_id: int) -> int:
         slot = self._slots[token_id] = len(self._slots)
