@@ -169,7 +169,7 @@ def _cors_headers(origin: str) -> dict[str, str]:
 def _preflight_headers(request: web.Request) -> dict[str, str]:
     wanted = request.headers.get("Access-Control-Request-Headers", "")
     headers = {
-        "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
+        "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
         "Access-Control-Allow-Headers": wanted if wanted and _header_names.fullmatch(wanted) else "*",
         "Access-Control-Max-Age": str(PREFLIGHT_AGE_S),
     }

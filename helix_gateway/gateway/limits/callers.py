@@ -46,7 +46,7 @@ class Caller:
 
     def _refuse_if_over(self) -> None:
         if self._most_at_once is not None and self.in_flight >= self._most_at_once:
-            raise self._refusal(f"{self.in_flight} requests are being answered at once", BUSY_RETRY_S)
+            raise self._refusal(f"at most {self._most_at_once} at once are answered", BUSY_RETRY_S)
         for unit, bucket in (("requests", self._requests), ("tokens", self._tokens)):
             if bucket is not None and (wait_s := bucket.wait_s(1.0)) > 0:
                 raise self._refusal(f"the {bucket.per_minute} {unit} of a minute are used up", wait_s)
