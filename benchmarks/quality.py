@@ -17,6 +17,7 @@ import torch
 from helix_gateway.core.step import StepBatch
 from helix_gateway.runtime.factory import load_runner
 from helix_gateway.runtime.model_source import resolve
+from helix_gateway.text.sample_text import sample_ids
 from helix_gateway.text.tokenizer import Tokenizer
 
 CHUNK = 256
@@ -114,7 +115,8 @@ def main():
     windows = windows_of(real_text(), Tokenizer.load(path), options.windows, options.length)
     results, reference = {}, None
     for name in options.candidates:
-        loaded = load_runner(path, device="cpu", max_tokens_in_use=2 * options.length, **CANDIDATES[name])
+        wanted = {"max_tokens_in_use": 2 * options.length, "sample_ids": sample_ids, **CANDIDATES[name]}
+        loaded = load_runner(path, device="cpu", **wanted)
         reading = read(loaded.runner, report.tracked(windows, name))
         reference = reference or reading
         results[name] = compare(reading, reference)

@@ -5,7 +5,7 @@ The one place that ties loading, products, attention and sampling together.  Kno
 
 import gc
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
@@ -15,11 +15,13 @@ import torch
 from typing_extensions import Required, Unpack
 
 from helix_gateway.core.errors import ModelLoadError, OutOfMemoryError
+from helix_gateway.runtime.checkpoints.replaced import with_blocks
 from helix_gateway.runtime.compiled_runner import CompiledRunner
 from helix_gateway.runtime.cpu.reading import Quantisation
 from helix_gateway.runtime.description import Description, Form, described_tensors, forget, read_parts, recall, remember
 from helix_gateway.runtime.device import free_memory_bytes, get_device
 from helix_gateway.runtime.heap import return_freed_blocks, returning_freed_memory
+from helix_gateway.runtime.kept_blocks import NamedBlocks
 from helix_gateway.runtime.kv_format import kv_dtype
 from helix_gateway.runtime.loading import load_model, open_checkpoint, resolve_dtype
 from helix_gateway.runtime.paged_runner import PagedRunner
@@ -78,6 +80,9 @@ class LoadOptions(TypedDict, total=False):
     """Tokens of the target's largest KV group in a page; 16 by default."""
     kv_cache_memory_bytes: int | None
     """Memory of the pool; by default half of what is free once the weights are there."""
+    sample_ids: Callable[[str], Sequence[int]] | None
+    """Tokens of some text, as the tokenizer of the model at a path has them; float models that become int4 are rounded for
+    it beside text of their own, and for that alone where there is none."""
     max_tokens_in_use: Required[int]
     """More KV than for so many tokens of each model is never taken, where the memory is not given."""
 
@@ -104,30 +109,56 @@ def load_runners(paths: Sequence[str], **options: Unpack[LoadOptions]) -> list[L
     if where.type == "cpu":
         # torch's own team of threads, spinning beside ours, makes a product of 50 µs take 8 ms; it is not even started.
         torch.set_num_threads(1)
-    known = _remembered(paths, where, options)
+    models = [_Wanted(path, _kept_blocks(path, where, options)) for path in paths]
+    known = _remembered(models, where, options)
     try:
         with returning_freed_memory():
-            runners = _recalled(paths, known, where, options) or _loaded(paths, known, where, options)
+            runners = _recalled(models, known, where, options) or _loaded(models, known, where, options)
     except OutOfMemoryError as error:
         raise ModelLoadError(_does_not_fit(_kv_memory_bytes(where, options), where, error)) from error
     step_tokens = _STEP_TOKENS_CPU if where.type == "cpu" else _STEP_TOKENS
     return [LoadedRunner(runner, runner.context_length, step_tokens) for runner in runners]
 
 
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A model that is to be loaded."""
+
+    path: str
+    kept: NamedBlocks | None
+    """What its matrices have been rounded to, if anything."""
+
+
+def _kept_blocks(path: str, device: torch.device, options: LoadOptions) -> NamedBlocks | None:
+    """A float model's matrices in four bits, where these are asked for and can be had."""
+    quantisation = resolve_quantisation(device, options.get("dtype", "auto"), options.get("quantization", "auto"))
+    if quantisation != "int4" or not Path(path).is_dir():
+        return None
+    from helix_gateway.runtime.four_bit_model import TEXT_TOKENS, four_bits_of
+
+    def load_int8(path: str) -> PagedRunner:
+        return load_runner(path, device="cpu", quantization="int8", max_tokens_in_use=TEXT_TOKENS).runner
+
+    return four_bits_of(path, load_int8, options.get("sample_ids"))
+
+
 def _recalled(
-    paths: Sequence[str], known: Sequence[Remembered], device: torch.device, options: LoadOptions
+    models: Sequence[_Wanted], known: Sequence[Remembered], device: torch.device, options: LoadOptions
 ) -> Sequence[PagedRunner] | None:
     """Runners as an earlier start has written them down, without transformers; None where that cannot be."""
     try:
         descriptions = [_recalled_description(each) for each in known]
         if None in descriptions:
             return None
-        return _described_runners(paths, known, [each for each in descriptions if each], device, options)
+        return _described_runners(models, known, [each for each in descriptions if each], device, options)
     except OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever it is, the files are there to tell
         log.warning(
-            "quick_start_failed", models=list(paths), reason=f"{type(error).__name__}: {error}", remedy="checked again"
+            "quick_start_failed",
+            models=[each.path for each in models],
+            reason=f"{type(error).__name__}: {error}",
+            remedy="checked again",
         )
         for each in known:
             forget(each)  # should nothing be written down in its place, no later start is to fail by it again
@@ -143,16 +174,18 @@ def _recalled_description(known: Remembered) -> Description | None:
 
 
 def _described_runners(
-    paths: Sequence[str],
+    models: Sequence[_Wanted],
     known: Sequence[Remembered],
     descriptions: Sequence[Description],
     device: torch.device,
     options: LoadOptions,
 ) -> list[CompiledRunner]:
     parts = []
-    for path, description in zip(paths, descriptions, strict=True):
-        tensors = described_tensors(description, open_checkpoint(path))
-        with terminal_bar(f"Loading {Path(path).name}", sum(tensor.nbytes for tensor in tensors.values())) as report:
+    for model, description in zip(models, descriptions, strict=True):
+        tensors = with_blocks(described_tensors(description, open_checkpoint(model.path)), model.kept)
+        with terminal_bar(
+            f"Loading {Path(model.path).name}", sum(tensor.nbytes for tensor in tensors.values())
+        ) as report:
             parts.append(read_parts(description, tensors, report))
     pages = lay_out_pool([each.uses for each in descriptions], **_pool_options(device, options, descriptions[0].form))
     return [
@@ -162,24 +195,24 @@ def _described_runners(
 
 
 def _loaded(
-    paths: Sequence[str], known: Sequence[Remembered], device: torch.device, options: LoadOptions
+    models: Sequence[_Wanted], known: Sequence[Remembered], device: torch.device, options: LoadOptions
 ) -> Sequence[PagedRunner]:
     """Runners of transformers' models; what these turn out to be is written down for the next start."""
     dtype, requested = options.get("dtype", "auto"), options.get("quantization", "auto")
     quantisation = resolve_quantisation(device, dtype, requested)
     if quantisation is None:
-        loaded = [_load_packed(path, device, resolve_dtype(path, dtype)) for path in paths]
+        loaded = [_load_packed(each.path, device, resolve_dtype(each.path, dtype)) for each in models]
     elif requested == "auto":
-        loaded = [_load_quantised_or_packed(path, device, quantisation) for path in paths]
+        loaded = [_load_quantised_or_packed(each, device, quantisation) for each in models]
     else:
-        loaded = [_load_quantised(path, device, quantisation) for path in paths]
+        loaded = [_load_quantised(each, device, quantisation) for each in models]
     for each, own in zip(loaded, known, strict=True):
         own.hold_to(_MODULES, _modules_of(each.model))
     pool = _pool_options(device, options, loaded[0].form)
     runners = make_runners([each.model for each in loaded], remembered=known, **pool)
     if device.type == "cpu":
-        for path, runner, each in zip(paths, runners, loaded, strict=True):
-            _write_down(path, runner, each.form)
+        for wanted, runner, each in zip(models, runners, loaded, strict=True):
+            _write_down(wanted.path, runner, each.form)
     return runners
 
 
@@ -242,10 +275,11 @@ def _kv_beside(target: Form, dtype: str) -> torch.dtype:
     return torch.int8 if target.quantisation is not None and dtype == "auto" else target.torch_dtype
 
 
-def _load_quantised_or_packed(path: str, device: torch.device, quantisation: Quantisation) -> _LoadedModel:
+def _load_quantised_or_packed(wanted: _Wanted, device: torch.device, quantisation: Quantisation) -> _LoadedModel:
     """Quantised where that can be, since nobody asked for it by name; else as its file has it, and said so."""
+    path = wanted.path
     try:
-        return _load_quantised(path, device, quantisation)
+        return _load_quantised(wanted, device, quantisation)
     except NotQuantisableError as error:
         log.warning("not_quantised", model=path, reason=str(error))
     # Only now, without the error: its traceback holds all that was read.
@@ -254,15 +288,18 @@ def _load_quantised_or_packed(path: str, device: torch.device, quantisation: Qua
     return _load_packed(path, device, resolve_dtype(path, "auto"))
 
 
-def _load_quantised(path: str, device: torch.device, quantisation: Quantisation) -> _LoadedModel:
+def _load_quantised(wanted: _Wanted, device: torch.device, quantisation: Quantisation) -> _LoadedModel:
     from helix_gateway.runtime.cpu.quantising import quantise_model
 
+    # Kept blocks are taken as a file's own; what there is none of, a table of tokens, becomes int8 in both ways.
+    form = Form("float32", quantisation if wanted.kept is None else "file")
+
     def quantise(model: "PreTrainedModel", promises: Promises) -> None:
-        quantise_model(model, quantisation, promises)
+        quantise_model(model, form.quantisation, promises)  # type: ignore[arg-type]
 
     # What is rounded to int8 is float32 before and after.
-    model = load_model(path, device=device, dtype=torch.float32, quantise=quantise)
-    return _LoadedModel(model, Form("float32", quantisation))
+    model = load_model(wanted.path, device=device, dtype=torch.float32, quantise=quantise, kept=wanted.kept)
+    return _LoadedModel(model, form)
 
 
 def _load_packed(path: str, device: torch.device, dtype: torch.dtype) -> _LoadedModel:
@@ -275,16 +312,19 @@ def _load_packed(path: str, device: torch.device, dtype: torch.dtype) -> _Loaded
     return _LoadedModel(model, Form("bfloat16" if dtype == torch.bfloat16 else "float32", None))
 
 
-def _remembered(paths: Sequence[str], device: torch.device, options: LoadOptions) -> list[Remembered]:
+def _remembered(models: Sequence[_Wanted], device: torch.device, options: LoadOptions) -> list[Remembered]:
     """What is known of each model as it is served here; of other devices than CPUs nothing is remembered."""
     if device.type != "cpu":
-        return [NothingRemembered() for _ in paths]
+        return [NothingRemembered() for _ in models]
     settings = [options.get(name, default) for name, default in _TOLD_APART.items()]
     # Models of one pool share its pages: how these lie is the target's affair.
-    files = [file_identities(path) for path in paths]
+    files = [file_identities(each.path) for each in models]
     around = {"target": files[0], "settings": settings, **surroundings()}
     return [
-        Remembered({"place": place, "files": own, **around}, remembered_folder()) for place, own in enumerate(files)
+        Remembered(
+            {"place": place, "files": own, "rounded": each.kept and each.kept.digest, **around}, remembered_folder()
+        )
+        for place, (each, own) in enumerate(zip(models, files, strict=True))
     ]
 
 

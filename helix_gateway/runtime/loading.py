@@ -17,6 +17,7 @@ import torch
 
 from helix_gateway.core.errors import ModelLoadError
 from helix_gateway.runtime.checkpoints.protocol import Blocks, Checkpoint, StoredTensor
+from helix_gateway.runtime.checkpoints.replaced import KeptBlocks, with_blocks
 from helix_gateway.runtime.progress import Progress, Report, terminal_bar
 from helix_gateway.runtime.promises import Promises
 
@@ -45,6 +46,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
     quantise: Quantise | None = None,
+    kept: KeptBlocks | None = None,
     progress: Progress = terminal_bar,
 ) -> "PreTrainedModel":
     """Return a transformers causal language model in eval mode.
@@ -55,6 +57,7 @@ def load_model(
         dtype: of the parameters; None: as `resolve_dtype` chooses.
         attn_implementation: the name under which attention is registered with transformers; None: its default.
         quantise: the matrices are not read with the rest, but by this; on a CPU only, in float32.
+        kept: blocks that are taken for the files' own.
         progress: shown while the weights are read, matrices too.
 
     Raises:
@@ -64,7 +67,7 @@ def load_model(
         checkpoint = open_checkpoint(path)
         config = checkpoint.config()
         model_class = _model_class(path, config)
-        stored = checkpoint.tensors(lambda: _parameter_names(model_class, config))
+        stored = with_blocks(checkpoint.tensors(lambda: _parameter_names(model_class, config)), kept)
         wanted = _auto_dtype(checkpoint) if dtype is None else dtype
         options: dict[str, Any] = {"dtype": wanted}
         if attn_implementation is not None:

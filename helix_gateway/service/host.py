@@ -31,6 +31,7 @@ from helix_gateway.service.settings import EngineSettings
 from helix_gateway.service.speculation import DraftModel, make_speculation, wants_draft_model, wants_self_drafter
 from helix_gateway.service.stops import stop_condition
 from helix_gateway.service.warm_up import warm_up
+from helix_gateway.text.sample_text import sample_ids
 from helix_gateway.text.tokenizer import Tokenizer
 from helix_gateway.text.translation.choice import translate_vocabularies
 
@@ -172,6 +173,7 @@ def _load(settings: EngineSettings, tokenizer: Tokenizer) -> tuple[LoadedRunner,
         kv_cache_dtype=settings.kv_cache_dtype,
         block_size=settings.block_size,
         kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
+        sample_ids=sample_ids,
         max_tokens_in_use=settings.max_num_seqs * (settings.max_model_len or 2**20),
     )
     draft_models = [

@@ -15,9 +15,9 @@ from helix_gateway.runtime.cpu.quantised_kernels import GROUP_INPUTS
 LARGEST = 15
 """The last step."""
 # What a group's range is divided into, from a little less than its extremes need to steps that leave out the outermost.
-_DISTANCES = tuple(np.float32(LARGEST + 0.35 * tried) for tried in range(-2, 10))
+DISTANCES = tuple(np.float32(LARGEST + 0.35 * tried) for tried in range(-2, 10))
 # Groups that are worked on together: the lanes of all that follows, so that no sum depends on vectors.
-_LANES = 64
+LANES = 64
 _ZERO, _TOP, _COUNT = np.float32(0.0), np.float32(LARGEST), np.float32(GROUP_INPUTS)
 
 
@@ -25,7 +25,7 @@ _ZERO, _TOP, _COUNT = np.float32(0.0), np.float32(LARGEST), np.float32(GROUP_INP
 def _steps(weights, minima, inverses, steps):  # type: ignore[no-untyped-def]
     """The nearest steps of weights [32, lanes]."""
     for i in range(GROUP_INPUTS):
-        for lane in range(_LANES):
+        for lane in range(LANES):
             step = np.rint((weights[i, lane] - minima[lane]) * inverses[lane])
             steps[i, lane] = min(max(step, _ZERO), _TOP)
 
@@ -33,7 +33,7 @@ def _steps(weights, minima, inverses, steps):  # type: ignore[no-untyped-def]
 @njit(cache=True)
 def _fit(weights, steps, scales, minima):  # type: ignore[no-untyped-def]
     """Scales and minima of least squares for given steps; a group whose steps are all one is its mean."""
-    for lane in range(_LANES):
+    for lane in range(LANES):
         total, squares, products, mean = _ZERO, _ZERO, _ZERO, _ZERO
         for i in range(GROUP_INPUTS):
             total += steps[i, lane]
@@ -55,7 +55,7 @@ def _error(weights, steps, scales, minima, lane):  # type: ignore[no-untyped-def
 
 
 @njit(cache=True)
-def _rounded(number):  # type: ignore[no-untyped-def]
+def as_float16(number):  # type: ignore[no-untyped-def]
     """To the 11 bits of a float16 (Dekker 1971, splitting)."""
     scaled = number * np.float32(2**13 + 1)
     return scaled - (scaled - number)
@@ -64,11 +64,11 @@ def _rounded(number):  # type: ignore[no-untyped-def]
 @njit(cache=True)
 def _keep_better(weights, steps, inverses, tried, best):  # type: ignore[no-untyped-def]
     """Where the scales and minima that are tried, as they will be stored, leave a smaller error, they are the best."""
-    for lane in range(_LANES):
-        tried[0, lane], tried[1, lane] = _rounded(tried[0, lane]), _rounded(tried[1, lane])
+    for lane in range(LANES):
+        tried[0, lane], tried[1, lane] = as_float16(tried[0, lane]), as_float16(tried[1, lane])
         inverses[lane] = np.float32(1.0) / tried[0, lane] if tried[0, lane] > _ZERO else _ZERO
     _steps(weights, tried[1], inverses, steps)
-    for lane in range(_LANES):
+    for lane in range(LANES):
         error = _error(weights, steps, tried[0], tried[1], lane)
         if error < best[2, lane]:
             best[0, lane], best[1, lane], best[2, lane] = tried[0, lane], tried[1, lane], error
@@ -77,16 +77,16 @@ def _keep_better(weights, steps, inverses, tried, best):  # type: ignore[no-unty
 @njit(cache=True)
 def _search(weights, steps, inverses, tried, best):  # type: ignore[no-untyped-def]
     """The best scales, minima and errors (`best`) of 64 groups; tried: room for those of one distance."""
-    least, span = np.empty(_LANES, np.float32), np.empty(_LANES, np.float32)
-    for lane in range(_LANES):
+    least, span = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    for lane in range(LANES):
         least[lane] = weights[:, lane].min()
         span[lane] = weights[:, lane].max() - least[lane]
         best[0, lane], best[1, lane], best[2, lane] = _ZERO, least[lane], np.inf
         tried[0, lane], tried[1, lane] = span[lane] / _TOP, least[lane]
     # What lies on a grid already, least squares might move by a last bit.
     _keep_better(weights, steps, inverses, tried, best)
-    for distance in _DISTANCES:
-        for lane in range(_LANES):
+    for distance in DISTANCES:
+        for lane in range(LANES):
             inverses[lane] = distance / span[lane] if span[lane] > _ZERO else _ZERO
         _steps(weights, least, inverses, steps)
         _fit(weights, steps, tried[0], tried[1])
@@ -95,15 +95,15 @@ def _search(weights, steps, inverses, tried, best):  # type: ignore[no-untyped-d
 
 @njit(cache=True, parallel=True)
 def _search_all(threads, groups, scales, minima):  # type: ignore[no-untyped-def]
-    blocks = (len(groups) + _LANES - 1) // _LANES
+    blocks = (len(groups) + LANES - 1) // LANES
     for thread in prange(threads):
-        both = np.zeros((2, GROUP_INPUTS, _LANES), np.float32)
+        both = np.zeros((2, GROUP_INPUTS, LANES), np.float32)
         weights, steps = both[0], both[1]
-        room = np.zeros((6, _LANES), np.float32)
+        room = np.zeros((6, LANES), np.float32)
         inverses, tried, best = room[0], room[1:3], room[3:]
         for block in range(blocks * thread // threads, blocks * (thread + 1) // threads):
-            first = block * _LANES
-            count = min(_LANES, len(groups) - first)
+            first = block * LANES
+            count = min(LANES, len(groups) - first)
             weights[:, :count] = groups[first : first + count].T
             _search(weights, steps, inverses, tried, best)
             scales[first : first + count] = best[0, :count]

@@ -5,7 +5,7 @@ in memory.  A GGUF's blocks are taken as they are where that is asked for and ca
 tokens is made of gets eight bits also where layers get four: it is read a row at a time, or decides between tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,22 +32,39 @@ def quantise_model(model: Any, quantisation: Quantisation, promises: Promises) -
     Raises:
         ModelLoadError: a matrix cannot be read.
     """
-    replacements: dict[nn.Module, nn.Module] = {}
+    _quantise(model, _all_matrices(model), quantisation, promises)
+    promises.fulfil(model)
+
+
+def quantise_some(model: Any, wanted: Callable[[list[Holder]], bool], promises: Promises) -> None:
+    """Quantise to int8 what the wanted matrices are, by the modules that hold each; all others stay."""
+    _quantise(model, [holders for holders in _all_matrices(model) if wanted(holders)], "int8", promises)
+
+
+def _all_matrices(model: Any) -> list[list[Holder]]:
     tokens = model.get_input_embeddings()
     groups = matrices(model)
     if is_holder(tokens) and not any(tokens in holders for holders in groups):
         groups.append([tokens])
+    return groups
+
+
+def _quantise(model: Any, groups: list[list[Holder]], quantisation: Quantisation, promises: Promises) -> None:
+    replacements: dict[nn.Module, nn.Module] = {}
     for holders in groups:
         weight = _quantised(holders, _kind_for(holders, model, quantisation), promises)
         replacements.update(stand_ins(holders, weight))
     replace_modules(model, replacements)
-    promises.fulfil(model)
+
+
+def is_table(holders: list[Holder], model: Any) -> bool:
+    """Whether a matrix, of the modules that hold it, is an output embedding or a table of tokens."""
+    head = model.get_output_embeddings()
+    return any(module is head or isinstance(module, nn.Embedding) for module in holders)
 
 
 def _kind_for(holders: list[Holder], model: Any, quantisation: Quantisation) -> Quantisation:
-    head = model.get_output_embeddings()
-    is_table = any(module is head or isinstance(module, nn.Embedding) for module in holders)
-    return of_table(quantisation) if is_table else quantisation
+    return of_table(quantisation) if is_table(holders, model) else quantisation
 
 
 def _quantised(holders: list[Holder], quantisation: Quantisation, promises: Promises) -> QuantisedWeight:
