@@ -102,7 +102,7 @@ async def test_a_key_with_too_many_requests_at_once_is_refused_until_one_ends():
         asking = asyncio.create_task(gateway.answer(CHAT, chat_body(), headers=bearer("one")))
         await until(lambda: gateway.service.open)
         async with gateway.post(CHAT, chat_body(), headers=bearer("one")) as response:
-            assert "1 requests" in await refusal_of(response)
+            assert "at most 1 at once" in await refusal_of(response)
         asking.cancel()
         await until(lambda: not gateway.service.open)
         gateway.service.script = None
