@@ -41,22 +41,27 @@ def test_the_depths_are_the_best_of_all_there_are(seed, worth_it, share):
         tokens = num_decodes + sum(chances[i, : depths[i]].sum() for i in range(num_drafts))
         return tokens / costs.seconds_for(num_decodes + sum(depths))
 
-    chosen = _best_depths(chances, num_decodes, costs.rows, costs.seconds, worth_it)
+    chosen = _best_depths(chances, num_decodes, costs.rows, costs.seconds, worth_it, 1000)
     best = max(map(rate, itertools.product(range(depth + 1), repeat=int(num_drafts))))
     assert share * best <= rate(chosen) <= (1 + 1e-9) * best
 
 
 def test_what_promises_too_little_is_left():
     costs = StepCosts({1: 0.010, 2: 0.020, 32: 0.320})
-    assert _best_depths(np.array([[0.9, 0.81]]), 1, costs.rows, costs.seconds, 1.02).tolist() == [0]
+    assert _best_depths(np.array([[0.9, 0.81]]), 1, costs.rows, costs.seconds, 1.02, 1000).tolist() == [0]
 
 
 def test_costs_never_fall_with_rows_whatever_was_measured():
     costs = StepCosts({1: 0.010, 4: 0.008, 8: 0.030})
-    assert costs.seconds_for(4) == pytest.approx(0.010)
+    assert costs.seconds_for(1) == costs.seconds_for(4) == pytest.approx(0.008)
     for seconds in (1e-6, 1.0, 0.5, 1e-3):
         costs.observe(8, seconds)
         assert (np.diff(costs.seconds) >= 0).all()
+
+
+def test_one_step_that_was_held_up_while_it_was_measured_makes_no_other_dear():
+    costs = StepCosts({1: 0.010, 2: 0.040, 4: 0.011, 8: 0.012})
+    assert [costs.seconds_for(rows) for rows in (1, 2, 4, 8)] == pytest.approx([0.010, 0.011, 0.011, 0.012])
 
 
 def test_costs_follow_what_steps_take_and_do_not_believe_one_that_was_held_up():
@@ -135,9 +140,48 @@ def test_one_good_draft_among_many_is_verified_though_it_hardly_changes_the_whol
     alone = np.array([[0.95]])
     gain = (32.95 / costs.seconds_for(33)) / (32 / costs.seconds_for(32))
     assert 1.0 < gain < 1.02
-    assert _best_depths(alone, 32, costs.rows, costs.seconds, 1.02).tolist() == [0]
+    assert _best_depths(alone, 32, costs.rows, costs.seconds, 1.02, 1000).tolist() == [0]
     cheaper = StepCosts({32: 0.052, 64: 0.086})
-    assert _best_depths(alone, 32, cheaper.rows, cheaper.seconds, 1.02).tolist() == [1]
+    assert _best_depths(alone, 32, cheaper.rows, cheaper.seconds, 1.02, 1000).tolist() == [1]
+
+
+def chosen_at_first(costs, confidence, num_decodes=4):
+    """Depths at the first step at which anything is drafted, and the policy."""
+    policy = AdaptiveDepth(StepCosts(costs), max_depth=32)
+    crowd = [sequence_of(name) for name in range(num_decodes)]
+    drafts = [draft([confidence] * 32) for _ in crowd]
+    return sum(policy.choose(crowd, drafts, num_decodes)), policy, crowd, drafts
+
+
+def test_drafts_that_nothing_is_known_of_are_tried_for_a_quarter_of_a_step_whatever_they_promise():
+    dear = {1: 0.010, 4: 0.040, 64: 0.640}  # each row a quarter of a step of four
+    tried, policy, crowd, drafts = chosen_at_first(dear, 0.01)
+    assert tried == 1
+    for _ in range(8):
+        policy.learn(crowd[0], drafts[0], np.array([49], np.int32))
+    assert policy.choose(crowd, drafts, 4) == [0] * 4
+    assert chosen_at_first({1: 0.010, 4: 0.040, 64: 0.0499}, 0.01)[0] >= 60
+    assert chosen_at_first({1: 0.010, 4: 0.040, 5: 0.052, 64: 0.9}, 0.01)[0] == 0
+
+
+def test_however_much_they_promise_they_take_no_longer_than_the_step_until_something_is_known():
+    twice = {1: 0.010, 4: 0.011, 12: 0.020, 13: 0.023, 64: 0.030, 132: 0.040}
+    tried, policy, crowd, drafts = chosen_at_first(twice, 0.99)
+    assert tried == 8
+    for one, each in zip(crowd, drafts):
+        policy.learn(one, each, np.array([*range(3), 49], np.int32)[:3])
+    assert sum(policy.choose(crowd, drafts, 4)) > 60
+
+
+def test_who_comes_while_drafts_are_in_vain_for_all_has_one_try():
+    policy = AdaptiveDepth(StepCosts({1: 0.001, 64: 0.0011, 4096: 0.01}), max_depth=8)
+    early, late, later = sequence_of("early"), sequence_of("late"), sequence_of("later")
+    first = asked_in(policy, [early], 20)[:, 0]
+    assert first[:4].all()
+    assert not first[4:8].any()
+    assert asked_in(policy, [early, late], 4)[:, 1].sum() <= 2
+    policy.choose([early], [draft([0.99] * 8)], 1)  # now they pay for one
+    assert asked_in(policy, [early, later], 4)[:, 1].sum() == 3  # as many as the one there has left
 
 
 def test_where_little_can_be_won_little_is_tried():

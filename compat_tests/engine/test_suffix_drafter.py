@@ -193,8 +193,8 @@ def test_a_prediction_of_4000_tokens_with_40_lines_changed_keeps_nine_in_ten_of_
 
     before, after = tokens(lines), tokens(edited)
     assert 3500 < len(before) < 4500
-    accepted, _ = follow_all(before, after, 16)
-    assert accepted > 0.9 * len(tokens(kept)) * 15 / 16  # of each window the bonus token is no draft
+    accepted, _ = follow_all(before, after, 32)
+    assert accepted > 0.9 * len(tokens(kept))  # though each window's bonus token is no draft
 
 
 def test_an_output_that_jumps_far_is_found_again():

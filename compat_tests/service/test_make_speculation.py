@@ -102,10 +102,10 @@ def test_costs_of_another_shape_than_the_known_ones_are_measured_anew(clock, mon
 
 
 def test_one_step_that_was_held_up_while_it_was_measured_is_found_out(clock, monkeypatch, tmp_path):
-    monkeypatch.setattr(Counted, "held_up_s", {32: 1.0})
+    monkeypatch.setattr(Counted, "held_up_s", {64: 1.0})
     held_up, _ = start(Remembered({}, tmp_path))
-    assert held_up.seconds_for(32) > 1
+    assert held_up.seconds_for(64) > 1
     monkeypatch.setattr(Counted, "held_up_s", {})
     for _ in range(40):  # each start looks at another one
         costs, _ = start(Remembered({}, tmp_path))
-    assert costs.seconds_for(32) == pytest.approx(0.032)
+    assert costs.seconds_for(64) == pytest.approx(0.064)

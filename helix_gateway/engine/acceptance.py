@@ -80,6 +80,8 @@ class AcceptanceModel:
         self._sums = np.empty((0, _SUMS))
         self._placed_accepted = np.empty((0, _PLACES))
         self._placed_seen = np.empty((0, _PLACES))
+        self._num_told: list[int] = []
+        """By source, how often it was ever seen how far its drafts go: at a token behind the first, or as the first was wrong."""
         self._records: dict[Hashable, dict[str, _Record]] = {}
 
     def probabilities(self, keys: Sequence[Hashable], drafts: Sequence[DraftTokens]) -> Float64s:
@@ -100,6 +102,10 @@ class AcceptanceModel:
         factors = np.array([self._factor(key, source) for key in keys])
         chances = np.minimum(_MOST, shares[columns][None, :] * factors[:, None])
         return np.multiply.accumulate(chances, axis=1)
+
+    def is_known(self, source: str) -> bool:
+        """Whether anything is known of how far a source's drafts go: first tokens that are right do not tell it."""
+        return self._num_told[self._source(source)] >= _FIRST_TOKENS
 
     def fade(self, source: str, share: float) -> None:
         """Forget a share of how a source's tokens fared by place: who is never asked has to be tried again some day."""
@@ -131,6 +137,7 @@ class AcceptanceModel:
         )
         told = min(len(choices), len(draft.token_ids))
         _count_places(self._placed_accepted[source], self._placed_seen[source], int(accepted), told)
+        self._num_told[source] += min(int(accepted) + 1, told) - 1 if accepted else 1
         kept = np.exp(-1.0 / _SEQUENCE_MEMORY) ** min(len(choices), len(draft.token_ids))
         record.accepted = record.accepted * kept + accepted
         record.expected = record.expected * kept + expected
@@ -157,6 +164,7 @@ class AcceptanceModel:
             untried = np.full((1, _PLACES), _UNTRIED_PRIOR)
             self._placed_accepted = np.concatenate([self._placed_accepted, _UNTRIED_OF.get(name, _UNTRIED) * untried])
             self._placed_seen = np.concatenate([self._placed_seen, untried])
+            self._num_told.append(0)
         return number
 
 

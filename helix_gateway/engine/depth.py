@@ -25,6 +25,11 @@ _WORTH_ITS_ROWS = 1.25
 few among many:"""
 _FEW = 0.25
 """so much of what else they must promise is then enough."""
+_TRIAL = 0.25
+"""Of a plain step's time, what drafts of which nothing is known yet take, whatever they promise, to find out in a few steps:
+with a tenth, a source that is always right was found out too late for 4 % (docs/log.md)."""
+_LONGEST_TRIAL = 1.0
+"""Of a plain step's time, what they take at most, much as they promise: all sequences of a step are wrong about them at once."""
 _PROMISES_PRIOR = 8.0
 """Tokens."""
 _PROMISES_KEPT = 0.97
@@ -174,8 +179,16 @@ class AdaptiveDepth:
         if patience is None:
             if not sequence.request.prediction_token_ids and not self._is_worth_reading(sequence, prospect):
                 return False
-            patience = self._patience[sequence.key] = _Patience()
+            patience = self._patience[sequence.key] = self._newcomers_patience(prospect)
         return patience.is_turn(prospect, self._step)
+
+    def _newcomers_patience(self, prospect: "_Prospect") -> "_Patience":
+        """As many tries as whoever has most left, and one at least.
+
+        Where drafts are in vain for all who are there, they likely are for another too.
+        """
+        fruitless = min((patience.fruitless for patience in self._patience.values()), default=0)
+        return _Patience(fruitless=min(fruitless, prospect.tries - 1))
 
     def _is_worth_reading(self, sequence: Sequence, prospect: "_Prospect") -> bool:
         """Whether drafters should read a sequence at all, for what may come of it."""
@@ -203,7 +216,8 @@ class AdaptiveDepth:
         """See `DepthPolicy`."""
         chances = self._acceptance.probabilities([sequence.key for sequence in sequences], drafts)
         believed = chances * min(1.0, max(_LEAST_BELIEVED, self._brought / self._promised))
-        depths = _best_depths(believed, num_decodes, self._costs.rows, self._costs.seconds, WORTH_IT)
+        least, most = self._rows_tried(drafts, num_decodes)
+        depths = _best_depths(believed, num_decodes, self._costs.rows, self._costs.seconds, WORTH_IT, most)
         for sequence, depth, promise in zip(sequences, depths, _promises(chances, depths), strict=True):
             if depth:
                 self._promises[sequence.key] = float(promise)
@@ -211,8 +225,19 @@ class AdaptiveDepth:
         if not depths.any():  # what is not tried is not held against drafts for ever
             self._promised += (1 - _PROMISES_KEPT) * (_PROMISES_PRIOR - self._promised)
             self._brought += (1 - _PROMISES_KEPT) * (_PROMISES_PRIOR - self._brought)
-        least = [min(self._min_depth, len(draft.token_ids)) for draft in drafts]
-        return [max(int(depth), floor) for depth, floor in zip(depths, least, strict=True)]
+        depths = np.maximum(depths, _likeliest(believed, least - num_decodes))
+        floors = [min(self._min_depth, len(draft.token_ids)) for draft in drafts]
+        return [max(int(depth), floor) for depth, floor in zip(depths, floors, strict=True)]
+
+    def _rows_tried(self, drafts: Ordered[DraftTokens], num_decodes: int) -> tuple[int, int]:
+        """How many rows a step has at least and at most, as far as that does not go by what drafts promise."""
+        most = num_decodes * (1 + self._max_depth)
+        if any(self._acceptance.is_known(draft.source) for draft in drafts):
+            return num_decodes, most
+        rows = np.arange(num_decodes, most + 1)
+        seconds = np.interp(rows, self._costs.rows, self._costs.seconds)
+        first, last = (int(rows[seconds <= (1 + share) * seconds[0]][-1]) for share in (_TRIAL, _LONGEST_TRIAL))
+        return first, last
 
     def excuse(self, sequence: Sequence) -> None:
         """See `DepthPolicy`."""
@@ -300,13 +325,29 @@ def _promises(chances, depths):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def _best_depths(chances, num_decodes, knots, seconds, worth_it):  # type: ignore[no-untyped-def]
+def _likeliest(chances, num_tokens):  # type: ignore[no-untyped-def]
+    """Depths [num_drafts] of so many draft tokens in all, the likeliest there are."""
+    num_drafts, longest = chances.shape
+    depths = np.zeros(num_drafts, np.int64)
+    following = chances[:, 0].copy()
+    for _ in range(min(num_tokens, num_drafts * longest)):
+        likeliest = following.argmax()
+        if following[likeliest] <= 0.0:
+            break
+        depths[likeliest] += 1
+        following[likeliest] = chances[likeliest, depths[likeliest]] if depths[likeliest] < longest else 0.0
+    return depths
+
+
+@numba.njit(cache=True)
+def _best_depths(chances, num_decodes, knots, seconds, worth_it, most_rows):  # type: ignore[no-untyped-def]
     """Depths [num_drafts] with the most expected tokens a second; all 0 where that is not worth it.
 
     Args:
         chances: float64 [num_drafts, longest draft], falling along each row, 0 behind a draft's end.
         num_decodes: tokens that the step yields and rows that it has without drafts.
         knots, seconds: costs by rows.
+        most_rows: no more are looked at.
     """
     num_drafts, longest = chances.shape
     depths = np.zeros(num_drafts, np.int64)
@@ -317,7 +358,7 @@ def _best_depths(chances, num_decodes, knots, seconds, worth_it):  # type: ignor
     plain_s = np.interp(float(num_decodes), knots, seconds)
     plain_rate = tokens / plain_s
     best_rate, best_rows = plain_rate, num_decodes
-    for rows in range(num_decodes + 1, num_decodes + 1 + num_drafts * longest):
+    for rows in range(num_decodes + 1, min(most_rows, num_decodes + num_drafts * longest) + 1):
         likeliest = following.argmax()
         chance = following[likeliest]
         cost = np.interp(float(rows), knots, seconds)

@@ -37,8 +37,9 @@ _MOST_AT_ONCE = 0.3
 """Largest difference, as a logarithm, that one step is believed."""
 _HELD_UP = 0.8
 """A step that differs by more was more likely held up than that it tells of costs: it is believed the less for it."""
-_IN_PROPORTION = 0.95
-"""Of what twice the rows would cost at twice the price: from there on `StepCosts` needs no more figures."""
+_IN_PROPORTION = 0.98
+"""Of what twice the rows would cost at twice the price: from there on `StepCosts` needs no more figures.  What is cheaper by less
+no draft is verified for (`depth.WORTH_IT`)."""
 _SURE_FROM = 64
 """Rows below which that may be the step from one kernel to another."""
 _FEW_ROWS = 8
@@ -59,7 +60,9 @@ class StepCosts:
 
     def __init__(self, measured_s: dict[int, float]) -> None:
         rows = np.array(sorted(measured_s), np.float64)
-        seconds = np.maximum.accumulate(np.array([measured_s[int(count)] for count in rows]))
+        # More rows never cost less, and what holds a step up makes it longer, never shorter: so no step costs more than what one
+        # of more rows was seen to take.
+        seconds = np.minimum.accumulate(np.array([measured_s[int(count)] for count in rows])[::-1])[::-1]
         self.rows: Float64s = np.array(KNOTS, np.float64)
         self._shape: Float64s = np.interp(self.rows, rows, seconds)
         beyond = self.rows > rows[-1]
