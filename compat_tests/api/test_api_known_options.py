@@ -1,5 +1,8 @@
 """Options that were checked once are known again: nobody notices but by the clock."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from conftest import chat_body
 
@@ -93,3 +96,38 @@ def test_no_more_than_so_many_are_kept_and_none_that_are_long(monkeypatch):
     long = key_of(ChatRequest, {"prediction": b"x" * (known_options.MOST_BYTES + 1)})
     known.remember(long, request)
     assert known.find(long) is None
+
+
+@pytest.fixture
+def hasty_threads():
+    """Threads that take turns after a few operations."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def test_several_threads_may_remember_at_once(monkeypatch, hasty_threads):
+    monkeypatch.setattr(known_options, "MOST_KNOWN", 4)
+    known = KnownOptions()
+    request = parse_body(b'{"messages": [{"role": "user", "content": "x"}]}', ChatRequest).fields
+
+    def remember(thread):
+        for number in range(5000):
+            key = key_of(ChatRequest, {"top_k": b"%d" % (5000 * thread + number)})
+            known.remember(key, request)
+            known.find(key)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(remember, range(4)))
+    assert len(known._checked) == 4
+
+
+def test_options_that_are_remembered_again_put_out_no_others(monkeypatch):
+    monkeypatch.setattr(known_options, "MOST_KNOWN", 2)
+    known = KnownOptions()
+    request = parse_body(b'{"messages": [{"role": "user", "content": "x"}]}', ChatRequest).fields
+    first, second = (key_of(ChatRequest, {"top_k": top_k}) for top_k in (b"1", b"2"))
+    for key in (first, second, second):
+        known.remember(key, request)
+    assert known.find(first) is not None

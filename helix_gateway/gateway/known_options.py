@@ -7,6 +7,7 @@ for all of it.  Knows nothing about what the fields mean, and keeps neither prom
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from threading import Lock
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -36,6 +37,8 @@ class KnownOptions:
 
     def __init__(self) -> None:
         self._checked: dict[Key, Checked] = {}
+        self._changes = Lock()
+        """Held while options come and go; they are looked up without it, which one call of a dict does in one piece."""
 
     def find(self, key: Key) -> Checked | None:
         """Those options, where they are known."""
@@ -45,10 +48,14 @@ class KnownOptions:
         """Take options that are right, and keep them if they are short; of too many the first are forgotten."""
         checked = Checked(options, (*options.overruled(), *options.unknown_below()))
         if sum(len(value) for _, value in key[1]) <= MOST_BYTES:
-            while len(self._checked) >= MOST_KNOWN:
-                self._checked.pop(next(iter(self._checked), key), None)
-            self._checked[key] = checked
+            self._keep(key, checked)
         return checked
+
+    def _keep(self, key: Key, checked: Checked) -> None:
+        with self._changes:
+            if key not in self._checked and len(self._checked) >= MOST_KNOWN:
+                del self._checked[next(iter(self._checked))]
+            self._checked[key] = checked
 
 
 def key_of(schema: type[WireModel], fields: Mapping[str, bytes]) -> Key:
