@@ -1,8 +1,10 @@
 """Options that were checked once are known again: nobody notices but by the clock."""
 
+import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import pytest
 from conftest import chat_body
 
@@ -11,9 +13,12 @@ from helix_gateway.gateway.body import parse_body
 from helix_gateway.gateway.known_options import KnownOptions, key_of
 from helix_gateway.gateway.schemas.chat import ChatRequest
 from helix_gateway.gateway.schemas.completions import CompletionRequest
+from helix_gateway.gateway.schemas.generate import GenerateRequest
 
 CHAT = "/v1/chat/completions"
-OPTIONS = {"temperature": 0.5, "stop": ["x"], "logit_bias": {"5": 1.0}, "seed": 7, "odd": 1}
+OPTIONS = {"temperature": 0.5, "stop_token_ids": [3], "logit_bias": {"5": 1.0}, "odd": 1}
+SCHEMAS = (ChatRequest, CompletionRequest, GenerateRequest)
+PROMPTS = {"messages": {"messages": [{"role": "user", "content": "x"}]}, "prompt": {"prompt": "x"}}
 WRONG_MESSAGES = [
     None,
     [],
@@ -32,7 +37,8 @@ async def test_the_same_options_with_another_prompt_are_asked_of_the_engine_alik
         await gateway.chat(text=text, **OPTIONS)
     calls = gateway.service.calls[-3:]
     assert [len(call.request.prompt_token_ids) for call in calls] == [23, 24, 23]
-    assert calls[0].request.sampling == calls[2].request.sampling
+    first, third = (msgspec.structs.replace(call.request.sampling, seed=0) for call in (calls[0], calls[2]))
+    assert first == third
     assert calls[0].stop == calls[1].stop == calls[2].stop
 
 
@@ -89,13 +95,54 @@ def test_no_more_than_so_many_are_kept_and_none_that_are_long(monkeypatch):
     monkeypatch.setattr(known_options, "MOST_KNOWN", 3)
     known = KnownOptions()
     request = parse_body(b'{"messages": [{"role": "user", "content": "x"}]}', ChatRequest).fields
-    keys = [key_of(ChatRequest, {"seed": str(seed).encode()}) for seed in range(5)]
+    keys = [key_of(ChatRequest, {"top_k": str(top_k).encode()}) for top_k in range(5)]
     for key in keys:
         known.remember(key, request)
     assert [known.find(key) is not None for key in keys] == [False, False, True, True, True]
-    long = key_of(ChatRequest, {"prediction": b"x" * (known_options.MOST_BYTES + 1)})
+    long = key_of(ChatRequest, {"logit_bias": b"x" * (known_options.MOST_BYTES + 1)})
     known.remember(long, request)
     assert known.find(long) is None
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"stop": "secret"},
+        {"stop": ["a", "secret"]},
+        {"bad_words": ["secret"]},
+        {"cache_salt": "secret"},
+        {"prediction": {"type": "content", "content": "secret"}},
+        {"stream_options": {"secret": True}},
+        {"response_format": {"type": "text", "more": "secret"}},
+        {"user": "secret"},
+        {"metadata": {"secret": "secret"}},
+        {"secret": "secret"},
+    ],
+)
+def test_no_text_of_a_client_is_kept(monkeypatch, schema, field):
+    known = KnownOptions()
+    monkeypatch.setattr("helix_gateway.gateway.body._known", known)
+    body = {**PROMPTS[schema.prompt_field], "top_k": 5, **field}
+    parse_body(json.dumps(body).encode(), schema)
+    assert "secret" not in repr(known._checked)
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_what_only_one_request_says_puts_out_nothing(monkeypatch, schema):
+    known = KnownOptions()
+    monkeypatch.setattr("helix_gateway.gateway.body._known", known)
+    shared = {**PROMPTS[schema.prompt_field], "top_k": 5, "seed": None, "stop": None}
+    first = parse_body(json.dumps(shared).encode(), schema)
+    for seed in range(known_options.MOST_KNOWN):
+        parse_body(json.dumps({**shared, "seed": seed}).encode(), schema)
+    assert parse_body(json.dumps(shared).encode(), schema).fields is first.fields
+    assert len(known._checked) == 1
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_every_field_that_is_one_requests_own_is_a_field(schema):
+    assert schema.own_fields <= schema.model_fields.keys()
 
 
 @pytest.fixture

@@ -1,7 +1,10 @@
 """What requests say beside their prompts, remembered once it is checked: programs say the same with every prompt.
 
 Checking some forty fields, nearly all of them absent, touches much memory, and a request that finds the gateway idle waits
-for all of it.  Knows nothing about what the fields mean, and keeps neither prompts nor long fields.
+for all of it.  Kept are the bytes of the known fields as they were sent and what they were found to be, in this process, until
+`MOST_KNOWN` other sets of options have come since.  Never kept is a request's prompt, nor anything of a request that sends one
+of its schema's `own_fields`, has unknown fields in others, or is longer than `MOST_BYTES`.  Knows nothing about what the
+fields mean.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,9 +48,10 @@ class KnownOptions:
         return self._checked.get(key)
 
     def remember(self, key: Key, options: WireModel) -> Checked:
-        """Take options that are right, and keep them if they are short; of too many the first are forgotten."""
-        checked = Checked(options, (*options.overruled(), *options.unknown_below()))
-        if sum(len(value) for _, value in key[1]) <= MOST_BYTES:
+        """Take options that are right, and keep them if others may send the same; of too many the first are forgotten."""
+        unknown = options.unknown_below()
+        checked = Checked(options, (*options.overruled(), *unknown))
+        if not unknown and _may_come_again(key):
             self._keep(key, checked)
         return checked
 
@@ -56,6 +60,14 @@ class KnownOptions:
             if key not in self._checked and len(self._checked) >= MOST_KNOWN:
                 del self._checked[next(iter(self._checked))]
             self._checked[key] = checked
+
+
+def _may_come_again(key: Key) -> bool:
+    """Whether the options are short and none of them is one request's own; a null is as good as left out."""
+    schema, fields = key
+    if any(name in schema.own_fields and value != b"null" for name, value in fields):
+        return False
+    return sum(len(value) for _, value in fields) <= MOST_BYTES
 
 
 def key_of(schema: type[WireModel], fields: Mapping[str, bytes]) -> Key:

@@ -48,6 +48,9 @@ class WireModel(BaseModel):
 
     inert_fields: ClassVar[frozenset[str]] = frozenset()
     """Known fields that change nothing here, whatever they hold."""
+    own_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields that hold a client's texts, or differ from request to request: nothing of a request that sends one is kept for
+    others (`known_options.py`)."""
     raw_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields handed on as they lie in the body, since only the model tells how much of them is too much."""
     large_fields: ClassVar[Mapping[str, Callable[[bytes], Any]]] = {}
@@ -233,6 +236,9 @@ class ResponseFormat(WireModel):
 
 class GenerationRequest(WireModel):
     """What chat and plain completions have in common."""
+
+    own_fields = frozenset({"bad_words", "cache_salt", "prediction", "seed", "stop"})
+    """The `prediction` is declared by each route."""
 
     model: str = ""
     """A served model's name. May be left out where one model is served."""
