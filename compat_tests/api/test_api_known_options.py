@@ -6,19 +6,25 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import pytest
+from aiohttp.test_utils import TestClient, TestServer
 from conftest import chat_body
+from fake_service import FakeService
 
 from helix_gateway.gateway import known_options
+from helix_gateway.gateway.app import create_app
 from helix_gateway.gateway.body import parse_body
 from helix_gateway.gateway.known_options import KnownOptions, key_of
 from helix_gateway.gateway.schemas.chat import ChatRequest
 from helix_gateway.gateway.schemas.completions import CompletionRequest
 from helix_gateway.gateway.schemas.generate import GenerateRequest
+from helix_gateway.gateway.settings import GatewaySettings
+from helix_gateway.gateway.state import KNOWN_OPTIONS
 
 CHAT = "/v1/chat/completions"
 OPTIONS = {"temperature": 0.5, "stop_token_ids": [3], "logit_bias": {"5": 1.0}, "odd": 1}
 SCHEMAS = (ChatRequest, CompletionRequest, GenerateRequest)
 PROMPTS = {"messages": {"messages": [{"role": "user", "content": "x"}]}, "prompt": {"prompt": "x"}}
+CHAT_OPTIONS = ChatRequest(messages=[{"role": "user", "content": "x"}])
 WRONG_MESSAGES = [
     None,
     [],
@@ -79,14 +85,13 @@ async def test_known_or_not_messages_of_every_form_become_the_same_prompt(gatewa
     assert asked[0] == asked[1] == asked[2]
 
 
-def test_prompts_are_not_kept_and_routes_do_not_share_options(monkeypatch):
+def test_prompts_are_not_kept_and_routes_do_not_share_options():
     known = KnownOptions()
-    monkeypatch.setattr("helix_gateway.gateway.body._known", known)
-    chat = parse_body(b'{"messages": [{"role": "user", "content": "secret"}], "n": 2}', ChatRequest)
-    completion = parse_body(b'{"prompt": "secret", "n": 2}', CompletionRequest)
+    chat = parse_body(b'{"messages": [{"role": "user", "content": "secret"}], "n": 2}', ChatRequest, known)
+    completion = parse_body(b'{"prompt": "secret", "n": 2}', CompletionRequest, known)
     assert (chat.prompt[0].content, completion.prompt) == ("secret", b'"secret"')
     assert "secret" not in repr(known.__dict__)
-    again = parse_body(b'{"n": 2, "prompt": "other"}', CompletionRequest)
+    again = parse_body(b'{"n": 2, "prompt": "other"}', CompletionRequest, known)
     assert again.fields is completion.fields
     assert again.prompt == b'"other"'
 
@@ -94,13 +99,12 @@ def test_prompts_are_not_kept_and_routes_do_not_share_options(monkeypatch):
 def test_no_more_than_so_many_are_kept_and_none_that_are_long(monkeypatch):
     monkeypatch.setattr(known_options, "MOST_KNOWN", 3)
     known = KnownOptions()
-    request = parse_body(b'{"messages": [{"role": "user", "content": "x"}]}', ChatRequest).fields
     keys = [key_of(ChatRequest, {"top_k": str(top_k).encode()}) for top_k in range(5)]
     for key in keys:
-        known.remember(key, request)
+        known.remember(key, CHAT_OPTIONS)
     assert [known.find(key) is not None for key in keys] == [False, False, True, True, True]
     long = key_of(ChatRequest, {"logit_bias": b"x" * (known_options.MOST_BYTES + 1)})
-    known.remember(long, request)
+    known.remember(long, CHAT_OPTIONS)
     assert known.find(long) is None
 
 
@@ -120,29 +124,36 @@ def test_no_more_than_so_many_are_kept_and_none_that_are_long(monkeypatch):
         {"secret": "secret"},
     ],
 )
-def test_no_text_of_a_client_is_kept(monkeypatch, schema, field):
+def test_no_text_of_a_client_is_kept(schema, field):
     known = KnownOptions()
-    monkeypatch.setattr("helix_gateway.gateway.body._known", known)
     body = {**PROMPTS[schema.prompt_field], "top_k": 5, **field}
-    parse_body(json.dumps(body).encode(), schema)
+    parse_body(json.dumps(body).encode(), schema, known)
     assert "secret" not in repr(known._checked)
 
 
 @pytest.mark.parametrize("schema", SCHEMAS)
-def test_what_only_one_request_says_puts_out_nothing(monkeypatch, schema):
+def test_what_only_one_request_says_puts_out_nothing(schema):
     known = KnownOptions()
-    monkeypatch.setattr("helix_gateway.gateway.body._known", known)
     shared = {**PROMPTS[schema.prompt_field], "top_k": 5, "seed": None, "stop": None}
-    first = parse_body(json.dumps(shared).encode(), schema)
+    first = parse_body(json.dumps(shared).encode(), schema, known)
     for seed in range(known_options.MOST_KNOWN):
-        parse_body(json.dumps({**shared, "seed": seed}).encode(), schema)
-    assert parse_body(json.dumps(shared).encode(), schema).fields is first.fields
+        parse_body(json.dumps({**shared, "seed": seed}).encode(), schema, known)
+    assert parse_body(json.dumps(shared).encode(), schema, known).fields is first.fields
     assert len(known._checked) == 1
 
 
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_every_field_that_is_one_requests_own_is_a_field(schema):
     assert schema.own_fields <= schema.model_fields.keys()
+
+
+async def test_each_application_remembers_for_itself():
+    asked, other = (create_app(GatewaySettings(), {"tiny": FakeService()}) for _ in range(2))
+    async with TestClient(TestServer(asked)) as client:
+        for text in ("first", "second"):
+            assert (await client.post(CHAT, json=chat_body(text=text))).status == 200
+    assert len(asked[KNOWN_OPTIONS]._checked) == 1
+    assert not other[KNOWN_OPTIONS]._checked
 
 
 @pytest.fixture
@@ -157,12 +168,11 @@ def hasty_threads():
 def test_several_threads_may_remember_at_once(monkeypatch, hasty_threads):
     monkeypatch.setattr(known_options, "MOST_KNOWN", 4)
     known = KnownOptions()
-    request = parse_body(b'{"messages": [{"role": "user", "content": "x"}]}', ChatRequest).fields
 
     def remember(thread):
         for number in range(5000):
             key = key_of(ChatRequest, {"top_k": b"%d" % (5000 * thread + number)})
-            known.remember(key, request)
+            known.remember(key, CHAT_OPTIONS)
             known.find(key)
 
     with ThreadPoolExecutor(4) as threads:
@@ -173,8 +183,7 @@ def test_several_threads_may_remember_at_once(monkeypatch, hasty_threads):
 def test_options_that_are_remembered_again_put_out_no_others(monkeypatch):
     monkeypatch.setattr(known_options, "MOST_KNOWN", 2)
     known = KnownOptions()
-    request = parse_body(b'{"messages": [{"role": "user", "content": "x"}]}', ChatRequest).fields
     first, second = (key_of(ChatRequest, {"top_k": top_k}) for top_k in (b"1", b"2"))
     for key in (first, second, second):
-        known.remember(key, request)
+        known.remember(key, CHAT_OPTIONS)
     assert known.find(first) is not None

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from aiohttp import web
 
 from helix_gateway.gateway.keys import KeyRing
+from helix_gateway.gateway.known_options import KnownOptions
 from helix_gateway.gateway.limits.callers import Callers
 from helix_gateway.gateway.long_bodies import LongBodies
 from helix_gateway.gateway.loop_lag import watch_lag
@@ -25,6 +26,7 @@ from helix_gateway.gateway.state import (
     CALLERS,
     DRAIN,
     KEYS,
+    KNOWN_OPTIONS,
     LONG_BODIES,
     METRICS,
     MODELS,
@@ -70,6 +72,7 @@ def create_app(
     app[MODELS] = ModelRegistry(models, settings.served_model_names)
     app[API] = OpenApi(ROUTES, model=next(iter(app[MODELS].names), ""))
     app[KEYS] = KeyRing(settings.api_keys, settings.api_key_file)
+    app[KNOWN_OPTIONS] = KnownOptions()
     app[DRAIN] = Drain()
     app[CALLERS] = Callers(settings)
     app.on_response_prepare.append(add_headers)

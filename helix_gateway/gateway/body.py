@@ -20,7 +20,7 @@ from helix_gateway.gateway.errors import ApiError
 from helix_gateway.gateway.known_options import KnownOptions, checked_prompt, key_of
 from helix_gateway.gateway.long_bodies import limit_bytes
 from helix_gateway.gateway.schemas.common import WireModel, unknown_in
-from helix_gateway.gateway.state import LONG_BODIES, in_worker, models_of, settings_of
+from helix_gateway.gateway.state import KNOWN_OPTIONS, LONG_BODIES, in_worker, models_of, settings_of
 
 INLINE_BYTES = 64 * 1024
 """Longer bodies are parsed in a worker thread: up to here it takes a fraction of a millisecond."""
@@ -30,8 +30,6 @@ MAX_FIELD_BYTES = 1024 * 1024
 """Any field but the prompt; 64 stop strings of 1,024 escaped characters fit."""
 
 Schema = TypeVar("Schema", bound=WireModel)
-
-_known = KnownOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +58,15 @@ async def read_body(request: web.Request, schema: type[Schema]) -> Body[Schema]:
         ApiError: 400 with the JSON path of what is wrong, 413.
         EngineUnavailableError: a long body cannot be read just now.
     """
+    known = request.app[KNOWN_OPTIONS]
     pieces, size = await _receive(request, settings_of(request).max_body_bytes)
     if size > LONG_BYTES:
         opened = await _open_elsewhere(request, pieces, schema)
-        return await in_worker(request, _checked, opened, schema)
+        return await in_worker(request, _checked, opened, schema, known)
     data = b"".join(pieces)
     if size > INLINE_BYTES:
-        return await in_worker(request, parse_body, data, schema)
-    return parse_body(data, schema)
+        return await in_worker(request, parse_body, data, schema, known)
+    return parse_body(data, schema, known)
 
 
 async def _receive(request: web.Request, limit: int) -> tuple[list[bytes], int]:
@@ -111,8 +110,8 @@ def _names(schema: type[WireModel]) -> frozenset[str]:
     return frozenset(schema.model_fields)
 
 
-def parse_body(data: bytes, schema: type[Schema]) -> Body[Schema]:
-    """Parse and check a body.
+def parse_body(data: bytes, schema: type[Schema], known: KnownOptions) -> Body[Schema]:
+    """Parse and check a body, with what is ``known`` of earlier ones.
 
     Raises:
         ApiError: 400.
@@ -123,20 +122,20 @@ def parse_body(data: bytes, schema: type[Schema]) -> Body[Schema]:
     except JsonError as error:
         raise _bad_json(error) from None
     assert isinstance(opened, Envelope), "no bound was given"
-    return _checked(opened, schema)
+    return _checked(opened, schema, known)
 
 
-def _checked(opened: Envelope, schema: type[Schema]) -> Body[Schema]:
+def _checked(opened: Envelope, schema: type[Schema], known: KnownOptions) -> Body[Schema]:
     unknown = [name for name in opened.others if name not in schema.inert_fields]
     key = key_of(schema, opened.fields)
-    if (known := _known.find(key)) is not None:
+    if (checked := known.find(key)) is not None:
         # What is wrong with the prompt is told by the checks of the whole.
         with suppress(ApiError, ValidationError, KeyError):
-            return Body(known.options, _prompt_alone(opened.fields, schema), unknown, known.overlooked)
+            return Body(checked.options, _prompt_alone(opened.fields, schema), unknown, checked.overlooked)
     request = schema.model_validate({name: _read_field(name, raw, schema) for name, raw in opened.fields.items()})
     options = request.model_copy(update={schema.prompt_field: None})
-    known = _known.remember(key, options)
-    return Body(options, getattr(request, schema.prompt_field), unknown, known.overlooked)
+    checked = known.remember(key, options)
+    return Body(options, getattr(request, schema.prompt_field), unknown, checked.overlooked)
 
 
 def _prompt_alone(fields: Mapping[str, bytes], schema: type[WireModel]) -> Any:

@@ -17,6 +17,7 @@ from helix_gateway.core.errors import HelixError, InvalidRequestError
 from helix_gateway.core.event import SequenceMetrics
 from helix_gateway.gateway.errors import ApiError
 from helix_gateway.gateway.keys import KeyRing
+from helix_gateway.gateway.known_options import KnownOptions
 from helix_gateway.gateway.limits.callers import Callers
 from helix_gateway.gateway.limits.time import TimeLimit
 from helix_gateway.gateway.long_bodies import LongBodies
@@ -33,6 +34,7 @@ API = web.AppKey("helix_openapi", OpenApi)
 KEYS = web.AppKey("helix_keys", KeyRing)
 CALLERS = web.AppKey("helix_callers", Callers)
 LONG_BODIES = web.AppKey("helix_long_bodies", LongBodies)
+KNOWN_OPTIONS = web.AppKey("helix_known_options", KnownOptions)
 WORKERS = web.AppKey("helix_workers", Executor)
 METRICS = web.AppKey("helix_metrics", Metrics)
 TRACER = web.AppKey("helix_tracer", Tracer)
