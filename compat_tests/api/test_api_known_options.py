@@ -1,5 +1,6 @@
 """Options that were checked once are known again: nobody notices but by the clock."""
 
+import copy
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +17,23 @@ from helix_gateway.gateway.body import parse_body
 from helix_gateway.gateway.known_options import KnownOptions, key_of
 from helix_gateway.gateway.schemas.chat import ChatRequest
 from helix_gateway.gateway.schemas.completions import CompletionRequest
-from helix_gateway.gateway.schemas.generate import GenerateRequest
+from helix_gateway.gateway.schemas.generate import GenerateRequest, GenerateStreamRequest
 from helix_gateway.gateway.settings import GatewaySettings
 from helix_gateway.gateway.state import KNOWN_OPTIONS
 
 CHAT = "/v1/chat/completions"
 OPTIONS = {"temperature": 0.5, "stop_token_ids": [3], "logit_bias": {"5": 1.0}, "odd": 1}
+MOST_OPTIONS = {
+    "temperature": 0.5,
+    "stop_token_ids": [3],
+    "logit_bias": {"5": 1.0},
+    "max_tokens": 4,
+    "prompt_logprobs": 1,
+    "return_token_ids": True,
+    "response_format": {"type": "text"},
+    "speculation": 2,
+}
+STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 SCHEMAS = (ChatRequest, CompletionRequest, GenerateRequest)
 PROMPTS = {"messages": {"messages": [{"role": "user", "content": "x"}]}, "prompt": {"prompt": "x"}}
 CHAT_OPTIONS = ChatRequest(messages=[{"role": "user", "content": "x"}])
@@ -154,6 +166,32 @@ async def test_each_application_remembers_for_itself():
             assert (await client.post(CHAT, json=chat_body(text=text))).status == 200
     assert len(asked[KNOWN_OPTIONS]._checked) == 1
     assert not other[KNOWN_OPTIONS]._checked
+
+
+@pytest.mark.parametrize(
+    "path, schema, more",
+    [
+        (CHAT, ChatRequest, {**MOST_OPTIONS, "logprobs": True, "top_logprobs": 2, "best_of": 3, "n": 2}),
+        (CHAT, ChatRequest, {**MOST_OPTIONS, "tools": [], "functions": [], "modalities": ["text"]}),
+        (CHAT, ChatRequest, {**MOST_OPTIONS, **STREAMED}),
+        ("/v1/completions", CompletionRequest, {**MOST_OPTIONS, "logprobs": 2, "echo": True, "n": 2}),
+        ("/v1/completions", CompletionRequest, {**MOST_OPTIONS, **STREAMED}),
+        ("/generate", GenerateRequest, {**MOST_OPTIONS, "logprobs": 2}),
+        ("/generate/stream", GenerateStreamRequest, {**MOST_OPTIONS, "stream": True}),
+    ],
+)
+async def test_no_route_changes_what_is_remembered(path, schema, more):
+    app = create_app(GatewaySettings(), {"tiny": FakeService()})
+    body = json.dumps({**PROMPTS[schema.prompt_field], **more}).encode()
+    shared = parse_body(body, schema, app[KNOWN_OPTIONS]).fields
+    before = copy.deepcopy(vars(shared))
+    async with TestClient(TestServer(app)) as client:
+        for _ in range(2):
+            answer = await client.post(path, data=body)
+            assert answer.status == 200, await answer.text()
+            assert "error" not in await answer.text()
+    assert parse_body(body, schema, app[KNOWN_OPTIONS]).fields is shared
+    assert vars(shared) == before
 
 
 @pytest.fixture
