@@ -168,6 +168,17 @@ async def test_each_application_remembers_for_itself():
     assert not other[KNOWN_OPTIONS]._checked
 
 
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_options_have_no_prompt_to_ask_them_for(schema):
+    known = KnownOptions()
+    body = json.dumps({**PROMPTS[schema.prompt_field], "top_k": 5}).encode()
+    for _ in range(2):
+        options = parse_body(body, schema, known).fields
+        with pytest.raises(AttributeError, match=schema.prompt_field):
+            getattr(options, schema.prompt_field)
+        assert options.model_fields_set == {"top_k"}
+
+
 @pytest.mark.parametrize(
     "path, schema, more",
     [

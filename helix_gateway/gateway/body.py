@@ -37,7 +37,7 @@ class Body(Generic[Schema]):
     """A checked request and what it held beyond the schema."""
 
     fields: Schema
-    """All but the prompt; shared with other requests that say the same."""
+    """All but the prompt, which stands beside them; shared with other requests that say the same, so nobody changes them."""
     prompt: Any
     """What the schema's prompt field holds."""
     unknown: list[str]
@@ -133,7 +133,7 @@ def _checked(opened: Envelope, schema: type[Schema], known: KnownOptions) -> Bod
         with suppress(ApiError, ValidationError, KeyError):
             return Body(checked.options, _prompt_alone(opened.fields, schema), unknown, checked.overlooked)
     request = schema.model_validate({name: _read_field(name, raw, schema) for name, raw in opened.fields.items()})
-    options = request.model_copy(update={schema.prompt_field: None})
+    options = request.without_prompt()
     checked = known.remember(key, options)
     return Body(options, getattr(request, schema.prompt_field), unknown, checked.overlooked)
 

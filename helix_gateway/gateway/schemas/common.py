@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic.config import JsonDict
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
+from typing_extensions import Self
 
 from helix_gateway.service.settings import MAX_DEPTH
 
@@ -66,6 +67,13 @@ class WireModel(BaseModel):
     def plain_prompt(cls, _raw: bytes) -> Any:
         """The prompt's field read and checked in one call, where it has the simplest form that there is; else None."""
         return None
+
+    def without_prompt(self) -> Self:
+        """The same without its prompt field: whoever asks that for it gets an AttributeError."""
+        options = self.model_copy()
+        del options.__dict__[self.prompt_field]
+        options.model_fields_set.remove(self.prompt_field)
+        return options
 
     @model_validator(mode="before")
     @classmethod
