@@ -27,6 +27,11 @@ def random_costs(dice):
     return StepCosts(dict(zip((1, 4, 8, 32), 0.02 + steps)))
 
 
+def all_known(num_drafts):
+    """No draft of which nothing is known, and how many tokens those may have."""
+    return np.zeros(num_drafts, bool), 0
+
+
 @pytest.mark.parametrize("worth_it, share", [(1.0, 1 - 1e-9), (WORTH_IT, 0.98)])
 @pytest.mark.parametrize("seed", range(80))
 def test_the_depths_are_the_best_of_all_there_are(seed, worth_it, share):
@@ -41,14 +46,14 @@ def test_the_depths_are_the_best_of_all_there_are(seed, worth_it, share):
         tokens = num_decodes + sum(chances[i, : depths[i]].sum() for i in range(num_drafts))
         return tokens / costs.seconds_for(num_decodes + sum(depths))
 
-    chosen = _best_depths(chances, num_decodes, costs.rows, costs.seconds, worth_it, 1000)
+    chosen = _best_depths(chances, num_decodes, costs.rows, costs.seconds, worth_it, *all_known(num_drafts))
     best = max(map(rate, itertools.product(range(depth + 1), repeat=int(num_drafts))))
     assert share * best <= rate(chosen) <= (1 + 1e-9) * best
 
 
 def test_what_promises_too_little_is_left():
     costs = StepCosts({1: 0.010, 2: 0.020, 32: 0.320})
-    assert _best_depths(np.array([[0.9, 0.81]]), 1, costs.rows, costs.seconds, 1.02, 1000).tolist() == [0]
+    assert _best_depths(np.array([[0.9, 0.81]]), 1, costs.rows, costs.seconds, 1.02, *all_known(1)).tolist() == [0]
 
 
 def test_costs_never_fall_with_rows_whatever_was_measured():
@@ -140,9 +145,9 @@ def test_one_good_draft_among_many_is_verified_though_it_hardly_changes_the_whol
     alone = np.array([[0.95]])
     gain = (32.95 / costs.seconds_for(33)) / (32 / costs.seconds_for(32))
     assert 1.0 < gain < 1.02
-    assert _best_depths(alone, 32, costs.rows, costs.seconds, 1.02, 1000).tolist() == [0]
+    assert _best_depths(alone, 32, costs.rows, costs.seconds, 1.02, *all_known(1)).tolist() == [0]
     cheaper = StepCosts({32: 0.052, 64: 0.086})
-    assert _best_depths(alone, 32, cheaper.rows, cheaper.seconds, 1.02, 1000).tolist() == [1]
+    assert _best_depths(alone, 32, cheaper.rows, cheaper.seconds, 1.02, *all_known(1)).tolist() == [1]
 
 
 def chosen_at_first(costs, confidence, num_decodes=4):
@@ -171,6 +176,37 @@ def test_however_much_they_promise_they_take_no_longer_than_the_step_until_somet
     for one, each in zip(crowd, drafts):
         policy.learn(one, each, np.array([*range(3), 49], np.int32)[:3])
     assert sum(policy.choose(crowd, drafts, 4)) > 60
+
+
+def chosen_beside_one_in_vain(costs, confidence, num_new=4):
+    """Depths of new drafts, of a source of which nothing is known, beside a draft of one that is known to be in vain."""
+    policy = AdaptiveDepth(StepCosts(costs), max_depth=32)
+    crowd = [sequence_of(name) for name in range(1 + num_new)]
+    vain = draft([0.9] * 32)
+    for _ in range(40):
+        policy.learn(crowd[0], vain, np.array([49], np.int32))
+    drafts = [vain] + [draft([confidence] * 32, source="model") for _ in range(num_new)]
+    known, *new = policy.choose(crowd, drafts, len(crowd))
+    assert known <= 1
+    return new
+
+
+def test_a_new_source_is_bounded_and_tried_alike_whatever_is_known_of_another_in_the_same_step():
+    twice = {1: 0.010, 5: 0.011, 13: 0.022, 14: 0.025, 64: 0.030, 165: 0.040}
+    assert 0 < sum(chosen_beside_one_in_vain(twice, 0.99)) <= 8
+    dear = {1: 0.010, 5: 0.050, 64: 0.640}  # each row a fifth of a step of five
+    assert sum(chosen_beside_one_in_vain(dear, 0.01)) == 1
+
+
+def test_what_is_known_is_not_bounded_for_the_sake_of_a_new_source_beside_it():
+    policy = AdaptiveDepth(StepCosts({1: 0.010, 2: 0.011, 6: 0.021, 7: 0.023, 64: 0.030}), max_depth=32)
+    good, new = sequence_of("good"), sequence_of("new")
+    right = draft([0.99] * 32)
+    for _ in range(20):
+        policy.learn(good, right, np.arange(32, dtype=np.int32))
+    known, tried = policy.choose([good, new], [right, draft([0.99] * 32, source="model")], 2)
+    assert known == 32
+    assert 0 < tried <= 5
 
 
 def test_who_comes_while_drafts_are_in_vain_for_all_has_one_try():

@@ -26,10 +26,11 @@ few among many:"""
 _FEW = 0.25
 """so much of what else they must promise is then enough."""
 _TRIAL = 0.25
-"""Of a plain step's time, what drafts of which nothing is known yet take, whatever they promise, to find out in a few steps:
-with a tenth, a source that is always right was found out too late for 4 % (docs/log.md)."""
+"""Of a plain step's time, what drafts of which nothing is known yet take, whatever they promise, to find out in a few
+steps: with a tenth, a source that is always right was found out too late for 4 % (docs/log.md)."""
 _LONGEST_TRIAL = 1.0
-"""Of a plain step's time, what they take at most, much as they promise: all sequences of a step are wrong about them at once."""
+"""Of a plain step's time, what all of them together take at most, much as they promise: whoever drafts from a source
+that is too sure is wrong at once."""
 _PROMISES_PRIOR = 8.0
 """Tokens."""
 _PROMISES_KEPT = 0.97
@@ -216,8 +217,10 @@ class AdaptiveDepth:
         """See `DepthPolicy`."""
         chances = self._acceptance.probabilities([sequence.key for sequence in sequences], drafts)
         believed = chances * min(1.0, max(_LEAST_BELIEVED, self._brought / self._promised))
-        least, most = self._rows_tried(drafts, num_decodes)
-        depths = _best_depths(believed, num_decodes, self._costs.rows, self._costs.seconds, WORTH_IT, most)
+        unknown = np.array([not self._acceptance.is_known(draft.source) for draft in drafts], bool)
+        most_unknown = self._rows_within(_LONGEST_TRIAL, num_decodes, num_decodes) if unknown.any() else 0
+        costs = self._costs
+        depths = _best_depths(believed, num_decodes, costs.rows, costs.seconds, WORTH_IT, unknown, most_unknown)
         for sequence, depth, promise in zip(sequences, depths, _promises(chances, depths), strict=True):
             if depth:
                 self._promises[sequence.key] = float(promise)
@@ -225,19 +228,18 @@ class AdaptiveDepth:
         if not depths.any():  # what is not tried is not held against drafts for ever
             self._promised += (1 - _PROMISES_KEPT) * (_PROMISES_PRIOR - self._promised)
             self._brought += (1 - _PROMISES_KEPT) * (_PROMISES_PRIOR - self._brought)
-        depths = np.maximum(depths, _likeliest(believed, least - num_decodes))
+        if unknown.any():
+            tried = self._rows_within(_TRIAL, num_decodes, num_decodes + int(depths[~unknown].sum()))
+            depths[unknown] = np.maximum(depths[unknown], _likeliest(believed[unknown], min(tried, most_unknown)))
         floors = [min(self._min_depth, len(draft.token_ids)) for draft in drafts]
         return [max(int(depth), floor) for depth, floor in zip(depths, floors, strict=True)]
 
-    def _rows_tried(self, drafts: Ordered[DraftTokens], num_decodes: int) -> tuple[int, int]:
-        """How many rows a step has at least and at most, as far as that does not go by what drafts promise."""
-        most = num_decodes * (1 + self._max_depth)
-        if any(self._acceptance.is_known(draft.source) for draft in drafts):
-            return num_decodes, most
-        rows = np.arange(num_decodes, most + 1)
+    def _rows_within(self, share: float, num_decodes: int, num_rows: int) -> int:
+        """How many rows may be added to ``num_rows`` until they take such a share of the plain step's time."""
+        rows = np.arange(num_rows, num_rows + num_decodes * self._max_depth + 1)
         seconds = np.interp(rows, self._costs.rows, self._costs.seconds)
-        first, last = (int(rows[seconds <= (1 + share) * seconds[0]][-1]) for share in (_TRIAL, _LONGEST_TRIAL))
-        return first, last
+        plain_s = float(np.interp(num_decodes, self._costs.rows, self._costs.seconds))
+        return int(np.count_nonzero(seconds <= seconds[0] + share * plain_s)) - 1
 
     def excuse(self, sequence: Sequence) -> None:
         """See `DepthPolicy`."""
@@ -340,14 +342,15 @@ def _likeliest(chances, num_tokens):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def _best_depths(chances, num_decodes, knots, seconds, worth_it, most_rows):  # type: ignore[no-untyped-def]
+def _best_depths(chances, num_decodes, knots, seconds, worth_it, unknown, most_unknown):  # type: ignore[no-untyped-def]
     """Depths [num_drafts] with the most expected tokens a second; all 0 where that is not worth it.
 
     Args:
         chances: float64 [num_drafts, longest draft], falling along each row, 0 behind a draft's end.
         num_decodes: tokens that the step yields and rows that it has without drafts.
         knots, seconds: costs by rows.
-        most_rows: no more are looked at.
+        unknown: bool [num_drafts], of whose source nothing is known.
+        most_unknown: draft tokens of those, in all.
     """
     num_drafts, longest = chances.shape
     depths = np.zeros(num_drafts, np.int64)
@@ -358,7 +361,9 @@ def _best_depths(chances, num_decodes, knots, seconds, worth_it, most_rows):  # 
     plain_s = np.interp(float(num_decodes), knots, seconds)
     plain_rate = tokens / plain_s
     best_rate, best_rows = plain_rate, num_decodes
-    for rows in range(num_decodes + 1, min(most_rows, num_decodes + num_drafts * longest) + 1):
+    for rows in range(num_decodes + 1, num_decodes + num_drafts * longest + 1):
+        if most_unknown <= 0:
+            following[unknown] = 0.0
         likeliest = following.argmax()
         chance = following[likeliest]
         cost = np.interp(float(rows), knots, seconds)
@@ -367,6 +372,7 @@ def _best_depths(chances, num_decodes, knots, seconds, worth_it, most_rows):  # 
             break
         depths[likeliest] += 1
         following[likeliest] = chances[likeliest, depths[likeliest]] if depths[likeliest] < longest else 0.0
+        most_unknown -= unknown[likeliest]
         tokens += chance
         left -= chance
         if tokens > best_rate * cost:
