@@ -288,6 +288,30 @@ def test_a_model_writes_the_same_text_again(folder):
     assert np.array_equal(first, own_text(copy.copy(runner), 3, 20))
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_pool_that_holds_few_sequences_has_the_same_text_written_within_it(family, tmp_path, monkeypatch):
+    runner = load(saved(family, tmp_path / "model"), "int8")
+    whole, pages = own_text(runner, 5, 40), []
+    each = sum(-(-40 // group.tokens_per_block) for group in runner.kv_groups)
+    right = type(runner).forward
+
+    def forward(self, batch):
+        pages.extend(int(table.max()) for table in batch.block_tables)
+        return right(self, batch)
+
+    monkeypatch.setattr(type(runner), "forward", forward)
+    monkeypatch.setattr(type(runner), "num_pages", 2 * each + 1)
+    assert np.array_equal(whole, own_text(runner, 5, 40))
+    assert max(pages) < 2 * each + 1
+
+
+def test_a_pool_that_holds_no_sequence_is_too_little_memory(folder, monkeypatch):
+    runner = load(folder, "int8")
+    monkeypatch.setattr(type(runner), "num_pages", 2)
+    with pytest.raises(MemoryError, match="2 pages"):
+        own_text(runner, 5, 40)
+
+
 def test_python_brings_text_along():
     text = sample_text()
     assert 20_000 < len(text) < 90_000

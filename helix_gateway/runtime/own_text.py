@@ -17,14 +17,27 @@ _SEED = 4
 
 
 def own_text(runner: PagedRunner, count: int, length: int) -> Int64s:
-    """Token ids [count, length], over the first pages of the runner's pool."""
-    dice = np.random.default_rng(_SEED)
+    """Token ids [count, length], over the first pages of the runner's pool; how many it has changes none of them.
+
+    Raises:
+        MemoryError: not one sequence fits into the pool.
+    """
     ids = np.zeros((count, length), np.int64)
-    ids[:, 0] = dice.integers(0, runner.vocab_size, count)
-    for position in range(length - 1):
-        logits = runner.forward(_step(runner, ids, position))
-        ids[:, position + 1] = runner.sample(logits, _as_they_are(runner.vocab_size, count, position + 1))
+    ids[:, 0] = np.random.default_rng(_SEED).integers(0, runner.vocab_size, count)
+    at_once = runner.num_pages // sum(_pages_of_each(runner, length))
+    if not at_once:
+        raise MemoryError(f"the pool has {runner.num_pages} pages, which do not hold {length} tokens")
+    for first in range(0, count, at_once):
+        _go_on(runner, ids[first : first + at_once], first)
     return ids
+
+
+def _go_on(runner: PagedRunner, ids: Int64s, first: int) -> None:
+    """Write the sequences whose first tokens are there, numbered from ``first`` on."""
+    numbers = np.arange(first, first + len(ids))
+    for position in range(ids.shape[1] - 1):
+        logits = runner.forward(_step(runner, ids, position))
+        ids[:, position + 1] = runner.sample(logits, _as_they_are(runner.vocab_size, numbers, position + 1))
 
 
 def _step(runner: PagedRunner, ids: Int64s, position: int) -> StepBatch:
@@ -40,22 +53,26 @@ def _step(runner: PagedRunner, ids: Int64s, position: int) -> StepBatch:
     )
 
 
+def _pages_of_each(runner: PagedRunner, length: int) -> list[int]:
+    """How many pages of each group a sequence needs."""
+    return [-(-length // group.tokens_per_block) for group in runner.kv_groups]
+
+
 def _tables(runner: PagedRunner, count: int, length: int) -> tuple[npt.NDArray[np.int32], ...]:
     """Pages of each sequence in each group, no page twice."""
     tables, first = [], 0
-    for group in runner.kv_groups:
-        pages = -(-length // group.tokens_per_block)
+    for pages in _pages_of_each(runner, length):
         tables.append(np.arange(first, first + count * pages, dtype=np.int32).reshape(count, pages))
         first += count * pages
     return tuple(tables)
 
 
-def _as_they_are(vocab_size: int, count: int, position: int) -> SamplingRows:
-    """A token of each row, as likely as the model has it."""
-    none = np.zeros(0, np.int32)
+def _as_they_are(vocab_size: int, numbers: Int64s, position: int) -> SamplingRows:
+    """A token of each of some sequences, as likely as the model has it."""
+    none, count = np.zeros(0, np.int32), len(numbers)
     return SamplingRows(
         logits_index=np.arange(count, dtype=np.int32),
-        seed=np.arange(count, dtype=np.uint64) + np.uint64(_SEED),
+        seed=numbers.astype(np.uint64) + np.uint64(_SEED),
         choice=np.zeros(count, np.int32),
         position=np.full(count, position, np.int32),
         temperature=np.ones(count, np.float32),
