@@ -584,6 +584,35 @@ def test_nobody_reckons_with_drafts_for_those_that_cannot_have_any():
     assert drafter._step == len(drafting.told)
 
 
+def test_a_sequences_own_rest_runs_beside_that_of_all():
+    class Short(ToyRunner):
+        is_short = False
+
+        def forward(self, batch):
+            if self.is_short:
+                raise OutOfMemoryError("no room")
+            return super().forward(batch)
+
+    drafting = Recorded()
+    engine, draft, _ = engine_with_draft_model(Short, budget=100, drafting=drafting)
+    for name, first in (("one", 5), ("other", 15)):
+        engine.submit(request(name, [first, 6, 7], max_tokens=200, ignore_eos=True))
+    for _ in range(3):
+        engine.step()
+    assert engine.cache.evict_guest()
+    engine.step()
+    assert sorted(drafting.told[-1].values()) == [0, 3]  # one rests
+    draft.is_short = True
+    engine.step()
+    draft.is_short = False
+    all_rest = len(drafting.told)
+    for _ in range(40):
+        engine.step()
+    able = [min(depths.values()) > 0 for depths in drafting.told[all_rest:]]
+    assert able.index(True) == 15
+    assert all(able[15:])
+
+
 def test_what_is_longer_than_the_draft_models_context_holds_none_of_its_blocks():
     engine, *_ = engine_with_draft_model(budget=64, context_length=32)
     engine.submit(request("r", range(1, 20), max_tokens=60, ignore_eos=True))

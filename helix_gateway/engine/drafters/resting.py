@@ -26,9 +26,9 @@ class RestingDrafter:
     def begin_step(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> list[int]:
         """See `ChoosyDrafter`."""
         self._step += 1
-        if self._step < self._rest.until:
-            return [0] * len(sequences)
-        return self._drafter.begin_step(sequences, depths)
+        # At rest too: steps that a drafter leaves single sequences alone for pass meanwhile.
+        able = self._drafter.begin_step(sequences, depths)
+        return [0] * len(sequences) if self._step < self._rest.until else able
 
     def propose(self, sequences: Ordered[Sequence], depths: Ordered[int]) -> list[DraftTokens]:
         """See `Drafter`."""
