@@ -17,7 +17,7 @@ from aiohttp import web
 from helix_gateway.gateway.body import Body
 from helix_gateway.gateway.chunks import in_pieces, to_json
 from helix_gateway.gateway.errors import ApiError, to_api_error
-from helix_gateway.gateway.generation import Deltas, Merged, closing, without_output
+from helix_gateway.gateway.generation import Deltas, Merged, close, closing, without_output
 from helix_gateway.gateway.params import Plan, Wanted, make_plan
 from helix_gateway.gateway.prompts import Prompt
 from helix_gateway.gateway.registry import ServedModel
@@ -88,7 +88,7 @@ class Exchange:
     async def __aexit__(self, *_: object) -> None:
         async with AsyncExitStack() as streams:  # each is closed, whatever comes of the others
             for stream in self._streams:
-                streams.push_async_exit(closing(stream))
+                streams.push_async_callback(close, stream)
             self.context.log.update(self.tally.for_log())
 
     def deltas(self) -> Deltas:
@@ -150,7 +150,7 @@ class _Counted(AsyncIterator[tuple[int, TextDelta]]):
 
     async def aclose(self) -> None:
         """End what is counted."""
-        await closing(self._deltas).__aexit__()
+        await close(self._deltas)
 
 
 async def plan_exchange(

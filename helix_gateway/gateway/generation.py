@@ -6,7 +6,7 @@ Knows nothing about how answers are written.  Streams that nobody began to read 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -34,9 +34,14 @@ class closing(Generic[T]):  # noqa: N801 - as contextlib's `aclosing`
         return self.stream
 
     async def __aexit__(self, *_: object) -> None:
-        aclose = getattr(self.stream, "aclose", None)
-        if aclose is not None:
-            await aclose()
+        await close(self.stream)
+
+
+async def close(stream: AsyncIterator[Any]) -> None:
+    """End ``stream``, if it is of a kind that can be closed."""
+    aclose = getattr(stream, "aclose", None)
+    if aclose is not None:
+        await aclose()
 
 
 class Merged(AsyncIterator[tuple[int, TextDelta]]):
@@ -47,7 +52,7 @@ class Merged(AsyncIterator[tuple[int, TextDelta]]):
 
     def __init__(self, streams: Sequence[AsyncIterator[TextDelta]], num_choices: int) -> None:
         self._unfinished = len(streams) * num_choices
-        self._source = closing(streams[0] if len(streams) == 1 else _interleaved(streams, num_choices))
+        self._source = streams[0] if len(streams) == 1 else _interleaved(streams, num_choices)
 
     async def __anext__(self) -> tuple[int, TextDelta]:
         """The next delta.
@@ -57,7 +62,7 @@ class Merged(AsyncIterator[tuple[int, TextDelta]]):
             GenerationFailedError: the engine gave up on a sequence.
         """
         try:
-            delta = await self._source.stream.__anext__()
+            delta = await self._source.__anext__()
         except StopAsyncIteration:
             if self._unfinished:
                 raise EngineUnavailableError("The engine stopped before the answer was complete.") from None
@@ -67,7 +72,7 @@ class Merged(AsyncIterator[tuple[int, TextDelta]]):
 
     async def aclose(self) -> None:
         """End all streams."""
-        await self._source.__aexit__()
+        await close(self._source)
 
 
 async def _interleaved(
