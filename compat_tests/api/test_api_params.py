@@ -82,6 +82,12 @@ async def test_speculation_is_off_a_depth_or_as_the_server_decides(gateway, spec
     assert gateway.service.calls[-1].request.max_depth == depth
 
 
+async def test_a_wrong_speculation_is_told_all_that_is_right(gateway):
+    status, answer = await gateway.answer(CHAT, chat_body(speculation="ON"))
+    assert (status, answer["error"]["param"]) == (400, "speculation")
+    assert all(word in answer["error"]["message"] for word in ('"off"', '"on"', '"auto"', "0 to 64"))
+
+
 async def test_bad_words_are_banned_at_the_start_and_after_a_space(gateway):
     sampling = await sampling_of(gateway, bad_words=["ab", " c"])
     assert set(sampling.bad_words) == {(97, 98), (32, 97, 98), (32, 99)}

@@ -203,10 +203,12 @@ Biases = Annotated[
     dict[str, Bias],
     Field(json_schema_extra={"maxProperties": MAX_LOGIT_BIAS, "propertyNames": {"pattern": "^[0-9]{1,9}$"}}),
 ]
+_AS_IF_LEFT_OUT = ("on", "auto")
+"""Words of servers' flags, accepted as a request's `speculation`: what they leave open, this server decides by itself."""
 Speculation = Annotated[
     Literal["off"] | int | None,
     WithJsonSchema(
-        {"anyOf": [{"enum": ["off", "on", "auto"]}, {"type": "integer", "minimum": 0, "maximum": MAX_DEPTH}]}
+        {"anyOf": [{"enum": ["off", *_AS_IF_LEFT_OUT]}, {"type": "integer", "minimum": 0, "maximum": MAX_DEPTH}]}
     ),
 ]
 
@@ -316,13 +318,14 @@ class GenerationRequest(WireModel):
     @field_validator("speculation", mode="before")
     @classmethod
     def _depth_or_off(cls, value: Any) -> Any:
-        if isinstance(value, str) and value in {
-            "on",
-            "auto",
-        }:  # words of servers' flags; what they leave open, this one decides by itself
+        if value in _AS_IF_LEFT_OUT:
             return None
         if value != "off" and (type(value) is not int or not 0 <= value <= MAX_DEPTH):
-            raise PydanticCustomError("speculation", 'must be "off" or the most tokens to draft a step, 0 to 64')
+            raise PydanticCustomError(
+                "speculation",
+                'must be "off", "on", "auto" or the most tokens to draft a step, 0 to {most}',
+                {"most": MAX_DEPTH},
+            )
         return value
 
     @model_validator(mode="after")
