@@ -9,6 +9,11 @@ import pytest
 from helix_gateway.engine.depth import FixedDepth
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SEEDS = range(2)
+"""As many as the benchmark plays unless told otherwise: dice alone make a run several percent worse than the mean."""
+LEAST_OF_BEST = 0.93
+"""What every run reaches by itself.  Of ten seeds of the cell that is worst by one (a busy machine, 4 streams, drafts
+that copy, useless confidence) the least is 0.943 and the mean 0.974."""
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +42,11 @@ def test_fixed_depths_are_played_as_the_engine_plays_them(bench, load, depth):
 def test_the_policy_is_about_as_good_as_the_best_fixed_depth_and_not_worse_than_none(
     bench, curve, load, acceptance, confidence
 ):
-    cell = bench.measure(bench.Cell(curve, load, acceptance, confidence), seeds=range(2))
-    assert cell["over_best"] >= bench.ENOUGH_OF_BEST
-    assert cell["over_off"] >= bench.ENOUGH_OF_OFF
+    cell = bench.Cell(curve, load, acceptance, confidence)
+    assert bench.measure(cell, seeds=SEEDS)["over_best"] >= bench.ENOUGH_OF_BEST
+    for alone in (bench.measure(cell, seeds=[seed]) for seed in SEEDS):
+        assert alone["over_best"] >= LEAST_OF_BEST
+        assert alone["over_off"] >= bench.ENOUGH_OF_OFF
 
 
 def test_the_same_seed_gives_the_same_figures(bench):
