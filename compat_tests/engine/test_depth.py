@@ -179,7 +179,7 @@ def test_however_much_they_promise_they_take_no_longer_than_the_step_until_somet
 
 
 def chosen_beside_one_in_vain(costs, confidence, num_new=4):
-    """Depths of new drafts, of a source of which nothing is known, beside a draft of one that is known to be in vain."""
+    """Depths of new drafts, of a source of which nothing is known, beside a draft that is known to be in vain."""
     policy = AdaptiveDepth(StepCosts(costs), max_depth=32)
     crowd = [sequence_of(name) for name in range(1 + num_new)]
     vain = draft([0.9] * 32)

@@ -3,10 +3,9 @@
 A drafter's confidence is only its own opinion.  For each source of drafts a straight line is fitted through what it was
 confident of and what was right, which tells soon whether confidence means anything; then the share really accepted is
 counted by confidence and by place in the window (older counts fade), and for each sequence how the source did against
-what was expected of it.  By place alone it is counted too: all that can be said before anything is drafted.  Drafts that
-were not verified teach too: the token sampled where verification ended shows whether the next one
-would have been right, so nothing has to be tried only to learn.  Compiled, since it runs at every step.  Knows nothing
-about costs.
+what was expected of it.  By place alone it is counted too: all that can be said before anything is drafted.  Drafts
+that were not verified teach too: the token sampled where verification ended shows whether the next one would have been
+right, so nothing has to be tried only to learn.  Compiled, since it runs at every step.  Knows nothing about costs.
 """
 
 from collections.abc import Hashable, Sequence
@@ -34,7 +33,8 @@ _HOPE = 0.6
 """How much more often it is believed to be right where it is in doubt, until it is known: what is not tried teaches
 little."""
 _FIRST_TOKENS = 8.0
-"""Observations of a source after which its own tokens tell what to believe (`benchmarks/depth_policy.py`, as all of these)."""
+"""Observations of a source after which its own tokens tell what to believe (`benchmarks/depth_policy.py`, as all of
+these)."""
 _SLOPE_PRIOR = 0.4
 """Squared differences of confidence that it counts for that the drafter knows when it is right."""
 _MEMORY = 300.0
@@ -49,9 +49,11 @@ _FIRST_REACH = 16.0
 """Of a sequence that is new: generous, since a long draft that is right is worth most."""
 _REACH_RATE = 0.2
 _UNTRIED = 0.75
-"""Share of a source's tokens believed to be accepted before any was drafted: enough to be tried where that could pay."""
+"""Share of a source's tokens believed to be accepted before any was drafted: enough to be tried where that could
+pay."""
 _UNTRIED_OF = {"self": 0.92}
-"""The same of sources of which more is known: SmolLM2's own weights at four bits were right for 95 of 100 (docs/log.md)."""
+"""The same of sources of which more is known: SmolLM2's own weights at four bits were right for 95 of 100
+(docs/log.md)."""
 _UNTRIED_PRIOR = 6.0
 _PLACE_MEMORY = 100.0
 
@@ -81,7 +83,8 @@ class AcceptanceModel:
         self._placed_accepted = np.empty((0, _PLACES))
         self._placed_seen = np.empty((0, _PLACES))
         self._num_told: list[int] = []
-        """By source, how often it was ever seen how far its drafts go: at a token behind the first, or as the first was wrong."""
+        """By source, how often it was ever seen how far its drafts go: at a token behind the first, or as the first was
+        wrong."""
         self._records: dict[Hashable, dict[str, _Record]] = {}
 
     def probabilities(self, keys: Sequence[Hashable], drafts: Sequence[DraftTokens]) -> Float64s:

@@ -21,8 +21,8 @@ from helix_gateway.engine.step_costs import StepCosts
 WORTH_IT = 1.02
 """Speculation must promise this much more: costs are estimates, and the plain step is known."""
 _WORTH_ITS_ROWS = 1.25
-"""Where drafts bring so many times what the time of their rows would bring without them, they are worth it though they are
-few among many:"""
+"""Where drafts bring so many times what the time of their rows would bring without them, they are worth it though they
+are few among many:"""
 _FEW = 0.25
 """so much of what else they must promise is then enough."""
 _TRIAL = 0.25
@@ -43,7 +43,8 @@ _DRAFTING_RATE = 0.05
 _DRAFTING_MOST = 2.0
 """Times what is believed of it; more is a step that was held up."""
 _TRIES = 4
-"""Drafts in a row of which nothing is worth verifying, after which they are likely in vain; fewer where little can be won."""
+"""Drafts in a row of which nothing is worth verifying, after which they are likely in vain; fewer where little can be
+won."""
 _VAIN_SHARE = 0.005
 """Of a step's time, most that goes to drafts that are likely in vain."""
 _VAIN_SHARE_OF_GAIN = 0.006
@@ -77,7 +78,7 @@ class DepthPolicy(Protocol):
         """
 
     def excuse(self, sequence: Sequence) -> None:
-        """Hear that a drafter only read of the sequence in this step, which tells nothing of what its drafts are worth."""
+        """Hear that a drafter only read of the sequence in this step: what its drafts are worth, that does not tell."""
 
     def learn(self, sequence: Sequence, draft: DraftTokens, choices: Int32s) -> None:
         """Hear what a sequence got where a draft had been proposed, verified or not."""

@@ -38,8 +38,8 @@ _MOST_AT_ONCE = 0.3
 _HELD_UP = 0.8
 """A step that differs by more was more likely held up than that it tells of costs: it is believed the less for it."""
 _IN_PROPORTION = 0.98
-"""Of what twice the rows would cost at twice the price: from there on `StepCosts` needs no more figures.  What is cheaper by less
-no draft is verified for (`depth.WORTH_IT`)."""
+"""Of what twice the rows would cost at twice the price: from there on `StepCosts` needs no more figures.  What is
+cheaper by less no draft is verified for (`depth.WORTH_IT`)."""
 _SURE_FROM = 64
 """Rows below which that may be the step from one kernel to another."""
 _FEW_ROWS = 8
@@ -60,8 +60,8 @@ class StepCosts:
 
     def __init__(self, measured_s: dict[int, float]) -> None:
         rows = np.array(sorted(measured_s), np.float64)
-        # More rows never cost less, and what holds a step up makes it longer, never shorter: so no step costs more than what one
-        # of more rows was seen to take.
+        # More rows never cost less, and what holds a step up makes it longer, never shorter: so no step costs more than
+        # what one of more rows was seen to take.
         seconds = np.minimum.accumulate(np.array([measured_s[int(count)] for count in rows])[::-1])[::-1]
         self.rows: Float64s = np.array(KNOTS, np.float64)
         self._shape: Float64s = np.interp(self.rows, rows, seconds)
@@ -107,8 +107,8 @@ def measure_costs(runner: ModelRunner[Logits], row_counts: Sequence[int], repeat
 def rescaled(known_s: Mapping[int, float], runner: ModelRunner[Logits]) -> dict[int, float] | None:
     """Seconds that were measured at another time, brought to what this machine does now by a few steps.
 
-    Two small steps tell the proportion; a larger one, another at each start, finds out sooner or later whatever held the
-    machine up while it was measured.
+    Two small steps tell the proportion; a larger one, another at each start, finds out sooner or later whatever held
+    the machine up while it was measured.
 
     Args:
         known_s: seconds for some numbers of rows.
