@@ -3,6 +3,7 @@
 import copy
 import json
 import weakref
+from contextlib import contextmanager
 
 import gguf
 import numpy as np
@@ -25,6 +26,7 @@ from helix_gateway.runtime.cpu.weight_memory import WeightMemory
 from helix_gateway.runtime.factory import load_runner, resolve_quantisation
 from helix_gateway.runtime.pool import make_runners
 from helix_gateway.runtime.promises import Promises
+from helix_gateway.runtime.runner import TransformersRunner
 from helix_gateway.text.tokenizer import Tokenizer
 
 LLAMA_LIKE = ["llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "granite", "gemma2", "gemma3"]
@@ -220,6 +222,90 @@ def with_the_first_plan_for_all(right):
         return plans, layers._replace(shapes=shapes)
 
     return all_steps
+
+
+def spoil(owner, name, places, monkeypatch):
+    """Make noise of the rows that are at certain positions of a trial."""
+    right = getattr(owner, name)
+
+    def wrong(self, batch):
+        logits = right(self, batch).clone()
+        rows = torch.from_numpy(np.isin(batch.positions[batch.logits_rows], places))
+        logits[rows] = logits.std() * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))[rows]
+        return logits
+
+    monkeypatch.setattr(owner, name, wrong)
+
+
+def spoil_modules(places, monkeypatch):
+    """The same of the modules, as long as they compute with what is quantised."""
+    right, spoilt = TransformersRunner._through_transformers, {"now": True}
+
+    @contextmanager
+    def exactly(model):
+        spoilt["now"] = False
+        with computing_exactly(model):
+            yield
+        spoilt["now"] = True
+
+    spoil(TransformersRunner, "_through_transformers", places, monkeypatch)
+    wrong = TransformersRunner._through_transformers
+    monkeypatch.setattr(
+        TransformersRunner,
+        "_through_transformers",
+        lambda self, batch: (wrong if spoilt["now"] else right)(self, batch),
+    )
+    monkeypatch.setattr("helix_gateway.runtime.runner.computing_exactly", exactly)
+
+
+EVERYWHERE, FAR, ONE = range(10_000), range(300, 10_000), (15,)
+"""Positions of a trial: all; those of the two rows near the context's end; that of a single row."""
+
+
+def served(name):
+    """What a tiny model is served by, and what was refused."""
+    with capture_logs() as logs:
+        runner = make_runner(name)
+    refused = [line["event"] for line in logs if line["log_level"] == "warning"]
+    return isinstance(runner._compute, QuantisedLlamaStep), is_quantised(runner._model), refused
+
+
+def test_one_odd_row_of_the_modules_is_no_reason_to_refuse_them(monkeypatch):
+    spoil_modules(ONE, monkeypatch)
+    assert served("llama") == (True, True, [])
+
+
+@pytest.mark.parametrize("places", [FAR, (15, 16), EVERYWHERE], ids=["far", "two", "all"])
+def test_more_odd_rows_of_the_modules_give_way_to_float32(places, monkeypatch):
+    spoil_modules(places, monkeypatch)
+    _, quantised, refused = served("llama")
+    assert not quantised
+    assert refused[0] == "quantisation_refused"
+
+
+@pytest.mark.parametrize("places", [EVERYWHERE, FAR, (16,)], ids=["all", "far", "one"])
+def test_a_step_of_noise_gives_way_beside_modules_with_an_odd_row(places, monkeypatch):
+    spoil_modules(ONE, monkeypatch)
+    spoil(QuantisedLlamaStep, "__call__", places, monkeypatch)
+    assert served("llama") == (False, True, ["compiled_step_refused"])
+
+
+def test_a_step_has_no_odd_row_of_its_own(monkeypatch):
+    spoil(QuantisedLlamaStep, "__call__", ONE, monkeypatch)
+    assert served("llama") == (False, True, ["compiled_step_refused"])
+
+
+def test_a_logit_that_is_no_number_is_never_odd(monkeypatch):
+    right = QuantisedLlamaStep.__call__
+    spoil_modules(ONE, monkeypatch)
+
+    def wrong(self, batch):
+        logits = right(self, batch).clone()
+        logits[torch.from_numpy(batch.positions == ONE[0]), 0] = torch.nan
+        return logits
+
+    monkeypatch.setattr(QuantisedLlamaStep, "__call__", wrong)
+    assert served("llama") == (False, True, ["compiled_step_refused"])
 
 
 def test_products_that_are_wrong_give_way_to_float32(monkeypatch):
