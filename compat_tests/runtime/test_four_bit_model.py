@@ -3,6 +3,9 @@
 import copy
 import itertools
 import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,12 +14,13 @@ from structlog.testing import capture_logs
 
 from compat_tests.runtime.paged import Feeder, random_sequences
 from compat_tests.tiny_models import TINY_MODELS
-from helix_gateway.runtime import four_bit_model
+from helix_gateway.runtime import four_bit_model, remembered
 from helix_gateway.runtime.compiled_runner import CompiledRunner
 from helix_gateway.runtime.cpu import calibrating
 from helix_gateway.runtime.cpu.error_feedback import as_blocks, moments_of, round_with_feedback
 from helix_gateway.runtime.cpu.quantised_weights import Int4Weight, Int8Weight
 from helix_gateway.runtime.factory import load_runner
+from helix_gateway.runtime.loading import open_checkpoint
 from helix_gateway.runtime.own_text import own_text
 from helix_gateway.text.sample_text import sample_text
 
@@ -264,6 +268,59 @@ def test_where_memory_is_short_it_is_rounded_without_inputs_this_time_only(folde
     _, warned = loaded(folder)
     assert not warned
     assert cache.exists()
+
+
+def test_memory_is_counted_for_the_moments_of_the_widest_layers_inputs(folder, monkeypatch):
+    shapes = [tensor.shape for tensor in open_checkpoint(folder).tensors(tuple).values() if len(tensor.shape) == 2]
+    numbers, width = sum(rows * columns for rows, columns in shapes), max(columns for _, columns in shapes)
+    needed = numbers * 5 // 4 + 24 * 4 * 64 * width + 40 * width**2
+    monkeypatch.setattr(four_bit_model, "free_memory_bytes", lambda _: needed - 1)
+    with pytest.raises(MemoryError):
+        four_bit_model._check_size(folder)
+    monkeypatch.setattr(four_bit_model, "free_memory_bytes", lambda _: needed)
+    four_bit_model._check_size(folder)
+
+
+@pytest.mark.parametrize("change", ["code_digest", "_processor_name"])
+def test_what_was_refused_is_tried_again_by_other_code_or_on_another_machine(change, cache, tmp_path, monkeypatch):
+    path, written = saved("llama", tmp_path / "model"), []
+    right = four_bit_model._text
+
+    def text(runner, given):
+        written.append(runner)
+        return right(runner, given)
+
+    monkeypatch.setattr(four_bit_model, "_text", text)
+    with monkeypatch.context() as before:
+        before.setattr(four_bit_model, "own_text", refuse)
+        for _ in range(2):
+            assert [line["reason"] for line in loaded(path)[1]] == ["not yet"]
+    assert len(written) == 1  # the second start knew
+    assert [line["reason"] for line in loaded(path)[1]] == ["not yet"]
+    monkeypatch.setattr(remembered, change, lambda *_: "another")
+    assert not loaded(path)[1]
+    assert cache.exists()
+
+
+def refuse(*_):
+    raise calibrating.NotCalibratedError("not yet")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of its own")
+def test_starts_that_are_killed_while_they_round_are_not_repeated_for_ever(folder, monkeypatch):
+    ask = f"""
+import os
+from helix_gateway.runtime import four_bit_model
+from helix_gateway.runtime.four_bit_model import four_bits_of
+four_bit_model._check_size = lambda path: os.kill(os.getpid(), 9)
+four_bits_of({folder!r}, None, None)
+"""
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", ask], timeout=120).returncode == -signal.SIGKILL
+    for _ in range(2):
+        _, warned = loaded(folder)
+        assert [line["event"] for line in warned] == ["rounded_without_calibration"]
+        assert "2 starts were killed" in warned[0]["reason"]
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "phi3", "gemma2", "gemma3", "olmo2", "granite"])

@@ -1,16 +1,16 @@
 """A float model in four bits, rounded for the inputs that its layers get while it reads some text.
 
-Half of the text is the model's own (`own_text.py`), half is given: what a model writes is as broad as what it has learned, but
-not as well put as what it is to read.  That takes minutes of processor time, so it is done once: the blocks are kept, and
-later starts read them as a GGUF's.  What cannot be rounded so (no compiled step to write a text with, matrices that no
-input reaches, too little memory, too many multiplications) is rounded without regard to inputs, and said so.  Knows
-nothing about serving.
+Half of the text is the model's own (`own_text.py`), half is given: what a model writes is as broad as what it has
+learned, but not as well put as what it is to read.  That takes minutes of processor time, so it is done once: the blocks
+are kept, and later starts read them as a GGUF's.  What cannot be rounded so (no compiled step to write a text with,
+matrices that no input reaches, too little memory, too many multiplications) is rounded without regard to inputs, and
+said so.  Knows nothing about serving.
 """
 
 import gc
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from helix_gateway.runtime.own_text import Int64s, own_text
 from helix_gateway.runtime.paged_runner import PagedRunner
 from helix_gateway.runtime.progress import Report, terminal_bar
 from helix_gateway.runtime.promises import Promises
-from helix_gateway.runtime.remembered import Remembered, file_identities, remembered_folder
+from helix_gateway.runtime.remembered import Remembered, file_identities, remembered_folder, surroundings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,13 +39,18 @@ _SEQUENCES, _LENGTH = 16, 512
 """Of the text."""
 TEXT_TOKENS = 2 * _SEQUENCES * _LENGTH
 """Of keys and values that a runner needs room for to write it; pages are of whole tokens."""
-_REFUSED = "not_calibrated"
+_REFUSED, _BEGUN = "not_calibrated", "calibrating"
+_MOST_BEGUN = 2
+"""Starts that were killed in the middle, by lack of memory or by somebody's impatience, before none tries again."""
 _SMOLLM2_SQUARES = 131e6
 """Of widths of inputs, all matrices of SmolLM2-135M together: what time is in proportion to."""
 _MOST_SQUARES = 20 * _SMOLLM2_SQUARES
 """More is not waited for."""
 _ROOM = 24
 """Bytes for each of a text's tokens and each of the widest layer's inputs: some float32 rows at once."""
+
+_MOMENTS = 40
+"""Bytes for each square of the widest layer's inputs: their second moments in float32 and float64, factors and inverse."""
 
 LoadInt8 = Callable[[str], PagedRunner]
 """A model in int8, with room for `TEXT_TOKENS`."""
@@ -66,21 +71,40 @@ def four_bits_of(path: str, load_int8: LoadInt8, sample_ids: SampleIds | None) -
     kept = recall_blocks(remembered)
     if kept is not None:
         return kept
+    # What cannot be done here and now, another state of the code, or another machine, may do.
+    attempts = Remembered({**told, **surroundings()}, remembered_folder())
     try:
-        return keep_blocks(_rounded(path, load_int8, sample_ids, remembered), remembered)
+        with _attempt(attempts):
+            return keep_blocks(_rounded(path, load_int8, sample_ids), remembered)
     except NotCalibratedError as error:
         reason = str(error)
-        remembered.put(_REFUSED, reason)
+        attempts.put(_REFUSED, reason)
     except Exception as error:  # noqa: BLE001 - whatever it is, the model can be served without
         reason = f"{type(error).__name__}: {error}"
     log.warning("rounded_without_calibration", model=path, reason=reason)
     return None
 
 
-def _rounded(path: str, load_int8: LoadInt8, sample_ids: SampleIds | None, remembered: Remembered) -> Rounded:
-    refused = remembered.get(_REFUSED)
+@contextmanager
+def _attempt(attempts: Remembered) -> Iterator[None]:
+    """Count what begins, as long as it has not ended: a process that is killed in the middle says nothing.
+
+    Raises:
+        NotCalibratedError: it was refused before, or did not come to an end too often.
+    """
+    refused, begun = attempts.get(_REFUSED), attempts.get(_BEGUN) or 0
     if refused is not None:
         raise NotCalibratedError(refused)
+    if begun >= _MOST_BEGUN:
+        raise NotCalibratedError(f"{begun} starts were killed while they did it; {remembered_folder()} remembers them")
+    attempts.put(_BEGUN, begun + 1)
+    try:
+        yield
+    finally:
+        attempts.forget(_BEGUN)
+
+
+def _rounded(path: str, load_int8: LoadInt8, sample_ids: SampleIds | None) -> Rounded:
     _check_size(path)
     given = np.array([] if sample_ids is None else sample_ids(path), np.int64)
     ids = _text(load_int8(path), given)
@@ -92,6 +116,8 @@ def _rounded(path: str, load_int8: LoadInt8, sample_ids: SampleIds | None, remem
 def _check_size(path: str) -> None:
     """Make sure that it takes neither too long nor too much memory.
 
+    Keys and values of the text it writes are gone by then, and take no more than half of what is free before.
+
     Raises:
         NotCalibratedError: it would take too long, whatever the machine.
         MemoryError: there is too little memory at present.
@@ -101,7 +127,8 @@ def _check_size(path: str) -> None:
     if squares > _MOST_SQUARES:
         raise NotCalibratedError(f"it is {squares / _SMOLLM2_SQUARES:.0f} times the work of SmolLM2-135M")
     in_int8 = sum(math.prod(shape) for shape in shapes) * 5 // 4
-    needed = in_int8 + _ROOM * _SEQUENCES * _LENGTH * max(shape[1] for shape in shapes)
+    width = max(shape[1] for shape in shapes)
+    needed = in_int8 + _ROOM * _SEQUENCES * _LENGTH * width + _MOMENTS * width**2
     free = free_memory_bytes(torch.device("cpu"))
     if needed > free:
         raise MemoryError(f"it takes {needed / 2**20:.0f} MiB, and {free / 2**20:.0f} are free")
