@@ -250,11 +250,11 @@ def spoil_modules(places, monkeypatch):
 
     spoil(TransformersRunner, "_through_transformers", places, monkeypatch)
     wrong = TransformersRunner._through_transformers
-    monkeypatch.setattr(
-        TransformersRunner,
-        "_through_transformers",
-        lambda self, batch: (wrong if spoilt["now"] else right)(self, batch),
-    )
+
+    def through(self, batch):
+        return wrong(self, batch) if spoilt["now"] else right(self, batch)
+
+    monkeypatch.setattr(TransformersRunner, "_through_transformers", through)
     monkeypatch.setattr("helix_gateway.runtime.runner.computing_exactly", exactly)
 
 

@@ -18,15 +18,12 @@ from helix_gateway.runtime.cpu.packing import Holder, matrices, replace_modules
 from helix_gateway.runtime.cpu.quantised_kernels import GROUP_INPUTS
 from helix_gateway.runtime.cpu.quantised_weights import Int4Weight
 from helix_gateway.runtime.cpu.quantising import is_table, quantise_some
+from helix_gateway.runtime.cpu.structures import products_of
 from helix_gateway.runtime.cpu.threads import configure_threads
 from helix_gateway.runtime.promises import Promises
 
 Rounded = dict[str, npt.NDArray[np.uint8]]
 """GGUF's Q4_1 blocks [channels, groups, 20] of matrices, by their parameters' names."""
-
-
-_EIGHT_BITS = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj"})
-"""Together: a step computes them as one matrix."""
 
 
 class NotCalibratedError(Exception):
@@ -39,7 +36,7 @@ def round_as_inputs_come(model: Any, promises: Promises) -> Rounded:
     All else is read and quantised at once.
 
     Args:
-        model: a transformers ``ForCausalLM`` in float32.
+        model: a transformers ``ForCausalLM`` in float32, of a family that has a compiled step (`structures.py`).
         promises: its matrices, which are read when their turn comes.
 
     Raises:
@@ -48,10 +45,11 @@ def round_as_inputs_come(model: Any, promises: Promises) -> Rounded:
     rounded: Rounded = {}
     names = {module: name for name, module in model.named_modules()}
     seen = _Seen()
+    # All of what a step computes as one matrix.
+    attended: set[Any] = {module for layer in model.base_model.layers for module in products_of(layer)[0]}
 
     def keeps_eight_bits(holders: list[Holder]) -> bool:
-        own = [names[module].rpartition(".")[2] for module in holders]
-        return is_table(holders, model) or any(name in _EIGHT_BITS for name in own)
+        return is_table(holders, model) or any(module in attended for module in holders)
 
     replacements: dict[nn.Module, nn.Module] = {}
     for holders in matrices(model):
