@@ -66,7 +66,8 @@ def test_metrics_add_up_before_under_and_after_load_and_when_the_engine_dies(ope
     assert before.value("engine_state", state="ready") == 1
 
     with ThreadPoolExecutor(8) as pool:
-        answers = [pool.submit(ask, operated, number) for number in range(8)]
+        # Long enough for scrapes to find them running: eight answers of 20 tokens are over in a third of a second.
+        answers = [pool.submit(ask, operated, number, max_tokens=150 + number) for number in range(8)]
         until(lambda: scrape(operated)[0].value("num_requests_running") > 1, "nobody is seen running")
         usages = [answer.result() for answer in answers]
     after, _ = scrape(operated)
