@@ -2,8 +2,6 @@
 
 import copy
 import itertools
-import os
-import signal
 import subprocess
 import sys
 
@@ -212,13 +210,12 @@ def test_other_weights_in_the_same_folder_are_rounded_anew(folder, cache):
     assert len(list(cache.iterdir())) == 2
 
 
-@pytest.mark.skipif(os.name == "nt", reason="a file in a folder's place")
-def test_a_cache_folder_that_cannot_be_written_is_no_fault(folder, cache):
+def test_a_cache_folder_that_cannot_be_written_is_no_fault(folder, cache, tmp_path, monkeypatch):
     first = answers(load(folder))
-    for file in cache.iterdir():
-        file.unlink()
-    cache.rmdir()
-    cache.write_text("in the way")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / cache.name).write_text("in the way")
+    monkeypatch.setenv("HELIX_CACHE", str(other))
     again, warned = loaded(folder)
     assert not warned
     assert torch.equal(first, answers(again))
@@ -306,17 +303,16 @@ def refuse(*_):
     raise calibrating.NotCalibratedError("not yet")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals of its own")
 def test_starts_that_are_killed_while_they_round_are_not_repeated_for_ever(folder, monkeypatch):
     ask = f"""
 import os
 from helix_gateway.runtime import four_bit_model
 from helix_gateway.runtime.four_bit_model import four_bits_of
-four_bit_model._check_size = lambda path: os.kill(os.getpid(), 9)
+four_bit_model._check_size = lambda path: os._exit(9)
 four_bits_of({folder!r}, None, None)
 """
     for _ in range(2):
-        assert subprocess.run([sys.executable, "-c", ask], timeout=120).returncode == -signal.SIGKILL
+        assert subprocess.run([sys.executable, "-c", ask], timeout=120).returncode == 9
     for _ in range(2):
         _, warned = loaded(folder)
         assert [line["event"] for line in warned] == ["rounded_without_calibration"]

@@ -4,6 +4,8 @@ Imports nothing heavy: it is asked before an engine's process starts.  Knows not
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -15,3 +17,28 @@ def cache_folder() -> Path:
     import platformdirs
 
     return platformdirs.user_cache_path("helix", appauthor=False)
+
+
+@contextmanager
+def written_whole(file: Path) -> Iterator[Path]:
+    """Where to write what is to become ``file``: who reads meanwhile sees all of it or what was there before.
+
+    Raises:
+        OSError: there is no writing there.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(f".{os.getpid()}")
+    try:
+        yield beside
+        beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def forget_oldest(folder: Path, kept_files: int) -> None:
+    """Delete all but so many files, the most recent."""
+    # Another process may be doing the same: what has gone meanwhile is no trouble.
+    with suppress(OSError):
+        by_age = sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime, reverse=True)
+        for file in by_age[kept_files:]:
+            file.unlink(missing_ok=True)

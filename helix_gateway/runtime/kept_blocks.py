@@ -9,14 +9,14 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import structlog
 
 from helix_gateway.core.errors import ModelLoadError
-from helix_gateway.runtime.cache_folder import cache_folder
+from helix_gateway.runtime.cache_folder import cache_folder, forget_oldest, written_whole
 from helix_gateway.runtime.checkpoints.protocol import Blocks
 from helix_gateway.runtime.checkpoints.replaced import KeptBlocks
 from helix_gateway.runtime.checkpoints.safetensors_file import SafetensorsTensor, read_safetensors
@@ -69,7 +69,7 @@ def keep_blocks(numbers: Mapping[str, Bytes], remembered: Remembered) -> NamedBl
         log.info("blocks_not_kept", folder=str(_folder()), reason=str(error))
         return kept
     remembered.put(_REMEMBERED_AS, kept.digest)
-    _forget_oldest()
+    forget_oldest(_folder(), _KEPT_FILES)
     return kept
 
 
@@ -118,23 +118,10 @@ def _digest(numbers: Mapping[str, Bytes]) -> str:
 def _write(numbers: Mapping[str, Bytes], file: Path) -> None:
     from safetensors.numpy import save_file
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # Under another name first: who reads meanwhile sees all of it or nothing.
-    beside = file.with_suffix(f".{os.getpid()}")
-    try:
-        save_file(dict(numbers), beside)
-        beside.replace(file)
-    except OSError:
-        raise
-    except Exception as error:  # the library has errors of its own for a full disk
-        raise OSError(str(error)) from error
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _forget_oldest() -> None:
-    # Another process may be doing the same: what has gone meanwhile is no trouble.
-    with suppress(OSError):
-        files: list[Any] = sorted(_folder().iterdir(), key=lambda file: file.stat().st_mtime, reverse=True)
-        for file in files[_KEPT_FILES:]:
-            file.unlink(missing_ok=True)
+    with written_whole(file) as beside:
+        try:
+            save_file(dict(numbers), beside)
+        except OSError:
+            raise
+        except Exception as error:  # the library has errors of its own for a full disk
+            raise OSError(str(error)) from error

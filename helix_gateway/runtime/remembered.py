@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +18,7 @@ from typing import Any
 
 import structlog
 
-from helix_gateway.runtime.cache_folder import cache_folder
+from helix_gateway.runtime.cache_folder import cache_folder, forget_oldest, written_whole
 
 log = structlog.get_logger(__name__)
 
@@ -64,16 +64,13 @@ class Remembered:
             "found": self._found,
             "digest": _digest([self._circumstances, self._found]),
         }
-        beside = self._file.with_suffix(f".{os.getpid()}")
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            # Under another name first: who reads meanwhile sees all of it or what was there before.
-            beside.write_text(json.dumps(content, indent=1))
-            beside.replace(self._file)
+            with written_whole(self._file) as file:
+                file.write_text(json.dumps(content, indent=1))
         except OSError as error:
             log.info("not_remembered", folder=str(self._file.parent), reason=str(error))
             return
-        _forget_oldest(self._file.parent)
+        forget_oldest(self._file.parent, _KEPT_FILES)
 
     def hold_to(self, name: str, value: Any) -> None:
         """Forget everything unless it was found beside this very value, which is kept with it."""
@@ -182,12 +179,3 @@ def _processor_name() -> str:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _forget_oldest(folder: Path) -> None:
-    """Delete all but the most recent files."""
-    # Another process may be doing the same: what has gone meanwhile is no trouble.
-    with suppress(OSError):
-        by_age: Iterable[Path] = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in list(by_age)[_KEPT_FILES:]:
-            path.unlink(missing_ok=True)
