@@ -10,9 +10,8 @@ the best of all of these in its row.
 import argparse
 import asyncio
 import contextlib
-import functools
 import json
-import operator
+import math
 import random
 import re
 import socket
@@ -190,24 +189,38 @@ def measure(setting, options, number):
     return found
 
 
-def median(rounds, *path):
-    return statistics.median(functools.reduce(operator.getitem, path, found) for found in rounds)
+def parts(found, *path):
+    """A round's figure, or None where that round did not measure it."""
+    for part in path:
+        found = found.get(part)
+        if found is None:
+            return None
+    return found
 
 
-def rows_of(results, options):
+def medians(results, *path, scale=1.0):
+    """Each setting's median over the rounds that measured it: {setting: median}."""
+    figures = {name: [parts(found, *path) for found in rounds] for name, rounds in results.items()}
+    measured = {name: [value for value in values if value is not None] for name, values in figures.items()}
+    return {name: scale * statistics.median(values) for name, values in measured.items() if values}
+
+
+def levels_of(results, key):
+    """What was measured under a key, in any round, as numbers in order."""
+    return sorted({int(level) for rounds in results.values() for found in rounds for level in found.get(key, {})})
+
+
+def rows_of(results):
     """Each thing measured, by name: {setting: median}, and whether more is better."""
     rows = {}
-    for streams in map(str, options.streams):
+    for streams in levels_of(results, "levels"):
         for heat in ("cold", "hot"):
-            for figure, better in (("tokens_per_s", 1), ("ttft_ms", -1)):
-                path = ("levels", streams, heat, figure)
-                rows[f"{figure}, {heat}, {streams}"] = ({n: median(r, *path) for n, r in results.items()}, better)
-    if options.prefill:
-        for length in map(str, PREFILL_TOKENS):
-            path = ("prefill_tokens_per_s", length)
-            rows[f"prefill tokens_per_s, {length}"] = ({n: median(r, *path) for n, r in results.items()}, 1)
-    rows["resident MB"] = ({n: median(r, "resident_bytes") / 1e6 for n, r in results.items()}, -1)
-    rows["ready s"] = ({n: median(r, "ready_s") for n, r in results.items()}, -1)
+            for figure, better in (("tokens_per_s", 1), ("ttft_ms", -1), ("gap_ms", -1)):
+                rows[f"{figure}, {heat}, {streams}"] = medians(results, "levels", str(streams), heat, figure), better
+    for length in levels_of(results, "prefill_tokens_per_s"):
+        rows[f"prefill tokens_per_s, {length}"] = medians(results, "prefill_tokens_per_s", str(length)), 1
+    rows["resident MB"] = medians(results, "resident_bytes", scale=1e-6), -1
+    rows["ready s"] = medians(results, "ready_s"), -1
     return rows
 
 
@@ -220,11 +233,14 @@ def ratio(mine, figures, better):
 
 
 def print_rows(rows):
-    names = list(next(iter(rows.values()))[0])
+    names = list(dict.fromkeys(name for figures, _ in rows.values() for name in figures))
     table = []
     for what, (figures, better) in rows.items():
         cells = []
         for name in names:
+            if name not in figures:
+                cells.append("")
+                continue
             times = ratio(figures[name], figures, better) if name.startswith("helix") else None
             cells.append(f"{figures[name]:.4g}" + (f" ({times:.2f}x)" if times is not None else ""))
         table.append([what, *cells])
@@ -233,8 +249,8 @@ def print_rows(rows):
 
 def plot(rows, streams):
     def draw(axes):
-        for name in next(iter(rows.values()))[0]:
-            values = [rows[f"tokens_per_s, cold, {count}"][0][name] for count in streams]
+        for name in rows[f"tokens_per_s, cold, {streams[0]}"][0]:
+            values = [rows[f"tokens_per_s, cold, {count}"][0].get(name, math.nan) for count in streams]
             style = "-" if name.startswith("helix") else ":"
             axes.plot(streams, values, style, marker="o", label=name)
         axes.set_xscale("log", base=2)
@@ -244,6 +260,42 @@ def plot(rows, streams):
         axes.legend(fontsize=7)
 
     return draw
+
+
+def joined(files):
+    """The rounds of several runs on one machine, as those of one; and how many tokens were asked of each request."""
+    results, tokens = {}, set()
+    for file in files:
+        run = json.loads(file.read_text(encoding="utf-8"))
+        tokens.add(run["tokens"])
+        for name, rounds in run["rounds"].items():
+            results.setdefault(name, []).extend(rounds)
+    if len(tokens) > 1:
+        raise SystemExit(f"These runs asked for different numbers of tokens: {sorted(tokens)}.")
+    return results, tokens.pop()
+
+
+def keep(results, tokens, folder, machine=None):
+    """The table, the JSON and the picture of what was measured so far."""
+    rows = rows_of(results)
+    figures = {"tokens": tokens, "rounds": results, "medians": {what: row[0] for what, row in rows.items()}}
+    streams = levels_of(results, "levels")
+    report.save("vs_llama_cpp", figures | (machine or {}), plot(rows, streams), folder=folder)
+    return rows
+
+
+def run(options):
+    """Every setting in turn, round after round; what is had is kept after each round."""
+    options.files.mkdir(parents=True, exist_ok=True)
+    every = HELIX + peers(options.files)
+    settings = [setting for setting in every if any(re.search(word, setting.name) for word in options.only)]
+    results = {setting.name: [] for setting in settings}
+    for number in range(options.rounds):
+        for setting in settings:
+            print(f"round {number + 1}: {setting.name}", flush=True)
+            results[setting.name].append(measure(setting, options, number))
+        rows = keep(results, options.tokens, options.out)
+    return rows
 
 
 def main():
@@ -256,23 +308,17 @@ def main():
     parser.add_argument("--prefill", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--files", type=Path, default=Path("build/peer"), help="where the peer's other files are kept")
     parser.add_argument("--out", type=Path, default=report.RESULTS)
-    options = parser.parse_args()
-    options.files.mkdir(parents=True, exist_ok=True)
-    every = HELIX + peers(options.files)
-    settings = [setting for setting in every if any(re.search(word, setting.name) for word in options.only)]
-    results = {setting.name: [] for setting in settings}
-    for number in range(options.rounds):
-        for setting in settings:
-            print(f"round {number + 1}: {setting.name}", flush=True)
-            results[setting.name].append(measure(setting, options, number))
-    rows = rows_of(results, options)
-    print_rows(rows)
-    report.save(
-        "vs_llama_cpp",
-        {"tokens": options.tokens, "rounds": results, "medians": {what: row[0] for what, row in rows.items()}},
-        plot(rows, options.streams),
-        folder=options.out,
+    parser.add_argument(
+        "--join", type=Path, nargs="+", help="measure nothing: join the rounds of these runs' JSON files"
     )
+    options = parser.parse_args()
+    if options.join:
+        taken_on = json.loads(options.join[0].read_text(encoding="utf-8"))
+        of_the_runs = {key: taken_on[key] for key in ("when", "revision", "machine")}
+        rows = keep(*joined(options.join), options.out, of_the_runs)
+    else:
+        rows = run(options)
+    print_rows(rows)
 
 
 if __name__ == "__main__":
