@@ -164,14 +164,16 @@ def plot(results):
     def draw(axes):
         for result in results:
             rates = [result["helix"][streams]["tokens_per_s"] for streams in STREAMS]
-            axes.plot(STREAMS, rates, marker="o", label=f"Helix {result['dtype']}")
-            axes.axhline(result["transformers"][1]["tokens_per_s"], linestyle=":", color="grey")
+            (line,) = axes.plot(STREAMS, rates, marker="o", label=f"Helix {result['dtype']}")
+            plain = [result["transformers"][1]["tokens_per_s"]] * len(STREAMS)
+            axes.plot(STREAMS, plain, "--", color=line.get_color(), label=f"generate beside it, {plain[0]:.0f}")
         axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
         axes.set_xticks(STREAMS, STREAMS)
-        axes.set_xlabel("streams (dotted: a loop of transformers' generate)")
-        axes.set_ylabel("output tokens/s")
-        axes.set_ylim(bottom=0)
-        axes.legend()
+        axes.set_xlabel("streams (dashed: a loop of transformers' generate)")
+        axes.set_ylabel("output tokens/s, all streams together")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.legend(fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 0.12))
 
     return draw
 
