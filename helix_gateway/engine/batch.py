@@ -5,22 +5,20 @@ Knows how sequences lie in the flat batch, and nothing else of the engine's poli
 
 from collections.abc import Hashable
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from helix_gateway.core.step import Int32s, LogitEdits, SamplingRows, StepBatch, UInt32s
 from helix_gateway.engine.kv_cache import PagedKVCache
+from helix_gateway.engine.option_records import join_records
 from helix_gateway.engine.plan import ScheduledSequence
 from helix_gateway.engine.sequence import Sequence
-from helix_gateway.engine.token_edits import join_edits
+from helix_gateway.engine.token_edits import NO_EDITS, join_edits
 from helix_gateway.engine.token_masks import join_masks
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
+class Window(NamedTuple):
     """One scheduled sequence's rows of the flat batch."""
 
     scheduled: ScheduledSequence
@@ -81,19 +79,20 @@ def lay_out(scheduled: Ordered[ScheduledSequence], drafts: Ordered[list[int]]) -
     windows, row = [], 0
     for entry, draft in zip(scheduled, drafts, strict=True):
         windows.append(_window(entry, draft, row))
-        row += windows[-1].num_rows
+        row += entry.num_tokens + len(draft)
     return windows
 
 
 def build_step_batch(windows: Ordered[Window], cache: PagedKVCache) -> StepBatch:
     """The flat arrays of the forward."""
     starts = np.array([window.scheduled.start for window in windows], np.int32)
-    lengths = np.array([window.num_rows for window in windows], np.int32)
+    ends = np.array([window.first_row + window.num_rows for window in windows], np.int32)
+    cu_seqlens = np.concatenate([_ZERO, ends])
     return StepBatch(
         token_ids=np.array([token for window in windows for token in window.token_ids()], np.int32),
-        positions=_ramps(starts, lengths),
-        cu_seqlens=np.concatenate([_ZERO, np.cumsum(lengths, dtype=np.int32)]),
-        context_lens=starts + lengths,
+        positions=_ramps(starts, ends),
+        cu_seqlens=cu_seqlens,
+        context_lens=starts + ends - cu_seqlens[:-1],
         block_tables=block_tables([window.sequence.key for window in windows], cache),
         logits_rows=logits_rows(windows),
     )
@@ -102,16 +101,19 @@ def build_step_batch(windows: Ordered[Window], cache: PagedKVCache) -> StepBatch
 _ZERO = np.zeros(1, np.int32)
 
 
-def _ramps(starts: Int32s, lengths: Int32s) -> Int32s:
-    """``starts[i], starts[i] + 1, …`` of ``lengths[i]`` numbers each, one after the other; int32 [sum of lengths]."""
-    behind = np.cumsum(lengths, dtype=np.int32)
-    return np.arange(behind[-1] if behind.size else 0, dtype=np.int32) + np.repeat(starts + lengths - behind, lengths)
+def _ramps(starts: Int32s, ends: Int32s) -> Int32s:
+    """``starts[i], starts[i] + 1, …`` up to place ``ends[i]``, at least one number each, one after the other; int32."""
+    count = int(ends[-1]) if ends.size else 0
+    if count == ends.size:  # of one number each: nobody has a prompt or drafts
+        return starts
+    lengths = np.diff(ends, prepend=np.int32(0))
+    return np.arange(count, dtype=np.int32) + np.repeat(starts + lengths - ends, lengths)
 
 
 def block_tables(keys: Ordered[Hashable], cache: PagedKVCache) -> tuple[Int32s, ...]:
     """For each group of one model, [num_seqs, max_blocks]; the sequences by their keys in the cache."""
-    widths = zip(*([table.num_entries for table in cache.tables(key)] for key in keys), strict=True)
-    tables = tuple(np.zeros((len(keys), max(width)), np.int32) for width in widths)
+    widths = zip(*[[table.num_entries for table in cache.tables(key)] for key in keys], strict=True)
+    tables = tuple([np.zeros((len(keys), max(width)), np.int32) for width in widths])
     cache.fill_tables(keys, tables)
     return tables
 
@@ -119,15 +121,19 @@ def block_tables(keys: Ordered[Hashable], cache: PagedKVCache) -> tuple[Int32s, 
 def logits_rows(windows: Ordered[Window]) -> Int32s:
     """Flat rows whose logits somebody reads, ascending."""
     if not any(window.scored_prompt_rows for window in windows):
-        return _sampled_rows(windows)
+        return _sampled_rows([window for window in windows if window.sampled_rows])
     rows = (row for window in windows for row in sorted({*window.scored_prompt_rows, *window.sampled_rows}))
     return np.fromiter(rows, np.int32)
 
 
 def _sampled_rows(windows: Ordered[Window]) -> Int32s:
-    """Flat rows that choose a token, ascending."""
+    """Flat rows that choose a token, ascending; of windows that have some."""
     firsts = np.array([window.sampled_rows.start for window in windows], np.int32)
-    return _ramps(firsts, np.array([len(window.sampled_rows) for window in windows], np.int32))
+    return _ramps(firsts, _num_sampled(windows).cumsum(dtype=np.int32))
+
+
+def _num_sampled(windows: Ordered[Window]) -> Int32s:
+    return np.array([len(window.sampled_rows) for window in windows], np.int32)
 
 
 def build_sampling_rows(windows: Ordered[Window], rows: Int32s, vocab_size: int) -> SamplingRows:
@@ -140,17 +146,30 @@ def build_sampling_rows(windows: Ordered[Window], rows: Int32s, vocab_size: int)
         ConstraintFailedError: a sequence's constraint raised.
     """
     windows = [window for window in windows if window.sampled_rows]
-    counts = np.array([len(window.sampled_rows) for window in windows], np.int32)
-    firsts = np.array([window.position(window.sampled_rows.start) + 1 for window in windows], np.int32)
+    sequences = [window.scheduled.sequence for window in windows]
+    counts = _num_sampled(windows)
+    ends = counts.cumsum(dtype=np.int32)
     return sampling_rows(
-        [window.sequence for window in windows],
+        sequences,
         counts,
         vocab_size,
-        logits_index=np.searchsorted(rows, _sampled_rows(windows)).astype(np.int32),
-        position=_ramps(firsts, counts),
-        edits=join_edits([row for w in windows for row in w.sequence.edits.along(w.draft_tokens)]),
-        allowed=join_masks([(w.sequence, w.draft_tokens) for w in windows], vocab_size),
+        logits_index=_places_of_sampled(windows, rows, int(ends[-1])),
+        # A token's logits choose the next one: the first is the one behind the last verified token.
+        position=_ramps(np.array([w.scheduled.start + w.scheduled.num_tokens for w in windows], np.int32), ends),
+        edits=_edits_of(windows) if any(sequence.edits.ever_any for sequence in sequences) else NO_EDITS,
+        allowed=join_masks([(w.scheduled.sequence, w.draft_tokens) for w in windows], vocab_size),
     )
+
+
+def _places_of_sampled(windows: Ordered[Window], rows: Int32s, num_sampled: int) -> Int32s:
+    """Where the sampled rows are among those whose logits are read; all of these, but where prompts are scored."""
+    if num_sampled == len(rows):
+        return np.arange(num_sampled, dtype=np.int32)
+    return np.searchsorted(rows, _sampled_rows(windows)).astype(np.int32)
+
+
+def _edits_of(windows: Ordered[Window]) -> LogitEdits:
+    return join_edits([row for w in windows for row in w.sequence.edits.along(w.draft_tokens)])
 
 
 def sampling_rows(
@@ -169,20 +188,16 @@ def sampling_rows(
         counts: how many rows each sequence has.
         logits_index, position, edits, allowed: of the rows, as `SamplingRows` has them.
     """
-    params = [sequence.request.sampling for sequence in sequences]
-
-    def spread(values: list[float], dtype: type[np.generic]) -> npt.NDArray[Any]:
-        return np.repeat(np.array(values, dtype), counts)
-
+    options = join_records([sequence.option_record for sequence in sequences]).repeat(counts)
     return SamplingRows(
         logits_index=logits_index,
-        seed=spread([p.seed & 0xFFFF_FFFF_FFFF_FFFF for p in params], np.uint64),
-        choice=spread([sequence.index for sequence in sequences], np.int32),
+        seed=options["seed"].copy(),  # columns lie apart in records; samplers want them whole
+        choice=options["choice"].copy(),
         position=position,
-        temperature=spread([p.temperature for p in params], np.float32),
-        top_k=spread([min(p.top_k or vocab_size, vocab_size) for p in params], np.int32),
-        top_p=spread([p.top_p for p in params], np.float32),
-        min_p=spread([p.min_p for p in params], np.float32),
+        temperature=options["temperature"].copy(),
+        top_k=np.minimum(options["top_k"], np.int32(vocab_size)),
+        top_p=options["top_p"].copy(),
+        min_p=options["min_p"].copy(),
         edits=edits,
         allowed=allowed,
     )

@@ -48,6 +48,10 @@ class BlockPool:
         """How many tables hold the block."""
         return self._ref_counts[block]
 
+    def is_shared(self, block: int) -> bool:
+        """Whether more than one table holds the block, or a prefix could find it: nobody may write to it."""
+        return self._ref_counts[block] > 1 or self._index.holds(block)
+
     def allocate(self, count: int, *, after: int | None = None) -> list[int]:
         """Take ``count`` blocks, each with one reference, following ``after`` in the arena where possible.
 

@@ -48,4 +48,4 @@ class SequenceBlockTable:
 
     def fill_row(self, row: Int32s) -> None:
         """Write the block numbers into a zeroed row [max_blocks]; released entries stay 0, nobody reads them."""
-        row[self.num_released : self.num_entries] = self.blocks
+        row[self.num_released : self.num_released + len(self.blocks)] = self.blocks

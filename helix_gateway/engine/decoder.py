@@ -5,7 +5,7 @@ the same position), so speculation cannot be seen in the text; at depth 0 the ve
 Knows nothing about queues and blocks: it computes what the plan says.
 """
 
-from itertools import accumulate
+from itertools import islice
 from time import perf_counter
 from typing import Generic, NamedTuple
 
@@ -127,12 +127,16 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
         for (proposed, verified), output in zip(drafts, outputs, strict=True):
             if not output.token_ids:
                 continue
-            for draft in (proposed, proposed.beside):
-                if draft is not None and len(draft.token_ids):
-                    self._depth_policy.learn(output.scheduled.sequence, draft, np.array(output.token_ids, np.int32))
+            if proposed is not NOTHING:
+                self._learn_of(proposed, output)
             if output.num_draft_tokens:
                 output.draft_source = verified.source
             self.ledger.count(output.draft_source, output.num_draft_tokens, output.num_accepted)
+
+    def _learn_of(self, proposed: DraftTokens, output: SequenceOutput) -> None:
+        for draft in (proposed, proposed.beside):
+            if draft is not None and len(draft.token_ids):
+                self._depth_policy.learn(output.scheduled.sequence, draft, np.array(output.token_ids, np.int32))
 
     def _choose(self, windows: list[Window], logits: Logits, rows: Int32s) -> list[SequenceOutput]:
         sampled = self._sample(windows, logits, rows)
@@ -148,11 +152,11 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
         return outputs
 
     def _sample(self, windows: list[Window], logits: Logits, rows: Int32s) -> list[list[int]]:
-        ends = list(accumulate(len(window.sampled_rows) for window in windows))
-        if not ends[-1]:
+        if not any(window.sampled_rows for window in windows):
             return [[] for _ in windows]
-        flat = self._runner.sample(logits, build_sampling_rows(windows, rows, self._runner.vocab_size)).tolist()
-        return [flat[end - len(window.sampled_rows) : end] for window, end in zip(windows, ends, strict=True)]
+        sampled = self._runner.sample(logits, build_sampling_rows(windows, rows, self._runner.vocab_size))
+        left = iter(sampled.tolist())
+        return [list(islice(left, len(window.sampled_rows))) for window in windows]
 
 
 def _score(scorer: "_Scorer[Logits]", window: Window, output: SequenceOutput) -> None:

@@ -3,14 +3,13 @@
 Stop tokens are looked for before anything is appended.  Knows nothing about text or blocks.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from helix_gateway.core.event import FinishReason
 from helix_gateway.engine.sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
-class Ending:
+class Ending(NamedTuple):
     """Which of the tokens just verified belong to the sequence, and whether it ends with them."""
 
     token_ids: list[int]
@@ -30,6 +29,8 @@ def find_ending(sequence: Sequence, token_ids: list[int], max_model_len: int) ->
 
 
 def _by_stop_token(sequence: Sequence, token_ids: list[int]) -> Ending:
+    if sequence.stop_ids.isdisjoint(token_ids):
+        return Ending(token_ids)
     for count, token in enumerate(token_ids):
         if token in sequence.stop_ids:
             asked_for = token in sequence.request.sampling.stop_token_ids
@@ -38,9 +39,10 @@ def _by_stop_token(sequence: Sequence, token_ids: list[int]) -> Ending:
 
 
 def _by_length(sequence: Sequence, ending: Ending, max_model_len: int) -> Ending:
-    left = max_model_len - len(sequence.token_ids)
-    if sequence.request.sampling.max_tokens is not None:
-        left = min(left, sequence.request.sampling.max_tokens - sequence.num_output_tokens)
+    end, max_tokens = max_model_len, sequence.request.sampling.max_tokens
+    if max_tokens is not None:
+        end = min(end, sequence.num_prompt_tokens + max_tokens)
+    left = end - len(sequence.token_ids)
     if len(ending.token_ids) < left or (len(ending.token_ids) == left and ending.finish_reason):
         return ending
     return Ending(ending.token_ids[:left], "length")

@@ -285,7 +285,7 @@ class Engine(Generic[Logits]):
         """Bring the cache's accounts up to date, and let forks or the end of the sequence have their way."""
         # A stop inside a window leaves computed tokens that are not the sequence's.
         sequence.num_computed_tokens = min(sequence.num_computed_tokens, len(sequence.token_ids))
-        if sequence.index == 0 and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
+        if self._forks and sequence.index == 0 and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
             # Before the commit, which gives back what the parent's window leaves but a child may still read.
             self._scheduler.fork(sequence, self._forks.pop(sequence.request.request_id, ()))
         self.cache.commit(sequence.key, sequence.token_ids, sequence.num_computed_tokens)

@@ -153,35 +153,34 @@ class PagedKVCache:
         Raises:
             NoFreeBlocksError: the pool has too few blocks; nothing was changed.
         """
+        copies: list[PageCopy] = []
         tables = self._tables[sequence]
-        if self.blocks_needed(sequence, num_computed_tokens, num_tokens) > self.pool.num_available:
+        missing = [table.entries_for(num_tokens) - table.num_entries for table in tables]
+        shared = [self._shared_entries(table, num_computed_tokens) for table in tables]
+        needed = _num_blocks(missing, shared)
+        if needed and needed > self.pool.num_available:
             raise NoFreeBlocksError
-        copies = [copy for table in tables for copy in self._unshare(table, num_computed_tokens)]
-        for table in tables:
-            missing = table.entries_for(num_tokens) - table.num_entries
-            if missing > 0:
-                table.blocks += self.pool.allocate(missing, after=table.blocks[-1] if table.blocks else None)
+        for table, count, offsets in zip(tables, missing, shared, strict=True):
+            copies += self._unshare(table, num_computed_tokens, offsets)
+            if count > 0:
+                table.blocks += self.pool.allocate(count, after=table.blocks[-1] if table.blocks else None)
         return copies
 
     def blocks_needed(self, sequence: Hashable, num_computed_tokens: int, num_tokens: int) -> int:
         """How many blocks `reserve` would take from the pool."""
-        needed = 0
-        for table in self._tables[sequence]:
-            needed += max(0, table.entries_for(num_tokens) - table.num_entries)
-            needed += len(self._shared_entries(table, num_computed_tokens))
-        return needed
+        tables = self._tables[sequence]
+        missing = [table.entries_for(num_tokens) - table.num_entries for table in tables]
+        return _num_blocks(missing, [self._shared_entries(table, num_computed_tokens) for table in tables])
 
     def _shared_entries(self, table: SequenceBlockTable, num_computed_tokens: int) -> list[int]:
         """Offsets into ``table.blocks`` that are about to be written but are not this sequence's alone."""
         first = table.entry(num_computed_tokens) - table.num_released
-        return [
-            offset
-            for offset in range(first, len(table.blocks))
-            if self.pool.ref_count(table.blocks[offset]) > 1 or self._index.holds(table.blocks[offset])
-        ]
+        return [offset for offset in range(first, len(table.blocks)) if self.pool.is_shared(table.blocks[offset])]
 
-    def _unshare(self, table: SequenceBlockTable, num_computed_tokens: int) -> Iterable[PageCopy]:
-        for offset in self._shared_entries(table, num_computed_tokens):
+    def _unshare(
+        self, table: SequenceBlockTable, num_computed_tokens: int, shared: Iterable[int]
+    ) -> Iterable[PageCopy]:
+        for offset in shared:
             source = table.blocks[offset]
             (own,) = self.pool.allocate(1)
             # Released only now: the source must not be the very block just allocated.
@@ -205,7 +204,8 @@ class PagedKVCache:
             self._trim(table, num_computed_tokens)
             if self.finds_prefixes:
                 self._publish(table, token_ids, num_computed_tokens)
-            self._leave_window(table, num_computed_tokens)
+            if table.group.window is not None:
+                self._leave_window(table, num_computed_tokens)
 
     def _trim(self, table: SequenceBlockTable, num_computed_tokens: int) -> None:
         """Roll back: give up entries that hold only rejected tokens."""
@@ -247,9 +247,9 @@ class PagedKVCache:
 
     def fill_tables(self, sequences: Sequence[Hashable], out: tuple[Int32s, ...]) -> None:
         """Write the block tables of one model's sequences into zeroed arrays [num_seqs, max_blocks], one for each group."""
-        for row, sequence in enumerate(sequences):
-            for table, array in zip(self._tables[sequence], out, strict=True):
-                table.fill_row(array[row])
+        for sequence, *rows in zip(sequences, *out, strict=True):
+            for table, row in zip(self._tables[sequence], rows, strict=True):
+                table.fill_row(row)
 
     def check(
         self,
@@ -284,6 +284,11 @@ class PagedKVCache:
         self.pool = BlockPool(self.pool.num_blocks, self._index)
         self._tables.clear()
         self._guests.clear()
+
+
+def _num_blocks(missing: Iterable[int], shared: Iterable[Sequence[int]]) -> int:
+    """Blocks that are missing at the ends of some tables, and those that take the place of shared ones in them."""
+    return sum(count for count in missing if count > 0) + sum(map(len, shared))
 
 
 class _FoundPrefix:

@@ -9,6 +9,7 @@ that ranks last is preempted and computed again later.  The first in rank is nev
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
+from operator import attrgetter
 
 import structlog
 
@@ -104,7 +105,7 @@ class Scheduler:
         Raises:
             PlanningError: something in it failed; the sequence that was being planned holds no blocks any more.
         """
-        wanted = sum(max(_KEPT_TIMES * s.num_lately_drafted, s.lacked_room_for_drafts) for s in self.running)
+        wanted = sum([max(_KEPT_TIMES * s.num_lately_drafted, s.lacked_room_for_drafts) for s in self.running])
         most = max(0, max_tokens - len(self.running)) // 2
         step = _StepInMaking(max_tokens, kept_for_drafts=min(most, wanted))
         try:
@@ -115,7 +116,7 @@ class Scheduler:
 
     def _fill(self, step: "_StepInMaking") -> None:
         # Those that lack least come first: a long prompt's chunk must not hold up everybody's next token.
-        for sequence in sorted(self.running, key=lambda s: s.num_pending_tokens):
+        for sequence in sorted(self.running, key=attrgetter("num_pending_tokens")):
             if sequence in self.running:
                 step.at = sequence
                 self._continue(sequence, step)
@@ -138,7 +139,8 @@ class Scheduler:
     def _continue(self, sequence: Sequence, step: "_StepInMaking") -> None:
         """Give a running sequence its part of the step, if need be at the cost of those that rank after it."""
         start = sequence.num_computed_tokens
-        num_tokens = min(sequence.num_pending_tokens, self._share(sequence, step))
+        pending = sequence.num_pending_tokens
+        num_tokens = min(pending, self._share(pending, step))
         while num_tokens > 0:
             try:
                 copies = self._cache.reserve(sequence.key, start, start + num_tokens)
@@ -149,9 +151,9 @@ class Scheduler:
                 step.add(ScheduledSequence(sequence, start, num_tokens, 0), copies)
                 return
 
-    def _share(self, sequence: Sequence, step: "_StepInMaking") -> int:
-        """Tokens of the step that a sequence may have."""
-        if sequence.num_pending_tokens == 1:
+    def _share(self, num_pending: int, step: "_StepInMaking") -> int:
+        """Tokens of the step that a sequence may have which lacks so many."""
+        if num_pending == 1:
             return min(1, step.budget)
         # While others wait, nobody's prompt takes more than half of what is left: they join at this very step.
         return -(-step.left_for_prompts // 2) if self.waiting else step.left_for_prompts
@@ -191,9 +193,10 @@ class Scheduler:
         """Most draft tokens that a sequence could accept before its end, and that its request allows."""
         request = sequence.request
         # The step yields one token more than the drafts it accepts.
-        left = self._max_model_len - len(sequence.token_ids) - 1
-        if request.sampling.max_tokens is not None:
-            left = min(left, request.sampling.max_tokens - sequence.num_output_tokens - 1)
+        end, max_tokens = self._max_model_len, request.sampling.max_tokens
+        if max_tokens is not None:
+            end = min(end, sequence.num_prompt_tokens + max_tokens)
+        left = end - len(sequence.token_ids) - 1
         return left if request.max_depth is None else min(left, request.max_depth)
 
     def _preempt_last(self, step: "_StepInMaking") -> Sequence:

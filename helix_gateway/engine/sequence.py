@@ -12,6 +12,7 @@ from helix_gateway.core.protocols import StopCondition, TokenConstraint
 from helix_gateway.core.request import Request
 from helix_gateway.core.stats import StepSeconds
 from helix_gateway.engine.draft_ledger import DraftLedger
+from helix_gateway.engine.option_records import option_record
 from helix_gateway.engine.token_edits import TokenEdits
 
 SequenceKey = tuple[str, int]
@@ -47,6 +48,13 @@ class Sequence:
     stop: StopCondition | None
     constraint: TokenConstraint | None
     timeline: Timeline
+    key: SequenceKey = field(init=False)
+    """Names it in the cache."""
+    num_prompt_tokens: int = field(init=False)
+    wants_prompt_logprobs: bool = field(init=False)
+    """Whether the prompt's positions are to be scored, by this sequence."""
+    option_record: bytes = field(init=False)
+    """How its rows are sampled, see `option_records`."""
     token_ids: list[int] = field(init=False)
     """Prompt and output, verified tokens only."""
     edits: TokenEdits = field(init=False)
@@ -68,8 +76,13 @@ class Sequence:
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
+        params = self.request.sampling
+        self.key = (self.request.request_id, self.index)
+        self.num_prompt_tokens = len(self.request.prompt_token_ids)
+        self.wants_prompt_logprobs = params.prompt_logprobs is not None and self.index == 0
+        self.option_record = option_record(params, self.index)
         self.token_ids = list(self.request.prompt_token_ids)
-        self.edits = TokenEdits(self.request.sampling, self.token_ids, self.stop_ids)
+        self.edits = TokenEdits(params, self.token_ids, self.stop_ids)
         if self.wants_prompt_logprobs:
             self.prompt_logprobs.append(None)
 
@@ -93,19 +106,9 @@ class Sequence:
             self.num_rejected_prediction_tokens += drafted - accepted
 
     @property
-    def key(self) -> SequenceKey:
-        """Names it in the cache."""
-        return (self.request.request_id, self.index)
-
-    @property
     def rank(self) -> tuple[int, int]:
         """Smaller is served first and preempted last."""
         return (self.request.priority, self.arrival_order)
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt_token_ids)
 
     @property
     def num_output_tokens(self) -> int:
@@ -116,11 +119,6 @@ class Sequence:
     def num_pending_tokens(self) -> int:
         """Verified tokens that have no KV yet; at least one, whose logits give the next token."""
         return len(self.token_ids) - self.num_computed_tokens
-
-    @property
-    def wants_prompt_logprobs(self) -> bool:
-        """Whether the prompt's positions are to be scored, by this sequence."""
-        return self.request.sampling.prompt_logprobs is not None and self.index == 0
 
     def start(self) -> SequenceStart:
         """What is known of it once it has a token."""

@@ -28,12 +28,20 @@ class RowEdits:
     shift: Float32s
 
 
+def _no_edits() -> LogitEdits:
+    ids, numbers = np.empty(0, np.int32), np.empty(0, np.float32)
+    return LogitEdits(rows=ids, token_ids=ids, scale=numbers, shift=numbers)
+
+
+NO_EDITS = _no_edits()
+"""Of a batch in which nobody's logits are changed."""
+
+
 def join_edits(rows: Sequence[RowEdits | None]) -> LogitEdits:
     """The edits of a batch, from those of its rows (None: the row has none)."""
     present = [(index, edits) for index, edits in enumerate(rows) if edits is not None]
     if not present:
-        empty = np.empty(0, np.int32)
-        return LogitEdits(rows=empty, token_ids=empty, scale=np.empty(0, np.float32), shift=np.empty(0, np.float32))
+        return NO_EDITS
     return LogitEdits(
         rows=np.repeat(
             np.array([index for index, _ in present], np.int32), [len(edits.token_ids) for _, edits in present]
@@ -73,6 +81,8 @@ class TokenEdits:
             self._scale[[self._slots[token] for token in set(prompt)]] = self._penalty
         self._penalised = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1, 0, 0)
         self._bans = bool(self._stop_ids or params.bad_words)
+        self.ever_any = self._penalised or bool(ids)
+        """Whether any token of the sequence may see its logits changed."""
 
     def advance(self, token_id: int) -> None:
         """Take one token of the output."""

@@ -21,6 +21,8 @@ def verify(sampled: Sequence[Sequence[int]], drafts: Sequence[Sequence[int]]) ->
 
 
 def _num_accepted(choices: Sequence[int], draft: Sequence[int]) -> int:
+    if not draft:
+        return 0
     for index, (choice, token) in enumerate(zip(choices, draft, strict=False)):
         if choice != token:
             return index
