@@ -16,6 +16,8 @@ from scripts.make_draft_models import make_draft_models, round_to_four_bits
 
 PROMPTS = ["once upon a time there was", "a b a b a b", "one"]
 OPTIONS = {"max_tokens": 20, "ignore_eos": True, "seed": 3}
+WEIGHTS = {"float32": {"dtype": "float32"}, "int8": {}, "int4": {"quantization": "int4"}}
+"""Settings under which a float model's weights are kept so; keys and values are int8 beside the last two."""
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def folders(tmp_path_factory):
 
 
 def answers(folders, **settings):
-    with HelixEngine(folders["target"], kv_cache_memory_bytes=4 << 20, dtype="float32", **settings) as engine:
+    with HelixEngine(folders["target"], kv_cache_memory_bytes=4 << 20, **settings) as engine:
         results = engine.generate(PROMPTS, temperature=0.0, **OPTIONS)
         results += engine.generate(PROMPTS, temperature=1.0, presence_penalty=0.5, **OPTIONS)
     tokens = [result.token_ids for result in results]
@@ -59,24 +61,36 @@ def test_a_model_made_equal_has_other_weights_and_the_same_logits(folders, tmp_p
 
 @pytest.fixture(scope="module")
 def plain(folders):
-    return answers(folders, speculation="off")[0]
+    return {weights: answers(folders, speculation="off", **how)[0] for weights, how in WEIGHTS.items()}
 
 
+def test_the_weights_that_answers_are_compared_for_give_other_answers(plain):
+    assert plain["float32"] != plain["int8"] != plain["int4"] != plain["float32"]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("kind", ["rounded", "shallow", "windowed"])
-def test_a_draft_model_changes_no_answer(folders, plain, kind):
+def test_a_draft_model_changes_no_answer(folders, plain, kind, weights):
     tokens, drafted, accepted = answers(
-        folders, draft_model=folders[kind], speculation="model", min_depth=3, max_depth=4
+        folders, draft_model=folders[kind], speculation="model", min_depth=3, max_depth=4, **WEIGHTS[weights]
     )
-    assert tokens == plain
+    assert tokens == plain[weights]
     assert drafted > 60
     # A random model's best tokens are near ties, so that even rounding changes most of them.
     assert kind != "rounded" or accepted > 20
 
 
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_drafts_from_the_text_so_far_change_no_answer(folders, plain, weights):
+    tokens, drafted, _ = answers(folders, speculation="suffix", min_depth=3, max_depth=4, **WEIGHTS[weights])
+    assert tokens == plain[weights]
+    assert drafted > 0
+
+
 def test_left_to_itself_it_changes_no_answer_either(folders, plain):
-    assert answers(folders, draft_model=folders["rounded"])[0] == plain
+    assert answers(folders, draft_model=folders["rounded"], dtype="float32")[0] == plain["float32"]
     config = {"method": "draft_model", "model": folders["rounded"], "num_speculative_tokens": 3}
-    assert answers(folders, speculative_config=config)[0] == plain
+    assert answers(folders, speculative_config=config, dtype="float32")[0] == plain["float32"]
 
 
 def test_a_draft_model_that_is_asked_for_must_be_named(folders):

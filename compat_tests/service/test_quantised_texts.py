@@ -32,6 +32,21 @@ def test_speculation_cannot_be_seen(engine, options):
 
 
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_prediction_cannot_be_seen_be_it_right_or_half_wrong(engine, options):
+    plain = engine.generate(PROMPTS[2], max_tokens=32, max_depth=0, **options).token_ids
+    half = [*plain[:16], *plain[:15:-1]]
+    assert half != plain
+    # A salt of each one's own: a draft from an answer that the engine remembers would be as good.
+    right, wrong = (
+        engine.generate(PROMPTS[2], max_tokens=32, prediction=ids, cache_salt=salt, **options)
+        for ids, salt in ((plain, f"right {options}"), (half, f"half wrong {options}"))
+    )
+    assert right.token_ids == wrong.token_ids == plain
+    assert right.metrics.accepted_prediction_tokens > wrong.metrics.accepted_prediction_tokens >= 8
+    assert wrong.metrics.rejected_prediction_tokens > 0
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_company_cannot_be_seen(engine, options):
     together = engine.generate(PROMPTS, max_tokens=24, **options)
     alone = [engine.generate(prompt, max_tokens=24, **options) for prompt in PROMPTS]
