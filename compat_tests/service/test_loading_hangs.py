@@ -37,6 +37,8 @@ async def test_a_load_that_hangs_is_told_about_until_it_ends(tmp_path, monkeypat
     assert {event for event, _ in log.lines} == {"engine_loading"}
     assert log.lines[2][1]["waited_s"] == pytest.approx(0.15)
     os.kill(link.process.pid, signal.SIGKILL)
-    with pytest.raises(ModelLoadError, match="signal 9"):
+    with pytest.raises(
+        ModelLoadError, match=r"signal 9 ended it. The system does that where memory has run out, most likely"
+    ):
         await loading
     await link.close()

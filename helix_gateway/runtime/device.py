@@ -3,7 +3,9 @@
 Knows nothing about models.
 """
 
+import errno
 import importlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from helix_gateway.core.errors import ModelLoadError, OutOfMemoryError
 
 _CGROUP = Path("/sys/fs/cgroup")
+_ZFS_CACHE = Path("/proc/spl/kstat/zfs/arcstats")
 
 
 def get_device(name: str = "auto") -> torch.device:
@@ -67,16 +70,67 @@ def free_memory_bytes(device: torch.device) -> int:
     return available if left is None else min(available, left)
 
 
+def obtainable_memory_bytes(device: torch.device) -> int:
+    """What the device could give at most, whatever gives way for it: more than that is not to be had.
+
+    It errs on the large side: what others use may go to swap, and where swap grows as it is wanted (elsewhere than on Linux),
+    or a GPU borrows from the machine, all memory that there is counts.
+    """
+    memory = psutil.virtual_memory()
+    if device.type == "cuda":
+        return _obtainable_on_gpu(device, int(memory.total))
+    if sys.platform != "linux":
+        return int(memory.total)
+    swap = int(psutil.swap_memory().free)
+    most = min(int(memory.total), int(memory.available) + swap + _zfs_cache_bytes())
+    left = _cgroup_left_bytes()
+    return most if left is None else min(most, left + _cgroup_swap_left_bytes(swap))
+
+
+def _obtainable_on_gpu(device: torch.device, machine_bytes: int) -> int:
+    properties = torch.cuda.get_device_properties(device)
+    if sys.platform == "win32" or getattr(properties, "is_integrated", False):
+        return int(properties.total_memory) + machine_bytes
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free_memory_bytes(device) + int(kept)
+
+
+def _zfs_cache_bytes() -> int:
+    """What ZFS keeps of files and would give back, which Linux does not count as available."""
+    try:
+        lines = [line.split() for line in _ZFS_CACHE.read_text().splitlines()]
+    except OSError:
+        return 0
+    return next((int(line[2]) for line in lines if line[:1] == ["size"]), 0)
+
+
 def _cgroup_left_bytes() -> int | None:
     """What the cgroup (version 2) still grants, file pages that it could drop included; None without a limit."""
+    limit, used = (_cgroup_number(f"memory.{name}") for name in ("max", "current"))
     try:
-        limit, used = ((_CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
         statistics = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
     except OSError:
         return None
-    if limit == "max":
+    if limit is None or used is None:
         return None
-    return max(0, int(limit) - int(used) + int(statistics.get("inactive_file", 0)))
+    # Those that were read more than once count too, as they do in the whole machine's figure: a model's file at a second start.
+    droppable = sum(int(statistics.get(name, 0)) for name in ("inactive_file", "active_file"))
+    return max(0, limit - used + droppable)
+
+
+def _cgroup_swap_left_bytes(swap_bytes: int) -> int:
+    """Of the machine's free swap, what the cgroup still grants."""
+    limit, used = _cgroup_number("memory.swap.max"), _cgroup_number("memory.swap.current")
+    return swap_bytes if limit is None else min(swap_bytes, max(0, limit - (used or 0)))
+
+
+def _cgroup_number(name: str) -> int | None:
+    """None where there is no such file, or it sets no limit."""
+    try:
+        said = (_CGROUP / name).read_text().strip()
+    except OSError:
+        return None
+    return None if said == "max" else int(said)
 
 
 @contextmanager
@@ -89,6 +143,10 @@ def memory_errors_named() -> Iterator[None]:
     try:
         yield
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemoryError(str(error)) from error
+    except OSError as error:  # a file could not be mapped
+        if error.errno != errno.ENOMEM:
+            raise
         raise OutOfMemoryError(str(error)) from error
     except RuntimeError as error:
         said = str(error).lower()

@@ -19,7 +19,7 @@ from helix_gateway.runtime.checkpoints.replaced import with_blocks
 from helix_gateway.runtime.compiled_runner import CompiledRunner
 from helix_gateway.runtime.cpu.reading import Quantisation
 from helix_gateway.runtime.description import Description, Form, described_tensors, forget, read_parts, recall, remember
-from helix_gateway.runtime.device import free_memory_bytes, get_device
+from helix_gateway.runtime.device import free_memory_bytes, get_device, memory_errors_named
 from helix_gateway.runtime.heap import return_freed_blocks, returning_freed_memory
 from helix_gateway.runtime.kept_blocks import NamedBlocks
 from helix_gateway.runtime.kv_format import kv_dtype
@@ -35,6 +35,7 @@ from helix_gateway.runtime.remembered import (
     remembered_folder,
     surroundings,
 )
+from helix_gateway.runtime.weight_room import WeightRoom, Weights, is_ample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,15 +110,31 @@ def load_runners(paths: Sequence[str], **options: Unpack[LoadOptions]) -> list[L
     if where.type == "cpu":
         # torch's own team of threads, spinning beside ours, makes a product of 50 µs take 8 ms; it is not even started.
         torch.set_num_threads(1)
+    if not is_ample(paths, where):
+        _room(paths, where, options).check()
     models = [_Wanted(path, _kept_blocks(path, where, options)) for path in paths]
-    known = _remembered(models, where, options)
     try:
-        with returning_freed_memory():
-            runners = _recalled(models, known, where, options) or _loaded(models, known, where, options)
+        runners = _loaded_or_recalled(models, where, options)
+        step_tokens = _STEP_TOKENS_CPU if where.type == "cpu" else _STEP_TOKENS
+        return [LoadedRunner(runner, runner.context_length, step_tokens) for runner in runners]
     except OutOfMemoryError as error:
-        raise ModelLoadError(_does_not_fit(_kv_memory_bytes(where, options), where, error)) from error
-    step_tokens = _STEP_TOKENS_CPU if where.type == "cpu" else _STEP_TOKENS
-    return [LoadedRunner(runner, runner.context_length, step_tokens) for runner in runners]
+        # Pages that do not fit what was given for them are counted; whoever asks the system in vain has its error.
+        asked, was_asked_in_vain = options.get("kv_cache_memory_bytes"), error.__cause__ is not None
+        told = str(error)
+    # Only now, without the error: its traceback holds all that was read.
+    gc.collect()
+    return_freed_blocks()
+    if was_asked_in_vain and not (asked and asked >= free_memory_bytes(where)):
+        raise _room(paths, where, options).run_out()
+    raise ModelLoadError(_does_not_fit(_kv_memory_bytes(where, options), where, told))
+
+
+def _loaded_or_recalled(
+    models: Sequence["_Wanted"], device: torch.device, options: LoadOptions
+) -> Sequence[PagedRunner]:
+    known = _remembered(models, device, options)
+    with returning_freed_memory():
+        return _recalled(models, known, device, options) or _loaded(models, known, device, options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +144,27 @@ class _Wanted:
     path: str
     kept: NamedBlocks | None
     """What its matrices have been rounded to, if anything."""
+
+
+def _room(paths: Sequence[str], device: torch.device, options: LoadOptions) -> WeightRoom:
+    """The models' weights beside the memory for them, and how else these could be held."""
+    dtype, requested = options.get("dtype", "auto"), options.get("quantization", "auto")
+    quantisation = resolve_quantisation(device, dtype, requested)
+    forms = [
+        Form("float32", quantisation) if quantisation else _float_form(resolve_dtype(path, dtype)) for path in paths
+    ]
+    others = {"--dtype bfloat16": _float_form(torch.bfloat16)}
+    if device.type == "cpu":
+        instead = " without --dtype bfloat16" if dtype == "bfloat16" else ""
+        others = {
+            f"--quantization int8{instead}": Form("float32", "int8"),
+            f"--quantization int4{instead}": Form("float32", "int4"),
+        }
+    return WeightRoom([Weights(path, form) for path, form in zip(paths, forms, strict=True)], device, others)
+
+
+def _float_form(dtype: torch.dtype) -> Form:
+    return Form("bfloat16" if dtype == torch.bfloat16 else "float32", None)
 
 
 def _kept_blocks(path: str, device: torch.device, options: LoadOptions) -> NamedBlocks | None:
@@ -183,15 +221,21 @@ def _described_runners(
     parts = []
     for model, description in zip(models, descriptions, strict=True):
         tensors = with_blocks(described_tensors(description, open_checkpoint(model.path)), model.kept)
-        with terminal_bar(
-            f"Loading {Path(model.path).name}", sum(tensor.nbytes for tensor in tensors.values())
-        ) as report:
+        with (
+            terminal_bar(
+                f"Loading {Path(model.path).name}", sum(tensor.nbytes for tensor in tensors.values())
+            ) as report,
+            memory_errors_named(),
+        ):
             parts.append(read_parts(description, tensors, report))
     pages = lay_out_pool([each.uses for each in descriptions], **_pool_options(device, options, descriptions[0].form))
-    return [
-        CompiledRunner(own, its, vocab_size=each.vocab_size, context_length=each.context_length, remembered=remembered)
-        for own, its, each, remembered in zip(parts, pages, descriptions, known, strict=True)
-    ]
+    with memory_errors_named():
+        return [
+            CompiledRunner(
+                own, its, vocab_size=each.vocab_size, context_length=each.context_length, remembered=remembered
+            )
+            for own, its, each, remembered in zip(parts, pages, descriptions, known, strict=True)
+        ]
 
 
 def _loaded(
@@ -308,8 +352,9 @@ def _load_packed(path: str, device: torch.device, dtype: torch.dtype) -> _Loaded
         from helix_gateway.runtime.cpu.packing import pack_linears
 
         return_freed_blocks()
-        pack_linears(model)
-    return _LoadedModel(model, Form("bfloat16" if dtype == torch.bfloat16 else "float32", None))
+        with memory_errors_named():
+            pack_linears(model)
+    return _LoadedModel(model, _float_form(dtype))
 
 
 def _remembered(models: Sequence[_Wanted], device: torch.device, options: LoadOptions) -> list[Remembered]:
@@ -338,9 +383,9 @@ def _are_as_they_were(modules: Any) -> bool:
     return modules is not None and all(file_identities(source) == known for source, known in modules[0])
 
 
-def _does_not_fit(asked_bytes: int, device: torch.device, error: OutOfMemoryError) -> str:
+def _does_not_fit(asked_bytes: int, device: torch.device, told: str) -> str:
     if asked_bytes < free_memory_bytes(device):
-        return f"The KV cache does not fit: {error}. Raise --kv-cache-memory."
+        return f"The KV cache does not fit: {told}. Raise --kv-cache-memory."
     return (
         f"A KV cache of {asked_bytes / 2**30:.1f} GiB does not fit: {free_memory_bytes(device) / 2**30:.1f} GiB are free "
         f"once the weights are loaded. Lower --kv-cache-memory."

@@ -7,17 +7,19 @@ what it is given are not tensors but objects that read theirs when indexed with 
 Knows nothing about where a path came from, nor what the model is for.
 """
 
+import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from helix_gateway.core.errors import ModelLoadError
-from helix_gateway.runtime.checkpoints.protocol import Blocks, Checkpoint, StoredTensor
+from helix_gateway.core.errors import ModelLoadError, OutOfMemoryError
+from helix_gateway.runtime.checkpoints.protocol import Blocks, Checkpoint, StoredSize, StoredTensor
 from helix_gateway.runtime.checkpoints.replaced import KeptBlocks, with_blocks
+from helix_gateway.runtime.device import memory_errors_named
 from helix_gateway.runtime.progress import Progress, Report, terminal_bar
 from helix_gateway.runtime.promises import Promises
 
@@ -62,6 +64,7 @@ def load_model(
 
     Raises:
         ModelLoadError: missing, damaged, incomplete, or of a kind that is not served; the message is one line.
+        OutOfMemoryError: there is no room for its weights.
     """
     with _explained(path):
         checkpoint = open_checkpoint(path)
@@ -123,6 +126,27 @@ def open_checkpoint(path: str) -> Checkpoint:
     from helix_gateway.runtime.checkpoints.gguf_model import GGUFCheckpoint
 
     return GGUFCheckpoint(Path(path))
+
+
+def stored_sizes(path: str) -> Mapping[str, StoredSize]:
+    """Return what a file or folder holds of weights, by the names that it has for them.
+
+    Raises:
+        ModelLoadError: it cannot be read.
+    """
+    with _explained(path):
+        return open_checkpoint(path).sizes()
+
+
+def unused_names(path: str, names: Iterable[str]) -> set[str]:
+    """Which of a folder's tensors transformers passes over, such as layers that only draft.
+
+    Raises:
+        ModelLoadError: as `model_config`.
+    """
+    with _explained(path):
+        patterns = getattr(_model_class(path, model_config(path)), "_keys_to_ignore_on_load_unexpected", None) or ()
+        return {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
 
 
 def _auto_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -245,8 +269,9 @@ def _build(
 def _explained(path: str) -> Iterator[None]:
     """Turn whatever a damaged or unusual model makes transformers, torch or numpy raise into one line."""
     try:
-        yield
-    except ModelLoadError:
+        with memory_errors_named():
+            yield
+    except (ModelLoadError, OutOfMemoryError):
         raise
     except Exception as error:
         first_line = (str(error).strip().splitlines() or [""])[0]

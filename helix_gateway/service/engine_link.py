@@ -25,6 +25,11 @@ _READ_BYTES = 64 * 1024
 """Read in one turn of the loop: logprobs of so many bytes take it about a millisecond."""
 _LAST_WORDS_S = 1.0
 """How long what an ended engine has said may take to come, and an engine that has hung up to end."""
+_SIGKILL = 9
+_KILLED = (
+    " The system does that where memory has run out, most likely: use a smaller --quantization (int8, int4) or model, "
+    "lower --kv-cache-memory, or end other programs."
+)
 _LOOKS = 20
 """In how many turns an engine's silence is waited out: a gateway that stood still all the while has waited for one."""
 
@@ -110,7 +115,7 @@ class EngineLink(asyncio.BufferedProtocol):
                 why = await self._why_gone()
                 if self._first.done():
                     break
-                raise ModelLoadError(f"The engine ended while loading the model: {why}.")
+                raise ModelLoadError(f"The engine ended while loading the model: {why}.{self._advice()}")
             waited_s += LOADING_TOLD_EVERY_S
             log.info("engine_loading", waited_s=waited_s, **_condition(self.process.pid))
         reply = self._first.result()
@@ -164,6 +169,10 @@ class EngineLink(asyncio.BufferedProtocol):
         # Where this process was stopped meanwhile, the time is over before what has come is read.
         await asyncio.sleep(0)
         return self._heard
+
+    def _advice(self) -> str:
+        """What to do about an end that nobody of ours has brought about."""
+        return _KILLED if self._ended.done() and self._ended.result() == -_SIGKILL else ""
 
     async def _why_gone(self) -> str:
         """How it ended, once all that it said has come."""

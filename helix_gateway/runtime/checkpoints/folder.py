@@ -53,6 +53,10 @@ class FolderCheckpoint:
         total_bytes = sum(tensor.nbytes for tensor in tensors)
         return sum(tensor.nbytes for tensor in tensors if tensor.dtype == torch.bfloat16) / max(1, total_bytes)
 
+    def sizes(self) -> Mapping[str, SafetensorsTensor]:
+        """Return the tensors of all shards."""
+        return self._read()
+
     def tensors(self, parameters: Parameters) -> Mapping[str, SafetensorsTensor]:
         """Return the tensors of all shards, named as they are stored; transformers knows older names."""
         return self._read()

@@ -42,6 +42,14 @@ class GGUFCheckpoint:
         kind = gguf.GGMLQuantizationType.BF16
         return sum(info.nbytes for info in infos if info.type == kind) / max(1, total_bytes)
 
+    def sizes(self) -> Mapping[str, GGUFTensor]:
+        """Return all tensors but those of the rotary embedding."""
+        return {
+            name: GGUFTensor(self._file, info)
+            for name, info in self._file.tensors.items()
+            if name not in _NOT_PARAMETERS
+        }
+
     def tensors(self, parameters: Parameters) -> Mapping[str, GGUFTensor]:
         """Return what the file holds for each parameter of the model, dequantised when read.
 

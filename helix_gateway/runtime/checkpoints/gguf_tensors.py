@@ -9,7 +9,7 @@ Knows nothing about configurations.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import gguf
 import numpy as np
@@ -17,12 +17,12 @@ import torch
 
 from helix_gateway.core.errors import ModelLoadError
 from helix_gateway.runtime.checkpoints.gguf_file import GGUFFile, TensorInfo
-from helix_gateway.runtime.checkpoints.protocol import Blocks
+from helix_gateway.runtime.checkpoints.protocol import BlockKind, Blocks
 
 Restore: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """Undoes, in float32, what the converter did to a tensor; where it moves the rows of a matrix, in any dtype."""
 
-_BLOCK_KINDS: dict[gguf.GGMLQuantizationType, Literal["Q4_0", "Q4_1", "Q8_0"]] = {
+_BLOCK_KINDS: dict[gguf.GGMLQuantizationType, BlockKind] = {
     gguf.GGMLQuantizationType.Q4_0: "Q4_0",
     gguf.GGMLQuantizationType.Q4_1: "Q4_1",
     gguf.GGMLQuantizationType.Q8_0: "Q8_0",
@@ -51,10 +51,15 @@ class GGUFTensor:
         """In row-major order."""
         return self.info.shape
 
+    @property
+    def block_kind(self) -> BlockKind | None:
+        """See `StoredSize`."""
+        return _BLOCK_KINDS.get(self.info.type) if len(self.info.shape) == 2 else None
+
     def blocks(self) -> Blocks | None:
         """See `StoredTensor`; what is restored of a matrix is the order of its rows."""
-        kind = _BLOCK_KINDS.get(self.info.type)
-        if kind is None or len(self.info.shape) != 2:
+        kind = self.block_kind
+        if kind is None:
             return None
         rows = torch.from_numpy(np.array(self.file.rows(self.info)))
         rows = rows if self.restore is None else self.restore(rows)

@@ -11,16 +11,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+BlockKind: TypeAlias = Literal["Q4_0", "Q4_1", "Q8_0"]
+
+
 class Blocks(NamedTuple):
     """A matrix in blocks of 32 inputs, as GGUF stores it."""
 
-    kind: Literal["Q4_0", "Q4_1", "Q8_0"]
+    kind: BlockKind
     numbers: npt.NDArray[np.uint8]
     """[rows, blocks of a row, bytes of a block]"""
 
 
 Parameters: TypeAlias = Callable[[], Iterable[str]]
 """Finds out how transformers names a model's parameters, which takes the model."""
+
+
+class StoredSize(Protocol):
+    """What tells how much memory a tensor in a file will take."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In row-major order."""
+
+    @property
+    def block_kind(self) -> BlockKind | None:
+        """Of the blocks that are computed with as they are; None where it is stored in another way."""
 
 
 class StoredTensor(Protocol):
@@ -54,6 +69,9 @@ class Checkpoint(Protocol):
 
     def bfloat16_share(self) -> float:
         """Return how much of the weights, by bytes, is stored in bfloat16: 0 to 1."""
+
+    def sizes(self) -> Mapping[str, StoredSize]:
+        """Return what is stored of weights, by the names that the file has for them."""
 
     def tensors(self, parameters: Parameters) -> Mapping[str, StoredTensor]:
         """Return the stored tensors by the names that transformers (or an older release of it) gives them.

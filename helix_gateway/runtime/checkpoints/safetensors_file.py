@@ -45,6 +45,11 @@ class SafetensorsTensor:
     """From the start of the file."""
     nbytes: int
 
+    @property
+    def block_kind(self) -> None:
+        """None: there are none in this format."""
+        return
+
     def read(self, dtype: torch.dtype | None) -> torch.Tensor:
         """Read it into memory of its own; see `StoredTensor`."""
         wanted = dtype if dtype is not None and self.dtype.is_floating_point else self.dtype
