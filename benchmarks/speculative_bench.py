@@ -11,8 +11,6 @@ answers must be the same token for token, and the benchmark ends if they are not
 """
 
 import argparse
-import ast
-import inspect
 import json
 import math
 import random
@@ -20,13 +18,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import report
+from edits import edit_prompts
 from loaded import in_engine_environment, load_with_draft
+from ratios import interval
 
 DATA = Path(__file__).resolve().parent / "data" / "spec_bench_dev.jsonl"
 MAKE_DRAFT_MODELS = Path(__file__).resolve().parent.parent / "scripts" / "make_draft_models.py"
@@ -41,25 +40,7 @@ FEWEST_PREDICTED_TOKENS = 64
 MOST_PROMPTS = 40
 """Of a category; many streams share them."""
 POOL_BYTES = 3 << 30
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-"""Its 97.5 % quantiles by degrees of freedom, from 1; with more the last is taken, which is too wide by a little."""
 EDITS, PREDICTED = "edits", "edits with prediction"
-
-
-def functions_of(module):
-    """The source of each function and method of a module."""
-    source = Path(inspect.getsourcefile(module)).read_text(encoding="utf-8")
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef):
-            yield textwrap.dedent(ast.get_source_segment(source, node, padded=True))
-
-
-def edit_prompts(count, dice):
-    """Functions of the standard library, to be written again with one name changed."""
-    functions = [source for module in (argparse, statistics, textwrap, random) for source in functions_of(module)]
-    chosen = dice.sample([source for source in functions if 400 < len(source) < 1500], count)
-    ask = "Here is a Python file:\n\n```python\n{}\n```\n\nWrite the whole file again, with `self` renamed to `this`."
-    return [[{"role": "user", "content": ask.format(source)}] for source in chosen]
 
 
 def spec_bench(count, dice):
@@ -231,16 +212,6 @@ def cold_for_drafts(groups, num_pages):
             return super().add(sequence, token_ids, host=host, reuse=reuse and host is None, **options)
 
     return ColdForDrafts(groups, num_pages)
-
-
-def interval(ratios):
-    """95 % interval of the mean of the logarithms, as a ratio; none of a single one."""
-    logs = [math.log(ratio) for ratio in ratios]
-    if len(logs) < 2:
-        return [0.0, math.inf]
-    reach = STUDENT[min(len(logs) - 2, len(STUDENT) - 1)] * statistics.stdev(logs) / math.sqrt(len(logs))
-    mean = statistics.fmean(logs)
-    return [math.exp(mean - reach), math.exp(mean + reach)]
 
 
 def bound(costs, off, on):
