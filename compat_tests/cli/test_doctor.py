@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -13,7 +15,10 @@ from typer.testing import CliRunner
 from helix_gateway.cli.doctor import checks, examination
 from helix_gateway.cli.main import app
 from helix_gateway.runtime.cpu.compile_cache import use_compile_cache
+from helix_gateway.runtime.cpu.integer_dot import host_dot
+from helix_gateway.runtime.cpu.quantised_products import MAX_ROWS
 from helix_gateway.runtime.hardware import Gpu, Hardware, inspect_hardware
+from helix_gateway.runtime.sources.default_model import DEFAULT_MODEL_BYTES
 from helix_gateway.service.findings import Finding
 from helix_gateway.service.self_test import SMOLLM2_ANSWER, SMOLLM2_PROMPT, TINY_ANSWER, TINY_PROMPT
 from helix_gateway.service.self_test_process import run_self_test
@@ -53,7 +58,10 @@ def test_a_machine_without_the_default_model_is_examined_with_a_tiny_one(tmp_pat
     assert findings["default model"]["state"] == "warning"
     assert "helix models pull" in findings["default model"]["advice"]
     assert findings["answer"]["state"] == "ok"
-    assert "GB/s" in findings["memory bandwidth"]["said"]
+    gb_per_s, most = re.findall(r"([\d.]+) GB/s|([\d.]+) tokens/s", findings["memory bandwidth"]["said"])
+    assert float(most[1]) == pytest.approx(float(gb_per_s[0]) * 1e9 / DEFAULT_MODEL_BYTES, rel=0.02)
+    assert findings["kernels"]["said"].startswith(f"{host_dot()}: ")
+    assert f"up to {MAX_ROWS} rows" in findings["kernels"]["said"]
     assert "tokens/s" in findings["speed"]["said"]
     assert {"device", "start", "compiled kernels", "threads", "processor", "port"} <= set(findings)
 
@@ -180,6 +188,23 @@ def test_a_self_test_that_dies_or_hangs_is_a_problem_after_what_it_had_found(cod
     assert found[1].state == "problem"
     assert said in found[1].said
     assert found[1].advice
+
+
+@pytest.mark.parametrize("share,state", [(0.9, "ok"), (0.1, "warning")])
+def test_speed_is_told_beside_what_memory_would_allow(share, state, tmp_path):
+    """A file of 10 MB at 1 GB/s: at most 100 tokens a second."""
+    from helix_gateway.service import self_test
+
+    file = tmp_path / "model.gguf"
+    file.write_bytes(bytes(10**7))
+    trial = self_test._Trial("a model", str(file), "Hello", ())
+    times_s = [place / (100 * share) for place in range(10)]
+    result = SimpleNamespace(metrics=SimpleNamespace(token_times_s=times_s))
+    finding = self_test._speed(trial, result, 1.0)
+    assert finding.state == state
+    assert f"{100 * share:.0f} tokens/s" in finding.said
+    assert "of 100 that memory would allow" in finding.said
+    assert (finding.advice is None) == (state == "ok")
 
 
 def test_a_wrong_answer_is_a_problem(monkeypatch, tmp_path):

@@ -49,7 +49,7 @@ def package(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("HELIX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(default_model, "_GGUF_BYTES", len(TINY_GGUF))
+    monkeypatch.setattr(default_model, "DEFAULT_MODEL_BYTES", len(TINY_GGUF))
     monkeypatch.setattr(default_model, "_GGUF_SHA256", hashlib.sha256(TINY_GGUF).hexdigest())
     return folder
 
@@ -60,7 +60,7 @@ def left_in_cache(tmp_path):
 
 def test_the_default_model_is_the_published_file(smollm2_path):
     content = Path(smollm2_path).read_bytes()
-    assert len(content) == default_model._GGUF_BYTES
+    assert len(content) == default_model.DEFAULT_MODEL_BYTES
     assert hashlib.sha256(content).hexdigest() == default_model._GGUF_SHA256
 
 

