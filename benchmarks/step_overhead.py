@@ -1,7 +1,7 @@
 """What a step costs beside the model: planning, drafting, the depth policy, batch, sampling, verification, accounts.
 
-Sixteen sequences whose answers are predicted rightly, in windows of four (three drafts each), through the whole engine
-on the default model, at OpenAI's defaults and greedy; and the same without speculation.  The runs take turns, so that
+Sixteen sequences, or as many as are asked for, whose answers are predicted rightly, in windows of four (three drafts
+each), through the whole engine on the default model, at OpenAI's defaults and greedy; and the same without speculation.  The runs take turns, so that
 all see the same machine, and each step is split into the parts that it spent its time in, each part without those
 inside it.  A share is a median over steps of the part's time over the step's, which a busy machine moves little.
 """
@@ -77,7 +77,7 @@ def watch_engine(watch, engine, policy):
 
 
 class Bench:
-    """One loaded model, and what sixteen conversations are answered by it."""
+    """One loaded model, and what its conversations are answered by it."""
 
     def __init__(self, options):
         from helix_gateway.engine.step_costs import measure_costs
@@ -212,8 +212,8 @@ def main():
     columns = ["", "window", "steps", "step, ms", "beside model, %", "sampling, %", "policy + drafts, %", "parts, ms"]
     report.print_table(f"{bench.options.sequences} sequences, {bench.options.dtype}", columns, rows)
     report.save(
-        f"step_overhead_{bench.options.dtype}",
-        {"dtype": bench.options.dtype, "cells": results},
+        f"step_overhead_{bench.options.dtype}_{bench.options.sequences}",
+        {"dtype": bench.options.dtype, "sequences": bench.options.sequences, "cells": results},
         plot(results),
         folder=bench.options.out,
     )
