@@ -60,16 +60,18 @@ STORED = {"int8": torch.float32, "int4": torch.int8}
 
 
 def make_runner(name, quantisation="int8", seed=3, stored=torch.float32, num_pages=24):
-    _, model = variant(name, seed) if name in VARIANTS else TINY_MODELS[name](seed)
-    model = copy.deepcopy(model)
+    model = make_plain(name, seed)
     quantise_model(model, quantisation, Promises())
     (runner,) = make_runners([model], device=torch.device("cpu"), dtype=stored, num_pages=num_pages)
     return runner
 
 
-def variant(name, seed):
+def make_plain(name, seed=3):
+    """transformers' model, in float32, with eager attention."""
+    if name not in VARIANTS:
+        return TINY_MODELS[name](seed)[1]
     kind, options = VARIANTS[name]
-    return make_model(kind, {**LLAMA_LIKE_OPTIONS, **options}, seed)
+    return make_model(kind, {**LLAMA_LIKE_OPTIONS, **options}, seed)[1]
 
 
 def answers(runner, sequences, chunk=64, at_once=8):
@@ -105,6 +107,26 @@ def test_a_llama_like_model_runs_as_one_call_and_answers_what_its_weights_answer
     got = answers(runner, sequences)
     assert difference(got, module_answers(runner, sequences)) < MODULES_TOLERANCE
     assert 0 < difference(got, exact_answers(runner, sequences)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", [*LLAMA_LIKE, *VARIANTS])
+def test_it_answers_what_transformers_own_attention_over_whole_texts_answers(name):
+    """No page, chunk, packed layer or table of angles is ours in what it is held to, only the weights' numbers."""
+    runner, sequences = make_runner(name), random_sequences([45, 17, 1])
+    assert isinstance(runner._compute, QuantisedLlamaStep)
+    plain = with_unpacked_weights(make_plain(name), runner._model)
+    with torch.inference_mode():
+        wanted = [plain(torch.from_numpy(tokens).long()[None]).logits[0] for tokens in sequences]
+    assert 0 < difference(answers(runner, sequences, chunk=7), wanted) < TOLERANCE
+
+
+def with_unpacked_weights(plain, packed):
+    """A plain model with the numbers that a packed one's quantised matrices hold."""
+    modules = dict(plain.named_modules())
+    for name, module in packed.named_modules():
+        if isinstance(module, PackedLinear | PackedEmbedding):
+            modules[name].weight.data = module.weight_tiles.unpacked()
+    return plain
 
 
 @pytest.mark.parametrize("stored", [torch.int8, torch.bfloat16], ids=["int8", "bfloat16"])
