@@ -45,8 +45,35 @@ VARIANTS = {
         {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu_pytorch_tanh"},
     ),
     "llama whose head is its embedding": ("llama", {"tie_word_embeddings": True}),
+    **{
+        f"llama whose angles are {options['rope_type']}": ("llama", {"rope_parameters": {"rope_theta": 1e4, **options}})
+        for options in (
+            {"rope_type": "linear", "factor": 4.0},
+            {"rope_type": "dynamic", "factor": 4.0},
+            {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 32},
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        )
+    },
+    "phi3 whose angles are longrope": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 128,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0 + 0.2 * pair for pair in range(8)],
+                "long_factor": [2.0 + 0.5 * pair for pair in range(8)],
+            },
+        },
+    ),
 }
-"""Of families' options, those that the tiny models do not have."""
+"""Of families' options, those that the tiny models do not have; of transformers' kinds of angles, all but the plain one."""
 TOLERANCE = 0.05
 """What rounding activations to int8 may change, as a share of the logits' spread, in a tiny model."""
 SMOLLM2_TOLERANCE = 0.1
