@@ -31,6 +31,7 @@ from servers import helix_settings, peer_settings, resident_bytes, server
 STREAMS = (1, 2, 4, 8, 16, 32)
 FIGURES = {"tokens_per_s": 1, "ttft_ms": -1, "gap_ms": -1}
 """Of a level: more is better, or less."""
+HEATS = ("cold", "hot", "predicted")
 FEWEST_ROUNDS = 3
 """For an interval."""
 
@@ -73,11 +74,18 @@ def levels_of(results, key):
     return sorted({int(level) for rounds in results.values() for found in rounds for level in found.get(key, {})})
 
 
+def heats_of(results, key):
+    """Of a kind of level, "cold" and what else was measured, in any round."""
+    found = [level for rounds in results.values() for each in rounds for level in each.get(key, {}).values()]
+    return [heat for heat in HEATS if any(heat in level for level in found)]
+
+
 def rows_of(results):
     """All that was measured."""
-    for key, heats in (("levels", ("cold", "hot")), ("edits", ("cold", "hot", "predicted"))):
-        beside = {"predicted": "cold"}
-        for streams, heat, (figure, better) in itertools.product(levels_of(results, key), heats, FIGURES.items()):
+    beside = {"predicted": "cold"}
+    for key in ("levels", "edits"):
+        each = itertools.product(levels_of(results, key), heats_of(results, key), FIGURES.items())
+        for streams, heat, (figure, better) in each:
             name = f"{figure}, {heat}, {streams}" if key == "levels" else f"{key} {figure}, {heat}, {streams}"
             peers = (key, str(streams), beside.get(heat, heat), figure)
             yield Row(name, (key, str(streams), heat, figure), better, peers_path=peers)

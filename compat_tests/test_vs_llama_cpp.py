@@ -49,6 +49,7 @@ def test_predicted_edits_stand_beside_the_peers_first_sight_of_them():
     table = vs_llama_cpp.compare({MINE: mine, FAST: theirs})
     assert table["edits tokens_per_s, predicted, 1"][MINE]["ratio"] == 6.0
     assert table["edits tokens_per_s, hot, 1"][MINE]["ratio"] == 95 / 60
+    assert "edits tokens_per_s, predicted, 1" not in vs_llama_cpp.compare({FAST: theirs})
 
 
 def test_runs_of_different_parts_are_joined_into_one_table(tmp_path, capsys):
