@@ -30,6 +30,7 @@ CANDIDATES = {
     "file's weights, int8 KV": {"quantization": "auto", "kv_cache_dtype": "int8"},
     "int8 weights, int8 KV": {"quantization": "int8", "kv_cache_dtype": "int8"},
     "int4 weights": {"quantization": "int4", "kv_cache_dtype": "float32"},
+    "int4 weights, int8 KV": {"quantization": "int4", "kv_cache_dtype": "int8"},
 }
 """What `load_runner` is told; the first is the reference.  "file's weights, int8 KV" is the default for a GGUF, "int8 weights,
 int8 KV" for other files."""
@@ -109,6 +110,9 @@ def main():
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--length", type=int, default=769)
     parser.add_argument("--candidates", nargs="+", default=list(CANDIDATES), choices=CANDIDATES)
+    parser.add_argument(
+        "--name", default="quality", help="of the files that are written; for another model than the default"
+    )
     parser.add_argument("--out", type=Path, default=report.RESULTS)
     options = parser.parse_args()
     path = resolve(options.model)
@@ -120,11 +124,11 @@ def main():
         reading = read(loaded.runner, report.tracked(windows, name))
         reference = reference or reading
         results[name] = compare(reading, reference)
+        report.save(options.name, {"candidates": results}, lambda axes: draw(axes, results), folder=options.out)
     keys = ("perplexity", "perplexity_change_percent", "standard_error_percent", "greedy_agreement", "tokens")
     rows = [[name, *(f"{found[key]:.4g}" for key in keys)] for name, found in results.items()]
     columns = ["", "perplexity", "change, %", "± (standard error), %", "same pick", "tokens"]
     report.print_table("Quality", columns, rows)
-    report.save("quality", {"candidates": results}, lambda axes: draw(axes, results), folder=options.out)
 
 
 def draw(axes, results):
