@@ -10,8 +10,10 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+from numba import njit
 
 import helix_gateway
+from helix_gateway.runtime.cpu import compile_cache
 from helix_gateway.runtime.cpu.compile_cache import compiled_sources
 
 PACKAGE = Path(helix_gateway.__file__).parent
@@ -34,13 +36,13 @@ def test_in_a_folder_that_the_user_names_there_is_one_for_each_state_of_the_sour
     # A process that it starts finds it, and so does one that a process of another version starts.
     assert chosen_folder(chosen) == chosen
     assert chosen_folder(older) == chosen
-    for number in range(8):
+    for number in range(16):
         (tmp_path / f"helix-{number:016x}").mkdir()
     os.utime(older, (0, 0))
     chosen_folder(tmp_path)
     assert others.exists()
     assert not older.exists()
-    assert len(list(tmp_path.glob("helix-*"))) == 8
+    assert len(list(tmp_path.glob("helix-*"))) == 16
 
 
 ENGINES_OWN = """
@@ -68,6 +70,57 @@ def test_a_folder_that_cannot_be_written_is_replaced_by_one_that_can(tmp_path):
     assert list(chosen.iterdir()) == []
     chosen.rmdir()
     chosen.parent.rmdir()
+
+
+ELSEWHERE = """
+import os, sys
+from helix_gateway.runtime.cpu.compiled import is_compiled, is_first_start, mark_compiled, mark_compiled_ahead
+from compat_tests.runtime.test_compile_cache import kept_square
+print(os.environ["NUMBA_CACHE_DIR"], is_first_start(), is_compiled("more"), kept_square(7.0))
+print(*kept_square.stats.cache_hits)
+mark_compiled_ahead()
+mark_compiled("more")
+"""
+OTHER_PROCESSOR = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+
+
+@njit(cache=True)
+def kept_square(x):
+    return x * x
+
+
+def test_machines_that_share_a_folder_take_neither_code_nor_marks_of_each_other(tmp_path):
+    def start(**told):
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), **told}
+        command = [sys.executable, "-c", ELSEWHERE]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        first, hits = done.stdout.splitlines()
+        return first.split(), bool(hits)
+
+    (here, *new), has_code = start()
+    assert (new, has_code) == (["True", "False", "49.0"], False)
+    (elsewhere, *new), has_code = start(**OTHER_PROCESSOR)
+    assert (new, has_code) == (["True", "False", "49.0"], False)
+    assert Path(here).parent == Path(elsewhere).parent == tmp_path
+    assert start() == ([here, "False", "True", "49.0"], True)
+    assert start(**OTHER_PROCESSOR) == ([elsewhere, "False", "True", "49.0"], True)
+
+
+CPUINFO = "processor: 0\nmodel name\t: One\ncpu MHz\t\t: {mhz}\nflags\t\t: {flags}\n\nprocessor\t: 1\nflags: x\n"
+
+
+def test_a_processor_is_known_by_what_compilers_look_at(tmp_path, monkeypatch):
+    def told(mhz, flags):
+        (tmp_path / "cpuinfo").write_text(CPUINFO.format(mhz=mhz, flags=flags))
+        return compile_cache._digest({})
+
+    monkeypatch.setattr(compile_cache, "_CPUINFO", tmp_path / "cpuinfo")
+    assert told(1000, "avx2") == told(2000, "avx2") != told(1000, "avx2 avx512f")
+    monkeypatch.setattr(compile_cache, "_CPUINFO", tmp_path / "none")
+    monkeypatch.setattr("platform.processor", lambda: "one")
+    one = compile_cache._digest({})
+    monkeypatch.setattr("platform.processor", lambda: "other")
+    assert compile_cache._digest({}) != one
 
 
 def test_the_sources_are_those_that_compiled_code_takes_functions_and_constants_from():

@@ -7,5 +7,6 @@ for (`arm`); it must come before numba sees the first function to cache.
 from helix_gateway.runtime.cpu.arm import tell_numba
 from helix_gateway.runtime.cpu.compile_cache import use_compile_cache
 
-use_compile_cache()
+# Before the folder is chosen, which depends on it: a process that this one starts must choose the same.
 tell_numba()
+use_compile_cache()

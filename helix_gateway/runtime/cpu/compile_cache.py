@@ -1,13 +1,15 @@
-"""Where numba keeps compiled code between runs: Helix's cache folder, one subfolder for each state of the sources.
+"""Where numba keeps compiled code between runs: Helix's cache folder, one subfolder for each state of the sources and processor.
 
 numba by itself writes beside the sources, which may be read-only, and knows a cached function by its own file alone: code
 inlined from another file, or a constant of one, would go stale unseen.  Here the folder's name is a digest of every source
 that compiled code is made of, so a change to any of them compiles all anew; and processes that write there at once do so in
-turn.  Knows nothing about what is compiled.
+turn.  Code for another processor numba tells apart by itself, but not we how much of it there is: where machines share a
+folder, each kind has its own in it.  Knows nothing about what is compiled.
 """
 
 import hashlib
 import os
+import platform
 import re
 import shutil
 import sys
@@ -20,7 +22,23 @@ from typing import Any
 from helix_gateway.runtime.cache_folder import cache_folder
 
 _VARIABLE = "NUMBA_CACHE_DIR"
-_KEPT_FOLDERS = 8
+_CPU_VARIABLES = ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")
+_CPUINFO = Path("/proc/cpuinfo")
+_TELLING_FIELDS = frozenset(
+    (
+        "vendor_id",
+        "cpu family",
+        "model",
+        "model name",
+        "flags",
+        "CPU implementer",
+        "CPU variant",
+        "CPU part",
+        "Features",
+    )
+)
+"""Of a processor in Linux' list: what compilers tell them apart by."""
+_KEPT_FOLDERS = 16
 _FOLDER_NAME = re.compile(r"helix-[0-9a-f]{16}")
 _WHOLE_FOLDER = "runtime/cpu/"
 _CONSTANTS = ("runtime/kv_format.py",)
@@ -96,11 +114,29 @@ def _temporary(name: str) -> Path:
 
 
 def _digest(sources: dict[str, bytes]) -> str:
-    """A name for the state of sources."""
-    digest = hashlib.sha256()
+    """A name for the state of sources, and for the processor that they are compiled for."""
+    digest = hashlib.sha256(repr(_processor()).encode())
     for place, source in sources.items():
         digest.update(place.encode() + b"\0" + source + b"\0")
     return digest.hexdigest()[:16]
+
+
+def _processor() -> list[str]:
+    """What tells one kind of processor from another, at once: neither numba nor LLVM is imported yet."""
+    told = [os.environ.get(name, "") for name in _CPU_VARIABLES]
+    return [platform.system(), platform.machine(), *told, *(_listed() or [platform.processor()])]
+
+
+def _listed() -> list[str]:
+    """The first processor of Linux' list; on machines with hundreds the whole takes long to read."""
+    lines = []
+    with suppress(OSError), _CPUINFO.open(errors="replace") as file:
+        for line in file:
+            if not line.strip():
+                break
+            if line.partition(":")[0].strip() in _TELLING_FIELDS:
+                lines.append(line.strip())
+    return lines
 
 
 def _forget_others(current: Path) -> None:
