@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pytest
 from numba import njit
 
 import helix_gateway
@@ -67,9 +68,37 @@ def test_a_folder_that_cannot_be_written_is_replaced_by_one_that_can(tmp_path):
     (tmp_path / "file").touch()
     chosen = chosen_folder(tmp_path / "file")
     assert chosen.parent.name.startswith("helix-compiled-")
-    assert list(chosen.iterdir()) == []
-    chosen.rmdir()
-    chosen.parent.rmdir()
+    assert not chosen.parent.exists()
+
+
+SHARING = """
+import os, subprocess, sys, time
+from pathlib import Path
+from helix_gateway.runtime.cpu import COMPILED_NOT_KEPT
+folder = Path(os.environ["NUMBA_CACHE_DIR"])
+print(folder, COMPILED_NOT_KEPT, flush=True)
+assert folder.exists()
+if sys.argv[1:]:
+    (folder / "compiled").touch()
+    if os.fork() == 0:
+        sys.exit()
+    os.wait()
+    started = subprocess.run([sys.executable, "-c", sys.argv[1]], capture_output=True, text=True, check=True)
+    print(started.stdout.strip())
+    assert list(folder.iterdir()) == [folder / "compiled"]
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_it_is_shared_by_all_that_is_started_and_deleted_by_who_made_it(tmp_path):
+    (tmp_path / "file").touch()
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "file")}
+    command = [sys.executable, "-c", SHARING, SHARING]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    (maker, why), (started, why_started) = (line.split(" ", 1) for line in done.stdout.splitlines())
+    assert why == f"{tmp_path / 'file'}: Not a directory"
+    assert (started, why_started) == (maker, "None")
+    assert not Path(maker).parent.exists()
 
 
 ELSEWHERE = """

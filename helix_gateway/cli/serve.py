@@ -72,16 +72,31 @@ def _serve(settings: "ServeSettings") -> None:
 
     # Before all else: it has more to import than this process, and does so meanwhile.  It ends with this process, too.
     launched = EngineProcess()
+    try:
+        raise typer.Exit(_serve_with(settings, launched))
+    finally:
+        launched.end()
+
+
+def _serve_with(settings: "ServeSettings", launched: "EngineProcess") -> int:
+    """Serve until told to stop; the exit code."""
     from helix_gateway.gateway.addresses import bind
+    from helix_gateway.runtime.cpu import COMPILED_NOT_KEPT
     from helix_gateway.runtime.model_source import resolve, served_name
 
+    if COMPILED_NOT_KEPT is not None:
+        typer.echo(
+            f"helix: compiled kernels cannot be kept in {COMPILED_NOT_KEPT}; each start compiles them anew, for up to a "
+            "minute: set HELIX_CACHE or NUMBA_CACHE_DIR to a folder that can be written",
+            err=True,
+        )
     name = served_name(settings.model)
     gateway = settings.gateway(name)
     sockets = bind(gateway)
     if not (gateway.api_keys or gateway.api_key_file or is_loopback(gateway.host)):
         typer.echo(f"helix: whoever reaches {gateway.host} is served; set --api-key or --api-key-file", err=True)
     engine = settings.engine(resolve(settings.model), _draft_model_path(settings))
-    raise typer.Exit(_run(engine, gateway, sockets, name, launched))
+    return _run(engine, gateway, sockets, name, launched)
 
 
 def _draft_model_path(settings: "ServeSettings") -> str | None:

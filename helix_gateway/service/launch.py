@@ -82,6 +82,12 @@ class EngineProcess:
             with suppress(OSError):
                 self._process.stdin.close()
 
+    def end(self) -> None:
+        """End it at once, and wait until it is gone and writes nowhere any more; nothing happens where it has ended."""
+        self.kill()
+        self._process.wait()
+        self.close()
+
 
 def _pair() -> tuple[socket.socket, socket.socket]:
     """Two connected sockets that send what they are given at once."""

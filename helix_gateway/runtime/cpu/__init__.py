@@ -9,4 +9,5 @@ from helix_gateway.runtime.cpu.compile_cache import use_compile_cache
 
 # Before the folder is chosen, which depends on it: a process that this one starts must choose the same.
 tell_numba()
-use_compile_cache()
+COMPILED_NOT_KEPT: str | None = use_compile_cache()
+"""Why compiled code is not kept between runs: the folder, and what the system says of it; None where it is."""

@@ -7,6 +7,7 @@ turn.  Code for another processor numba tells apart by itself, but not we how mu
 folder, each kind has its own in it.  Knows nothing about what is compiled.
 """
 
+import atexit
 import hashlib
 import os
 import platform
@@ -45,22 +46,22 @@ _CONSTANTS = ("runtime/kv_format.py",)
 _LOCK_WAIT_S = 2.0
 
 
-def use_compile_cache() -> None:
+def use_compile_cache() -> str | None:
     """Point numba at this version's folder: in Helix's cache folder, or in what the user has named (``NUMBA_CACHE_DIR``).
 
-    Where that cannot be written, a temporary one serves this process: it compiles at each start.
+    Where that cannot be written, a temporary one serves this process, and those that it starts: they compile anew.
+
+    Returns:
+        Why nothing is kept, the folder's path in it; None where it is.
     """
     folder = _home() / f"helix-{_digest(compiled_sources(Path(__file__).parent.parent.parent))}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError:
-        writable = False
-    if writable:
+    reason = _why_not_writable(folder)
+    if reason is None:
         _forget_others(folder)
-    os.environ[_VARIABLE] = str(folder if writable else _temporary(folder.name))
+    os.environ[_VARIABLE] = str(folder if reason is None else _temporary(folder.name))
     if "numba" in sys.modules:
         sys.modules["numba"].config.reload_config()
+    return reason
 
 
 def compiled_sources(package: Path) -> dict[str, bytes]:
@@ -107,8 +108,26 @@ def _home() -> Path:
     return Path(named).parent if _FOLDER_NAME.fullmatch(Path(named).name) else Path(named)
 
 
+def _why_not_writable(folder: Path) -> str | None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Permissions do not tell of a system that is read-only, nor hold for whoever may do anything.
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"{folder.parent}: {error.strerror or error}"
+
+
 def _temporary(name: str) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="helix-compiled-")) / name
+    """A folder that is deleted at the end of this process, which ends last of all that use it."""
+    maker, made = os.getpid(), Path(tempfile.mkdtemp(prefix="helix-compiled-"))
+
+    def delete() -> None:
+        if os.getpid() == maker:  # and none that was forked from it
+            shutil.rmtree(made, ignore_errors=True)
+
+    atexit.register(delete)
+    folder = made / name
     folder.mkdir()
     return folder
 
