@@ -1,6 +1,7 @@
 """Folders in Hugging Face layout become the very model that transformers would load from them."""
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -283,10 +284,11 @@ def test_pickled_weights_are_refused(tmp_path):
         load_model(folder, device=CPU)
 
 
-def measure(model, dtype, what="--measure"):
+def measure(model, dtype, what="--measure", **variables):
     """Load in a new process; return the figures of the benchmark."""
     script = Path(__file__).parents[2] / "benchmarks" / "load_memory.py"
-    run = subprocess.run([sys.executable, str(script), what, model, dtype], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, str(script), what, model, dtype]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **variables})
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
@@ -302,6 +304,26 @@ def test_making_the_default_model_ready_to_serve_takes_little_more_memory_than_i
     measure(smollm2_path, "float32", "--measure-runner")  # compiles, where nobody has yet: that takes memory of its own
     figures = measure(smollm2_path, "float32", "--measure-runner")
     assert figures["peak_bytes"] < 1.3 * 538_060_032, figures
+
+
+PACKED_BYTES = 96_436_224
+"""Of the default model's matrices: its file's four-bit blocks in the order of tiles, and its table in eight bits."""
+POOL_BYTES, NUMBA_BYTES = 1 << 24, 80_000_000
+"""Of the trial's keys and values, and what numba takes by its start, however large the model is."""
+WIDEST_BYTES = 49_152 * 576 * 4
+"""The table in float32, which a first start holds the quantised one to."""
+
+
+def test_a_quantised_model_takes_little_more_than_its_packed_weights_and_at_its_first_start_one_matrix(
+    smollm2_path, tmp_path
+):
+    measure(smollm2_path, "auto", "--measure-runner")  # compiles, where nobody has yet
+    first, later = (
+        measure(smollm2_path, "auto", "--measure-runner", HELIX_CACHE=str(tmp_path))["peak_bytes"] for _ in range(2)
+    )
+    besides = POOL_BYTES + NUMBA_BYTES
+    assert later < 1.3 * PACKED_BYTES + besides, later
+    assert first < 1.3 * PACKED_BYTES + WIDEST_BYTES + besides, first
 
 
 def test_converting_a_folder_takes_little_more_memory_than_its_weights(tmp_path):
