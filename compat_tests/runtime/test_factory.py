@@ -167,3 +167,4 @@ def test_structures_without_a_compiled_step_are_quantised_and_say_once_that_they
         runner = load_runner(str(tmp_path), device="cpu", max_tokens_in_use=100).runner
     assert is_quantised(runner._model)
     assert [line["event"] for line in lines] == ["no_compiled_step"]
+    assert lines[0]["reason"] == "its layers are not those of a family that has one"

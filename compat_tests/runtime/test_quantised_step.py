@@ -82,6 +82,13 @@ MODULES_TOLERANCE = 0.01
 """How far the step may be from the modules over the same quantised products: a last bit may round an activation the other
 way, which moves a logit by some thousandths of the spread; most runs differ by a ten-millionth."""
 
+ODD = {
+    "llama of odd widths": (
+        "llama",
+        {"hidden_size": 72, "intermediate_size": 100, "num_attention_heads": 3, "num_key_value_heads": 3},
+    )
+}
+"""Models of which the compiled step cannot be."""
 STORED = {"int8": torch.float32, "int4": torch.int8}
 """What keys and values are stored as beside weights, where a test takes each once."""
 
@@ -95,9 +102,9 @@ def make_runner(name, quantisation="int8", seed=3, stored=torch.float32, num_pag
 
 def make_plain(name, seed=3):
     """transformers' model, in float32, with eager attention."""
-    if name not in VARIANTS:
+    if name in TINY_MODELS:
         return TINY_MODELS[name](seed)[1]
-    kind, options = VARIANTS[name]
+    kind, options = {**VARIANTS, **ODD}[name]
     return make_model(kind, {**LLAMA_LIKE_OPTIONS, **options}, seed)[1]
 
 
@@ -173,6 +180,18 @@ def test_any_other_model_goes_through_its_modules(name):
     runner, sequences = make_runner(name), random_sequences([45, 17, 1])
     assert not isinstance(runner._compute, QuantisedLlamaStep)
     assert any(isinstance(m, PackedLinear) and isinstance(m.weight_tiles, Int8Weight) for m in runner._model.modules())
+    assert 0 < difference(answers(runner, sequences), exact_answers(runner, sequences)) < TOLERANCE
+
+
+@pytest.mark.parametrize("quantisation", ["int8", "int4"])
+def test_a_llama_of_odd_widths_goes_through_its_modules_and_the_log_says_why(quantisation):
+    with capture_logs() as lines:
+        runner = make_runner("llama of odd widths", quantisation)
+    assert not isinstance(runner._compute, QuantisedLlamaStep)
+    assert is_quantised(runner._model)
+    (said,) = (line for line in lines if line["event"] == "no_compiled_step")
+    assert said["reason"] == "widths are no multiples of 32: 72, 100"
+    sequences = random_sequences([45, 17, 1])
     assert 0 < difference(answers(runner, sequences), exact_answers(runner, sequences)) < TOLERANCE
 
 

@@ -17,7 +17,7 @@ from helix_gateway.runtime.context import context_length
 from helix_gateway.runtime.cpu.activations import keep_rows_apart
 from helix_gateway.runtime.cpu.compiled_steps import step_of
 from helix_gateway.runtime.cpu.quantising import computing_exactly, dequantise, is_quantised
-from helix_gateway.runtime.cpu.structures import parts_of
+from helix_gateway.runtime.cpu.structures import parts_of, why_unknown
 from helix_gateway.runtime.paged_runner import AGREED, Compute, ModelPages, PagedRunner, digest_of
 from helix_gateway.runtime.probe import ModelProbe
 from helix_gateway.runtime.remembered import NothingRemembered, Remembered
@@ -110,7 +110,10 @@ class TransformersRunner(PagedRunner):
         step = None if parts is None else step_of(parts, self._pages.attention)
         if step is None:
             log.info(
-                "no_compiled_step", model=type(self._model).__name__, served_by="transformers' modules, more slowly"
+                "no_compiled_step",
+                model=type(self._model).__name__,
+                reason=why_unknown(self._model) if parts is None else "its weights or pages are of several kinds",
+                served_by="transformers' modules, more slowly",
             )
         steps = self._trial_steps()
         if step is None or not self._takes_as_before(step, steps):

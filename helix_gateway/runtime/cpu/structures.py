@@ -90,6 +90,15 @@ def structure_of(model: Any, rotary: RotaryTable) -> Structure | None:
     return None if structure.logits != 1 and bool(head.bias_values.any()) else structure
 
 
+def why_unknown(model: Any) -> str:
+    """What keeps a model of packed linear layers from having parts, where `parts_of` says that it has none."""
+    if model.config.model_type not in FAMILIES:
+        return "its layers are not those of a family that has one"
+    parts = [part for part in model.base_model.modules() if isinstance(part, PackedLinear) and not _is_whole(part)]
+    widths = ", ".join(str(width) for width in sorted({part.out_features for part in parts}))
+    return f"widths are no multiples of {TILE_CHANNELS}: {widths}" if widths else "its parts are put to another use"
+
+
 def _read(model: Any, rotary: RotaryTable) -> Structure:
     config, base = model.config, model.base_model
     layer = base.layers[0]
