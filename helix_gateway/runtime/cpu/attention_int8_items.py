@@ -13,19 +13,22 @@ its own sequence alone.  A weight less than 1/32512 of its row's largest may be 
 lose of the values themselves.  Knows nothing about models, threads or requests.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 
 from helix_gateway.runtime.cpu.attention_int8_kernels import (
     MANY_ROWS,
     OFFSET_LEFT,
+    add_parts,
     copy_byte,
     copy_word,
+    give_totals,
     largest,
     quantise,
     score_units,
     split,
-    sum_bytes,
     top_score,
     weigh_scores,
     weigh_units,
@@ -51,9 +54,9 @@ _TOP = np.float32(TOP)
 _TOP_16 = np.float32(127 * 256)
 # Below this a largest number counts as zero: its inverse would be infinite.
 _LEAST = np.float32(1e-35)
-_HIGH = np.float64(256.0)
-# Tokens whose weighted sum 32 bits hold: 127 * 127 * 2**17 < 2**31.
-_SUM_TOKENS = 1 << 17
+_HIGH = 256
+# Tokens whose weighted sum 32 bits hold, values with their offset: 127 * 255 * 2**16 < 2**31.
+_SUM_TOKENS = 1 << 16
 _PARTS = 2
 # Tells that elements are float32.
 _FLOATS = np.empty(0, np.float32)
@@ -123,33 +126,56 @@ def write_int8_rows(kind, stored, shape, offsets, plan, first, last, key, value)
         _write_row(kind, stored, shape, offsets, table, plan.positions[row], row, key, value, buffer)
 
 
+class _Places(NamedTuple):
+    """See `_places`."""
+
+    step: int
+    values: int
+    queries: int
+    factors: int
+    starts: int
+    scales: int
+    scores: int
+    weights: int
+    sums: int
+    totals: int
+    end: int
+
+
 @njit(cache=True)
 def _places(shape, rows, span):  # type: ignore[no-untyped-def]
-    """Where an item's scratch lies, in float32 from the thread's beginning, and how much there is.
+    """Where an item's scratch for ``rows`` rows lies, in float32 from the thread's beginning, and how much there is.
 
     First ``step``, how many numbers a row of scores may have; then the places, in the order in which they lie behind the
-    units' addresses (int64, at the beginning): queries (bytes [rows, 2, key_dim up to a multiple of 16]), their factors
-    [rows], their starts (int32 [rows, 2]), scales of values [step], scores [rows, step], weights (bytes [rows, 2, step]),
-    sums (int32 [rows, 2, dims]), sums of all segments (float64 [rows, dims]); last, how much it is altogether.
+    addresses of the units' keys and, from ``values`` on, of their values (int64, at the beginning): queries (bytes [rows, 2,
+    key_dim up to a multiple of 16]), their factors [rows], their starts (int32 [rows, 2]), scales of values [step],
+    scores [rows, step], weights (bytes [rows, 2, step]), sums (int32 [rows, 2, dims]), sums of all segments (float64 [rows,
+    dims]); last, how much it is altogether.
     """
     step = (span + 2 * shape[UNIT]) // LANES * LANES + 3 * LANES
-    units = span // shape[UNIT] + 2
-    dims = _padded(shape[VALUE_DIM], LANES)
-    queries = _padded(2 * units, LANES)
+    values = _padded(2 * (span // shape[UNIT] + 2), LANES)
+    queries = 2 * values
     factors = queries + rows * _PARTS * _padded(shape[KEY_DIM], LANES) // F32_BYTES
     starts = factors + _padded(rows, LANES)
     scales = starts + _padded(_PARTS * rows, LANES)
     scores = scales + step
     weights = scores + rows * step
     sums = weights + rows * step * _PARTS // F32_BYTES
-    totals = sums + rows * _PARTS * dims
-    return step, queries, factors, starts, scales, scores, weights, sums, totals, totals + 2 * rows * dims
+    totals = sums + rows * _PARTS * _row_dims(shape)
+    end = totals + 2 * rows * _row_dims(shape)
+    return _Places(step, values, queries, factors, starts, scales, scores, weights, sums, totals, end)
 
 
 @njit(cache=True)
 def int8_scratch(shape, rows, span):  # type: ignore[no-untyped-def]
     """Numbers of scratch (float32) that an item of ``rows`` rows a head over ``span`` positions needs."""
-    return _places(shape, rows, span)[-1]
+    return _places(shape, min(rows, MANY_ROWS), span).end
+
+
+@njit(cache=True)
+def _row_dims(shape):  # type: ignore[no-untyped-def]
+    """Numbers of a row's sums: those of a value, up to a multiple of 16."""
+    return _padded(_padded(shape[VALUE_DIM], QUAD), LANES)
 
 
 @njit(cache=True)
@@ -157,10 +183,9 @@ def _take_query(kind, source, dim, scaling, work, query, factor_at, start_at):  
     """One row's query as two bytes a dimension, what its scores are multiplied by, and what its sums begin with."""
     ints, top, width = work.view(np.int32), largest(kind, source, dim), _padded(dim, LANES)
     high = work.ctypes.data + query * F32_BYTES
-    split(kind, source, dim, _inverse(top, _TOP_16), high, high + width)
+    total, low = split(kind, source, dim, _inverse(top, _TOP_16), high, high + width)
     work[factor_at] = top / _TOP_16 * np.float32(scaling)
-    for part in range(_PARTS):
-        ints[start_at + part] = -OFFSET_LEFT * sum_bytes(high + part * width, width // LANES)
+    ints[start_at], ints[start_at + 1] = -OFFSET_LEFT * ((total - low) // _HIGH), -OFFSET_LEFT * low
 
 
 @njit(cache=True)
@@ -212,159 +237,126 @@ def _weigh_rows(rows, weights, weight_step, low, places, count, words, dims, sum
 
 
 @njit(cache=True)
-def _weigh_row(work, row, first, last, softcap, scales, bytes_at, step):  # type: ignore[no-untyped-def]
-    """A row's scores at ``row + first : row + last`` to weights in two bytes each, zero elsewhere in its ``step`` columns.
-
-    Returns what an integer sum of weighted values is to be multiplied by.
-    """
-    begin, end = first // LANES * LANES, (last + LANES - 1) // LANES * LANES
-    if softcap < np.inf:
-        for i in range(row + first, row + last):
-            work[i] = softcapped(work[i], softcap)
-    scores, scale_at = work.ctypes.data + row * F32_BYTES, work.ctypes.data + scales * F32_BYTES
-    blocks = (end - begin) // LANES
-    top = top_score(scores, first, last, begin, blocks)
-    total, most = weigh_scores(scores, scale_at, first, last, begin, blocks, top)
-    words, high, low = work.view(np.int8), bytes_at, bytes_at + step
-    for part in (high, low):
-        words[part : part + begin] = 0
-        words[part + end : part + step] = 0
-    address = work.ctypes.data
-    into, source = address + begin, scores + begin * F32_BYTES
-    split(_FLOATS, source, end - begin, _inverse(most, _TOP_16), into + high, into + low)
-    return most / _TOP_16 / total
-
-
-@njit(cache=True)
-def _begin_sums(work, weights, sums, columns, dims):  # type: ignore[no-untyped-def]
-    """What a row's sums of high or of low bytes begin with: what is left of the offset of whole units' columns is taken off."""
-    ints, whole = work.view(np.int32), columns // LANES
-    total = sum_bytes(work.ctypes.data + weights, whole) if whole > 0 else np.int32(0)
-    words = work.view(np.int8)
-    for i in range(whole * LANES, columns):
-        total += np.int32(words[weights + i])
-    ints[sums : sums + dims] = -OFFSET_LEFT * total
-
-
-@njit(cache=True)
-def _give_row(kind, work, totals, dims, factor, out):  # type: ignore[no-untyped-def]
-    """A row's output from its exact sums."""
-    exact = work.view(np.float64)
-    for dim in range(dims):
-        store_element(kind, out + dim * kind.itemsize, np.float32(exact[totals // 2 + dim]) * factor)
-
-
-@njit(cache=True)
-def _add_sums(work, rows, dims, sums, totals):  # type: ignore[no-untyped-def]
-    """A segment's integer sums [rows, 2, dims] to those of all segments [rows, dims], exactly."""
-    ints, exact = work.view(np.int32), work.view(np.float64)
-    for row in range(rows):
-        high, into = sums + row * _PARTS * dims, totals // 2 + row * dims
-        for dim in range(dims):
-            exact[into + dim] += _HIGH * np.float64(ints[high + dim]) + np.float64(ints[high + dims + dim])
-
-
-@njit(cache=True)
-def _score_head(stored, shape, offsets, table, head, rows, base, first, last, at, work):  # type: ignore[no-untyped-def]
-    """One head's scores at the columns first:last (whole units) of its rows, and their values' scales."""
-    step, queries, factors, starts, scales, scores = at[:6]
+def _find_units(stored, shape, offsets, table, head, begin, column, count, at, work):  # type: ignore[no-untyped-def]
+    """Where ``count`` units from number ``begin`` on keep one head's keys and values, and, from a column on, their scales."""
     unit, keys, values = shape[UNIT], _padded(shape[KEY_DIM], QUAD), _padded(shape[VALUE_DIM], QUAD)
-    data, address = stored.ctypes.data, work.ctypes.data
-    places = work.view(np.int64)
-    count, scale_at = (last - first) // unit, (keys + values) * unit
+    places, values_at = work.view(np.int64), at.values // 2
     for number in range(count):
-        place = data + unit_at(shape, offsets, table, (base + first) // unit + number) + head * _head_bytes(shape)
-        places[number] = place
-        column, source = scales + first + number * unit, place + scale_at + unit * SCALE_BYTES
+        place = stored.ctypes.data + unit_at(shape, offsets, table, begin + number) + head * _head_bytes(shape)
+        places[number], places[values_at + number] = place, place + keys * unit
+        source = place + (keys + values + SCALE_BYTES) * unit
         for lane in range(unit):
-            work[column + lane] = load_element(_FLOATS, source + lane * SCALE_BYTES)
+            scale = load_element(_FLOATS, source + lane * SCALE_BYTES)
+            work[at.scales + column + number * unit + lane] = scale
+
+
+@njit(cache=True)
+def _score(shape, rows, first, count, at, work):  # type: ignore[no-untyped-def]
+    """The scores of some queries at the columns of ``count`` units, ``first`` the first of them."""
+    unit, keys, values = shape[UNIT], _padded(shape[KEY_DIM], QUAD), _padded(shape[VALUE_DIM], QUAD)
+    address = work.ctypes.data
     _score_rows(
         rows,
-        address + queries * F32_BYTES,
+        address + at.queries * F32_BYTES,
         _PARTS * _padded(shape[KEY_DIM], LANES),
-        address + factors * F32_BYTES,
-        address + starts * F32_BYTES,
+        address + at.factors * F32_BYTES,
+        address + at.starts * F32_BYTES,
         address,
         count,
         unit,
         keys // QUAD,
-        scale_at,
-        address + (scores + first) * F32_BYTES,
-        step * F32_BYTES,
+        (keys + values) * unit,
+        address + (at.scores + first) * F32_BYTES,
+        at.step * F32_BYTES,
     )
 
 
 @njit(cache=True)
-def _add_head(shape, rows, first, last, at, work):  # type: ignore[no-untyped-def]
-    """One head's weighted values at the columns first:last (whole units), whose places `_score_head` has left."""
-    step, weights, sums, totals = at[0], at[6], at[7], at[8]
-    unit, keys, values = shape[UNIT], _padded(shape[KEY_DIM], QUAD), _padded(shape[VALUE_DIM], QUAD)
-    dims, count, address = _padded(values, LANES), (last - first) // unit, work.ctypes.data
-    places = work.view(np.int64)
-    for number in range(count):
-        places[number] += keys * unit
-    work.view(np.float64)[totals // 2 : totals // 2 + rows * dims] = 0.0
-    most = _SUM_TOKENS // unit
+def _cap_scores(work, scores, first, last, softcap):  # type: ignore[no-untyped-def]
+    for i in range(scores + first, scores + last):
+        work[i] = softcapped(work[i], softcap)
+
+
+@njit(cache=True)
+def _seen_columns(shape, positions, member, base):  # type: ignore[no-untyped-def]
+    """The columns, first and end, that a tile's row sees of its head."""
+    position = positions[member // shape[GROUP]]
+    return first_seen(position, shape[WINDOW]) - base, position + 1 - base
+
+
+@njit(cache=True)
+def _weigh(shape, positions, member, rows, base, first, last, softcap, at, work):  # type: ignore[no-untyped-def]
+    """Scores at the columns first:last to weights in two bytes each, zero where a row sees nothing; ``member``: the first row.
+
+    What an integer sum of weighted values is to be multiplied by takes the factors' place; the sums of all segments begin
+    with what the values' offset makes too much.  No loop over rows waits for one of them, so the processor works at several.
+    """
+    begin, blocks = first // LANES * LANES, (last + LANES - 1) // LANES - first // LANES
+    address, exact, dims = work.ctypes.data, work.view(np.float64), _row_dims(shape)
+    for i in range(rows):
+        seen, end = _seen_columns(shape, positions, member + i, base)
+        if softcap < np.inf:
+            _cap_scores(work, at.scores + i * at.step, seen, end, softcap)
+        row = address + (at.scores + i * at.step) * F32_BYTES
+        work[at.factors + i] = top_score(row, seen, end, begin, blocks)
+    for i in range(rows):
+        seen, end = _seen_columns(shape, positions, member + i, base)
+        row = address + (at.scores + i * at.step) * F32_BYTES
+        total, most = weigh_scores(row, address + at.scales * F32_BYTES, seen, end, begin, blocks, work[at.factors + i])
+        work[at.factors + i], exact[at.totals // 2 + i * dims] = most / _TOP_16 / total, most
+    for i in range(rows):
+        own, source = at.totals // 2 + i * dims, address + (at.scores + i * at.step + begin) * F32_BYTES
+        high = address + at.weights * F32_BYTES + _PARTS * i * at.step + begin
+        inverse = _inverse(np.float32(exact[own]), _TOP_16)
+        total, _ = split(_FLOATS, source, blocks * LANES, inverse, high, high + at.step)
+        exact[own : own + dims] = -OFFSET_LEFT * np.float64(total)
+
+
+@njit(cache=True)
+def _add_values(shape, rows, first, count, at, work):  # type: ignore[no-untyped-def]
+    """The weighted values of ``count`` units, whose columns begin at ``first``."""
+    unit, dims, address, ints = shape[UNIT], _row_dims(shape), work.ctypes.data, work.view(np.int32)
+    values, most = _padded(shape[VALUE_DIM], QUAD), _SUM_TOKENS // unit
+    sums = address + at.sums * F32_BYTES
     for begin in range(0, count, most):
         now = min(most, count - begin)
-        column = first + begin * unit
-        for part in range(_PARTS * rows):
-            _begin_sums(work, weights * F32_BYTES + part * step + column, sums + part * dims, now * unit, dims)
-        a, b = address + weights * F32_BYTES + column, address + sums * F32_BYTES
-        units = address + begin * 8
-        _weigh_rows(rows, a, _PARTS * step, step, units, now, unit // QUAD, values, b, _PARTS * dims * F32_BYTES)
-        _add_sums(work, rows, dims, sums, totals)
+        ints[at.sums : at.sums + _PARTS * rows * dims] = 0
+        weights = address + at.weights * F32_BYTES + first + begin * unit
+        units, sum_step = address + (at.values + 2 * begin) * F32_BYTES, _PARTS * dims * F32_BYTES
+        _weigh_rows(rows, weights, _PARTS * at.step, at.step, units, now, unit // QUAD, values, sums, sum_step)
+        for row in range(rows):
+            high, into = sums + row * sum_step, address + (at.totals + 2 * row * dims) * F32_BYTES
+            add_parts(high, high + dims * F32_BYTES, into, dims // LANES)
 
 
 @njit(cache=True)
 def attend_int8_item(kind, stored, shape, offsets, plan, item, query, scaling, softcap, out, work):  # type: ignore[no-untyped-def]
-    """One tile and some of its KV heads, one head after another."""
+    """One tile and some of its KV heads, one head after another, as many rows at a time as the kernels take."""
     tile, part = item // plan.parts, item % plan.parts
     row, tokens = plan.tile_row[tile], plan.tile_tokens[tile]
     table, positions = plan.tables[plan.row_sequence[row]], plan.positions[row : row + tokens]
     group, unit, heads = shape[GROUP], shape[UNIT], shape[KV_HEADS]
     least, stop = first_seen(positions.min(), shape[WINDOW]), positions.max() + 1
-    rows, begin = tokens * group, least // unit * unit
+    begin = least // unit * unit
     base = begin // LANES * LANES
     first, last = begin - base, _padded(stop, unit) - base
-    at = _places(shape, rows, stop - least)
-    step, queries, factors, starts, scales, scores, weights, totals = (
-        at[0],
-        at[1],
-        at[2],
-        at[3],
-        at[4],
-        at[5],
-        at[6],
-        at[8],
-    )
-    depth, dims = shape[KEY_DIM], _padded(_padded(shape[VALUE_DIM], QUAD), LANES)
+    count, depth, dims = (last - first) // unit, shape[KEY_DIM], shape[VALUE_DIM]
+    at = _places(shape, min(tokens * group, MANY_ROWS), stop - least)
     words = _PARTS * _padded(depth, LANES) // F32_BYTES
     for head in range(heads * part // plan.parts, heads * (part + 1) // plan.parts):
-        for i in range(rows):
-            source = (row + i // group) * query[1] + (head * group + i % group) * query[2]
-            _take_query(
-                kind,
-                query[0] + source * kind.itemsize,
-                depth,
-                scaling,
-                work,
-                queries + i * words,
-                factors + i,
-                starts + _PARTS * i,
-            )
-        _score_head(stored, shape, offsets, table, head, rows, base, first, last, at, work)
-        for i in range(rows):
-            position = positions[i // group]
-            seen = first_seen(position, shape[WINDOW]) - base
-            bytes_at = weights * F32_BYTES + _PARTS * i * step
-            work[factors + i] = _weigh_row(
-                work, scores + i * step, seen, position + 1 - base, softcap, scales, bytes_at, step
-            )
-        _add_head(shape, rows, first, last, at, work)
-        for i in range(rows):
-            token, member = row + i // group, head * group + i % group
-            place = (token * heads * group + member) * shape[VALUE_DIM]
-            _give_row(
-                kind, work, totals + 2 * i * dims, shape[VALUE_DIM], work[factors + i], out + place * kind.itemsize
-            )
+        _find_units(stored, shape, offsets, table, head, begin // unit, first, count, at, work)
+        for member in range(0, tokens * group, MANY_ROWS):
+            rows = min(MANY_ROWS, tokens * group - member)
+            for i in range(rows):
+                token, own = row + (member + i) // group, head * group + (member + i) % group
+                source = query[0] + (token * query[1] + own * query[2]) * kind.itemsize
+                places = at.queries + i * words, at.factors + i, at.starts + _PARTS * i
+                _take_query(kind, source, depth, scaling, work, *places)
+            _score(shape, rows, first, count, at, work)
+            _weigh(shape, positions, member, rows, base, first, last, softcap, at, work)
+            _add_values(shape, rows, first, count, at, work)
+            for i in range(rows):
+                token, own = row + (member + i) // group, head * group + (member + i) % group
+                place = out + (token * heads * group + own) * dims * kind.itemsize
+                exact = work.ctypes.data + (at.totals + 2 * i * _row_dims(shape)) * F32_BYTES
+                give_totals(kind, exact, dims, work[at.factors + i], place)

@@ -39,6 +39,7 @@ OFFSET_LEFT = host_offset_left()
 """What the start of a sum has to take off every stored byte."""
 
 BYTES = ir.VectorType(I8, LANES)
+I64S, F64S = ir.VectorType(I64, LANES), ir.VectorType(ir.DoubleType(), LANES)
 
 _MAGNITUDE = 0x7FFFFFFF
 _ADDRESS_BYTES = 8
@@ -46,6 +47,7 @@ _WORD = 4
 _PARTS = 2
 """High and low byte of a number."""
 _HIGH = 256.0
+_F64_BYTES = 8
 
 
 def _word(emitter: Emitter, address: ir.Value) -> ir.Value:
@@ -272,13 +274,15 @@ def _nearest(emitter: Emitter, values: ir.Value) -> ir.Value:
     return builder.sub(bits, builder.bitcast(shift, I32S))
 
 
-def _store_split(emitter: Emitter, numbers: ir.Value, high: ir.Value, low: ir.Value) -> None:
-    """Numbers as ``256 * high + low``, two signed bytes each."""
+def _store_split(emitter: Emitter, numbers: ir.Value, high: ir.Value, low: ir.Value) -> ir.Value:
+    """Numbers as ``256 * high + low``, two signed bytes each; returns the low ones, as int32."""
     builder = emitter.builder
     bottom = builder.trunc(numbers, BYTES)
-    above = builder.sub(numbers, builder.sext(bottom, I32S))
-    emitter.store(builder.trunc(builder.ashr(above, constant(I32S, 8)), BYTES), high, 1)
+    below = builder.sext(bottom, I32S)
+    above = builder.ashr(builder.sub(numbers, below), constant(I32S, 8))
+    emitter.store(builder.trunc(above, BYTES), high, 1)
     emitter.store(bottom, low, 1)
+    return below
 
 
 @intrinsic
@@ -317,38 +321,71 @@ def quantise(typing_context, kind, source, count, inverse, out):  # type: ignore
 
 @intrinsic
 def split(typing_context, kind, source, count, inverse, high, low):  # type: ignore[no-untyped-def]
-    """``count`` elements times ``inverse``, rounded, as two bytes each; both have room for a multiple of 16."""
+    """``count`` elements times ``inverse``, rounded, as two bytes each; both have room for a multiple of 16.
+
+    Returns:
+        the sum of the rounded numbers, and that of their low bytes; of up to a million elements.
+    """
+    result = types.UniTuple(types.int64, 2)
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         emitter, (_, source, count, inverse, high, low) = Emitter(builder), args
         factor = emitter.splat(inverse)
 
-        def body(first: ir.Value, values: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        def body(first: ir.Value, values: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             numbers = _nearest(emitter, builder.fmul(values, factor))
-            _store_split(emitter, numbers, builder.add(high, first), builder.add(low, first))
-            return []
+            bottom = _store_split(emitter, numbers, builder.add(high, first), builder.add(low, first))
+            return [builder.add(sums[0], numbers), builder.add(sums[1], bottom)]
 
-        _over_elements(emitter, kind, source, count, [], body)
-        return context.get_dummy_value()
+        sums = _over_elements(emitter, kind, source, count, [constant(I32S, 0)] * 2, body)
+        # Joined as 64 bits, which the sum of many lanes may need.
+        joined = [call(builder, f"llvm.vector.reduce.add.v{LANES}i64", I64, builder.sext(part, I64S)) for part in sums]
+        return context.make_tuple(builder, result, joined)
 
-    return types.void(kind, types.intp, types.intp, types.float32, types.intp, types.intp), emit
+    return result(kind, types.intp, types.intp, types.float32, types.intp, types.intp), emit
 
 
 @intrinsic
-def sum_bytes(typing_context, address, blocks):  # type: ignore[no-untyped-def]
-    """The sum of ``16 * blocks`` signed bytes."""
+def add_parts(typing_context, high, low, totals, blocks):  # type: ignore[no-untyped-def]
+    """Add ``256 * high + low`` of ``16 * blocks`` int32 each to as many float64."""
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        emitter, (address, blocks) = Emitter(builder), args
+        emitter, (high, low, totals, blocks) = Emitter(builder), args
 
-        def body(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
-            values = emitter.load(emitter.offset(address, index, LANES), BYTES, 1)
-            return [builder.add(totals[0], builder.sext(values, I32S))]
+        def body(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            parts = [emitter.load(emitter.offset(part, index, VECTOR_BYTES), I32S) for part in (high, low)]
+            above, below = (builder.sitofp(part, F64S) for part in parts)
+            joined = builder.fadd(builder.fmul(above, constant(F64S, _HIGH)), below)
+            place = emitter.offset(totals, index, LANES * _F64_BYTES)
+            emitter.store(builder.fadd(emitter.load(place, F64S, _F64_BYTES), joined), place, _F64_BYTES)
+            return []
 
-        (total,) = emitter.count(blocks, [constant(I32S, 0)], body)
-        return call(builder, f"llvm.vector.reduce.add.v{LANES}i32", I32, total)
+        emitter.count(blocks, [], body)
+        return context.get_dummy_value()
 
-    return types.int32(types.intp, types.intp), emit
+    return types.void(*[types.intp] * 4), emit
+
+
+@intrinsic
+def give_totals(typing_context, kind, totals, count, factor, out):  # type: ignore[no-untyped-def]
+    """Elements of the dtype of ``kind``: ``count`` float64, each as float32, times ``factor``."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        emitter, (_, totals, count, factor, out), size = Emitter(builder), args, int(kind.dtype.bitwidth) // 8
+        factors = emitter.splat(factor)
+
+        def body(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            exact = emitter.load(emitter.offset(totals, index, LANES * _F64_BYTES), F64S, _F64_BYTES)
+            values = builder.fmul(builder.fptrunc(exact, F32S), factors)
+            first = builder.mul(index, ir.Constant(I64, LANES))
+            stored = values if size == F32_BYTES else emitter.rounded(values)
+            emitter.store_lanes(stored, emitter.offset(out, first, size), builder.sub(count, first))
+            return []
+
+        emitter.count(_blocks(builder, count), [], body)
+        return context.get_dummy_value()
+
+    return types.void(kind, types.intp, types.intp, types.float32, types.intp), emit
 
 
 def _seen(emitter: Emitter, first: ir.Value, last: ir.Value, column: ir.Value) -> ir.Value:
