@@ -106,7 +106,8 @@ def _ramps(starts: Int32s, ends: Int32s) -> Int32s:
     count = int(ends[-1]) if ends.size else 0
     if count == ends.size:  # of one number each: nobody has a prompt or drafts
         return starts
-    lengths = np.diff(ends, prepend=np.int32(0))
+    lengths = ends.copy()
+    lengths[1:] -= ends[:-1]
     return np.arange(count, dtype=np.int32) + np.repeat(starts + lengths - ends, lengths)
 
 

@@ -51,8 +51,15 @@ _NOISE_A_BIT = np.float32(-math.log(2) / 2**23)
 _SLACK = np.float32(1e-3)
 
 _ZERO = np.float32(0)
+_MIN_TEMPERATURE, _MAX_TEMPERATURE = options.MIN_TEMPERATURE, options.MAX_TEMPERATURE
 _SHARE_BITS = options.SHARE_BITS
 _WHOLE = 1 << options.SHARE_BITS
+
+
+@njit
+def _inverse_temperature(temperature):  # type: ignore[no-untyped-def]
+    """As `options.row_options` has it."""
+    return np.float32(np.float32(1) / min(max(temperature, _MIN_TEMPERATURE), _MAX_TEMPERATURE))
 
 
 @njit
@@ -211,14 +218,30 @@ def _edited(x, token_ids, scale, shift, words):  # type: ignore[no-untyped-def]
 
 @njit
 def _sample_row(r, x, maxima, row_options, words):  # type: ignore[no-untyped-def]
-    """One row after its edits, see `sample_rows`."""
-    keys, greedy, factor, top_k, share, min_difference = row_options
+    """One row after its edits, see `sample_rows`; its options become numbers as in `options.row_options`."""
+    keys, temperature, top_k, top_p, min_difference = row_options
     top = set_maxima(x, maxima)
     if top == NOTHING:
         return _first_allowed(words)
-    if greedy[r] or top == np.inf:
+    if temperature[r] <= 0 or top == np.inf:
         return rank_first(x, maxima, top)
-    return _choose(x, maxima, top, factor[r], keys[0, r], keys[1, r], top_k[r], share[r], min_difference[r])
+    factor = _inverse_temperature(temperature[r])
+    rank = min(max(np.int64(top_k[r]), 1), x.size)
+    share = np.int64(np.rint(np.float64(top_p[r]) * _WHOLE))
+    return _choose(x, maxima, top, factor, keys[0, r], keys[1, r], rank, share, min_difference[r])
+
+
+@njit
+def _first_edit(rows, r):  # type: ignore[no-untyped-def]
+    """Where the edits of row ``r`` begin, or would; ``rows`` ascend."""
+    low, high = 0, rows.size
+    while low < high:
+        middle = (low + high) // 2
+        if rows[middle] < r:
+            low = middle + 1
+        else:
+            high = middle
+    return low
 
 
 @njit(nogil=True, cache=True, parallel=True)
@@ -228,15 +251,16 @@ def sample_rows(logits, index, row_options, edits, allowed, out):  # type: ignor
     Args:
         logits: float32 [rows, vocab].
         index: int32 [n].
-        row_options: keys, greedy, factor, top_k, share and min_difference as in `options.RowOptions`.
-        edits: int64 [n + 1] where each row's edits begin, then token ids, scale and shift as `LogitEdits`.
+        row_options: temperature, top_k and top_p as in `SamplingRows`, behind keys (without meaning in greedy rows) and
+            before min_difference as in `options.RowOptions`.
+        edits: rows, token ids, scale and shift as in `LogitEdits`.
         allowed: uint32 [n, words], or [n, 0] where every token is allowed.
         out: int32 [n], written.
     """
-    starts, token_ids, scale, shift = edits
+    edited, token_ids, scale, shift = edits
     blocks = (logits.shape[1] + BLOCK - 1) // BLOCK
     for r in prange(out.size):
-        some = slice(starts[r], starts[r + 1])
+        some = slice(_first_edit(edited, r), _first_edit(edited, r + 1))
         x = _edited(logits[index[r]], token_ids[some], scale[some], shift[some], allowed[r])
         out[r] = _sample_row(r, x, np.empty(blocks, np.float32), row_options, allowed[r])
 

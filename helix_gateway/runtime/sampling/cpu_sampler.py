@@ -8,13 +8,12 @@ from contextlib import contextmanager
 
 import numba
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from helix_gateway.core.step import Float32s, Int32s, LogitEdits, LogprobRows, SamplingRows
+from helix_gateway.core.step import Float32s, Int32s, LogprobRows, SamplingRows, UInt32s
 from helix_gateway.runtime.cpu.threads import configure_threads
-from helix_gateway.runtime.sampling import cpu_kernels
-from helix_gateway.runtime.sampling.options import log_probabilities, row_options
+from helix_gateway.runtime.sampling import cpu_kernels, noise
+from helix_gateway.runtime.sampling.options import log_probabilities, min_differences
 
 # A second thread is woken for more tokens than these; one alone needs 0.1 ms for them, and where other processes
 # want the cores a thread may come a whole time slice, 8 to 16 ms, late (measured: benchmarks/sampling_bench.py).
@@ -44,19 +43,11 @@ class CpuSampler:
         """
         count = rows.logits_index.size
         out = np.empty(count, np.int32)
-        options = row_options(rows, self._vocab_size)
-        numbers = (
-            options.keys,
-            options.greedy,
-            options.inverse_temperature,
-            options.top_k,
-            options.share,
-            options.min_difference,
-        )
+        options = (_keys(rows), rows.temperature, rows.top_k, rows.top_p, min_differences(rows))
+        edits = (rows.edits.rows, rows.edits.token_ids, rows.edits.scale, rows.edits.shift)
         allowed = np.empty((count, 0), np.uint32) if rows.allowed is None else rows.allowed
-        edits = _edits_by_row(rows.edits, count)
         with self._threads(count):
-            cpu_kernels.sample_rows(_array(logits), rows.logits_index, numbers, edits, allowed, out)
+            cpu_kernels.sample_rows(_array(logits), rows.logits_index, options, edits, allowed, out)
         return out
 
     def logprobs(self, logits: torch.Tensor, logits_index: Int32s, token_ids: Int32s, top: int) -> LogprobRows:
@@ -97,13 +88,14 @@ class CpuSampler:
             numba.set_num_threads(threads)
 
 
+def _keys(rows: SamplingRows) -> UInt32s:
+    """As `noise.row_keys`, uint32 [2, num_samples]; anything where all rows are greedy, and there is no noise."""
+    if not rows.temperature.any():
+        return np.empty((2, rows.temperature.size), np.uint32)
+    return noise.row_keys(rows.seed, rows.choice, rows.position)
+
+
 def _array(logits: torch.Tensor) -> Float32s:
     """The same memory as numpy sees it, or a copy where it is not contiguous."""
     array: Float32s = logits.detach().contiguous().numpy()
     return array
-
-
-def _edits_by_row(edits: LogitEdits, count: int) -> tuple[npt.NDArray[np.int64], Int32s, Float32s, Float32s]:
-    """Where each row's edits begin ([count + 1]), and the edits."""
-    starts = np.searchsorted(edits.rows, np.arange(count + 1)).astype(np.int64)
-    return starts, edits.token_ids, edits.scale, edits.shift

@@ -3,7 +3,7 @@
 Temperature becomes a float32 factor, min-p a float32 bound on ``x - max``, top-p a count of 2**-30 parts.  The mass of
 a token is ``floor(2**40 * exp((x - max) / temperature))``: in integers a sum has no order, so neither threads, nor a
 neighbour in the batch, nor the device's way of adding can show in what is kept.  Knows nothing about devices; numba
-compiles the constants into `cpu_kernels`.
+compiles the constants into `cpu_kernels`, which makes the same numbers of rows, but their keys and min-p's.
 """
 
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ SHARE_BITS = 30
 """top_p is counted in parts of 2**-30, which holds every float32 from 2**-7 to 1 exactly."""
 
 # Below this a temperature's inverse would overflow float32; any such row is greedy in effect.
-_MIN_TEMPERATURE = np.float32(1e-37)
+MIN_TEMPERATURE = np.float32(1e-37)
 # Above this the inverse would be so small that some devices round it to zero.
-_MAX_TEMPERATURE = np.float32(1e37)
+MAX_TEMPERATURE = np.float32(1e37)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,22 +52,27 @@ class RowOptions:
 
 def row_options(rows: SamplingRows, vocab_size: int) -> RowOptions:
     """What the options of each row mean in numbers; see `RowOptions`."""
-    temperature = np.minimum(np.maximum(rows.temperature, _MIN_TEMPERATURE), _MAX_TEMPERATURE)
+    temperature = _bounded(rows.temperature)
     return RowOptions(
         keys=noise.row_keys(rows.seed, rows.choice, rows.position),
         greedy=rows.temperature <= 0,
         inverse_temperature=(np.float32(1) / temperature).astype(np.float32, copy=False),
         top_k=np.minimum(np.maximum(rows.top_k, 1), vocab_size).astype(np.int64),
         share=np.rint(rows.top_p * np.float64(1 << SHARE_BITS)).astype(np.int64),
-        min_difference=_min_differences(rows.min_p, temperature),
+        min_difference=min_differences(rows),
     )
 
 
-def _min_differences(min_p: Float32s, temperature: Float32s) -> Float32s:
-    if not min_p.any():
-        return np.full(min_p.size, -np.inf, np.float32)
+def min_differences(rows: SamplingRows) -> Float32s:
+    """As `RowOptions` has them; float32 [num_samples]."""
+    if not rows.min_p.any():
+        return np.full(rows.min_p.size, -np.inf, np.float32)
     with np.errstate(divide="ignore"):
-        return (temperature * np.log(min_p.astype(np.float64))).astype(np.float32)
+        return (_bounded(rows.temperature) * np.log(rows.min_p.astype(np.float64))).astype(np.float32)
+
+
+def _bounded(temperature: Float32s) -> Float32s:
+    return np.minimum(np.maximum(temperature, MIN_TEMPERATURE), MAX_TEMPERATURE)
 
 
 def first_allowed(rows: SamplingRows) -> Int32s:
