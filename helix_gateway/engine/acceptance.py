@@ -41,6 +41,7 @@ _MEMORY = 300.0
 """Observations after which an older one has faded to a third."""
 _SEQUENCE_PRIOR = 12.0
 _SEQUENCE_MEMORY = 48.0
+_KEPT_OF_SEQUENCE = np.exp(-1.0 / _SEQUENCE_MEMORY)
 _MOST = 0.995
 _COUNT, _CONFIDENCE, _RIGHT, _CONFIDENCE_SQUARED, _BOTH, _LATER = range(6)
 _SUMS = 6
@@ -130,18 +131,12 @@ class AcceptanceModel:
         """
         record = self._records.setdefault(key, {}).setdefault(draft.source, _Record())
         source = self._source(draft.source)
-        accepted, expected = _learn(
-            self._accepted[source],
-            self._seen[source],
-            self._sums[source],
-            draft.token_ids,
-            draft.confidences,
-            choices,
-        )
         told = min(len(choices), len(draft.token_ids))
-        _count_places(self._placed_accepted[source], self._placed_seen[source], int(accepted), told)
+        cells = (self._accepted[source], self._seen[source], self._sums[source])
+        places = (self._placed_accepted[source], self._placed_seen[source])
+        accepted, expected = _learn(*cells, *places, draft.token_ids[:told], draft.confidences[:told], choices[:told])
         self._num_told[source] += min(int(accepted) + 1, told) - 1 if accepted else 1
-        kept = np.exp(-1.0 / _SEQUENCE_MEMORY) ** min(len(choices), len(draft.token_ids))
+        kept = _KEPT_OF_SEQUENCE**told
         record.accepted = record.accepted * kept + accepted
         record.expected = record.expected * kept + expected
         # How far one that was right to its end would have gone on, nobody knows.
@@ -230,13 +225,13 @@ def _chained(accepted, seen, sums, sources, factors, lengths, confidences):  # t
 
 
 @numba.njit(cache=True)
-def _learn(accepted, seen, sums, token_ids, confidences, choices):  # type: ignore[no-untyped-def]
-    """Count each draft token that the choices tell about; how many were right, and how many were expected to be."""
+def _learn(accepted, seen, sums, placed_accepted, placed_seen, token_ids, confidences, choices):  # type: ignore[no-untyped-def]
+    """Count draft tokens [num_told] by confidence and by place; how many were right, and how many were expected to be."""
     right = 0.0
     expected = 0.0
     fade = np.exp(-1.0 / _MEMORY)
     line = _line(sums)
-    for place in range(min(len(choices), len(token_ids))):
+    for place in range(len(token_ids)):
         confidence = confidences[place]
         row, column = _cell(confidence, place)
         agrees = 1.0 if choices[place] == token_ids[place] else 0.0
@@ -253,4 +248,5 @@ def _learn(accepted, seen, sums, token_ids, confidences, choices):  # type: igno
         right += agrees
         if not agrees:
             break
+    _count_places(placed_accepted, placed_seen, int(right), len(token_ids))
     return right, expected

@@ -42,7 +42,7 @@ class Window(NamedTuple):
     @property
     def is_scored(self) -> bool:
         """Whether log-probabilities of any of its rows were asked for."""
-        return bool(self.scored_prompt_rows) or self.sequence.request.sampling.logprobs is not None
+        return bool(self.scored_prompt_rows) or self.scheduled.sequence.request.sampling.logprobs is not None
 
     def position(self, row: int) -> int:
         """Where the token of a flat row stands in its sequence."""
@@ -50,25 +50,26 @@ class Window(NamedTuple):
 
     def token_ids(self) -> list[int]:
         """The tokens of its rows."""
-        start = self.scheduled.start
-        return self.sequence.token_ids[start : start + self.scheduled.num_tokens] + self.draft_tokens
+        scheduled = self.scheduled
+        start = scheduled.start
+        return scheduled.sequence.token_ids[start : start + scheduled.num_tokens] + self.draft_tokens
 
 
 _NO_ROWS = range(0)
 
 
 def _window(scheduled: ScheduledSequence, draft_tokens: list[int], first_row: int) -> Window:
-    sampled = _NO_ROWS
+    sampled = scored = _NO_ROWS
     if scheduled.samples:
         first = first_row + scheduled.num_tokens - 1
         sampled = range(first, first + 1 + len(draft_tokens))
-    return Window(scheduled, draft_tokens, first_row, sampled, _scored_prompt_rows(scheduled, first_row))
+    if scheduled.sequence.wants_prompt_logprobs:
+        scored = _scored_prompt_rows(scheduled, first_row)
+    return Window(scheduled, draft_tokens, first_row, sampled, scored)
 
 
 def _scored_prompt_rows(scheduled: ScheduledSequence, first_row: int) -> range:
     sequence, start = scheduled.sequence, scheduled.start
-    if not sequence.wants_prompt_logprobs:
-        return _NO_ROWS
     first = max(start, len(sequence.prompt_logprobs) - 1)
     end = min(start + scheduled.num_tokens, sequence.num_prompt_tokens - 1)
     return range(first_row + first - start, first_row + max(first, end) - start)
@@ -86,19 +87,17 @@ def lay_out(scheduled: Ordered[ScheduledSequence], drafts: Ordered[list[int]]) -
 def build_step_batch(windows: Ordered[Window], cache: PagedKVCache) -> StepBatch:
     """The flat arrays of the forward."""
     starts = np.array([window.scheduled.start for window in windows], np.int32)
-    ends = np.array([window.first_row + window.num_rows for window in windows], np.int32)
-    cu_seqlens = np.concatenate([_ZERO, ends])
+    behind = [w.first_row + w.scheduled.num_tokens + len(w.draft_tokens) for w in windows]
+    cu_seqlens = np.array([0, *behind], np.int32)
+    ends = cu_seqlens[1:]
     return StepBatch(
         token_ids=np.array([token for window in windows for token in window.token_ids()], np.int32),
         positions=_ramps(starts, ends),
         cu_seqlens=cu_seqlens,
         context_lens=starts + ends - cu_seqlens[:-1],
-        block_tables=block_tables([window.sequence.key for window in windows], cache),
+        block_tables=block_tables([window.scheduled.sequence.key for window in windows], cache),
         logits_rows=logits_rows(windows),
     )
-
-
-_ZERO = np.zeros(1, np.int32)
 
 
 def _ramps(starts: Int32s, ends: Int32s) -> Int32s:

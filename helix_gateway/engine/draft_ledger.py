@@ -3,6 +3,7 @@
 Counts what verification kept; knows nothing about how drafts are made or how deep they should be.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -12,12 +13,12 @@ from helix_gateway.core.stats import DraftCounts
 @dataclass(slots=True)
 class _Account:
     num_draft_tokens: int = 0
-    by_accepted: list[int] = field(default_factory=list)
-    """How many drafts had so many tokens accepted, from 0 on."""
+    by_accepted: Counter[int] = field(default_factory=Counter)
+    """How many drafts had so many tokens accepted."""
 
     def counts(self) -> DraftCounts:
         # A draft of which n tokens were accepted had one accepted at each of the first n places.
-        at_least = list(accumulate(reversed(self.by_accepted)))[::-1]
+        at_least = list(accumulate(reversed(_listed(self.by_accepted))))[::-1]
         return DraftCounts(
             num_drafts=at_least[0],
             num_draft_tokens=self.num_draft_tokens,
@@ -31,7 +32,7 @@ class DraftLedger:
 
     def __init__(self) -> None:
         self._accounts: dict[str, _Account] = {}
-        self._depths: list[int] = []
+        self._depths: Counter[int] = Counter()
 
     def count(self, source: str | None, drafted: int, accepted: int) -> None:
         """Take one window's outcome.
@@ -40,14 +41,14 @@ class DraftLedger:
             source: who drafted for it; None where nobody did.
             drafted, accepted: tokens.
         """
-        _count_at(self._depths, drafted)
+        self._depths[drafted] += 1
         if source is None:
             return
         account = self._accounts.get(source)
         if account is None:
             account = self._accounts[source] = _Account()
         account.num_draft_tokens += drafted
-        _count_at(account.by_accepted, accepted)
+        account.by_accepted[accepted] += 1
 
     def counts(self) -> dict[str, DraftCounts]:
         """All accounts as they stand."""
@@ -55,10 +56,9 @@ class DraftLedger:
 
     def depths(self) -> list[int]:
         """How many windows had so many draft tokens, from 0 on."""
-        return list(self._depths)
+        return _listed(self._depths)
 
 
-def _count_at(counts: list[int], place: int) -> None:
-    if place >= len(counts):
-        counts += [0] * (place + 1 - len(counts))
-    counts[place] += 1
+def _listed(counts: Counter[int]) -> list[int]:
+    """The counts of 0, 1, … up to the largest that was counted."""
+    return [counts[number] for number in range(1 + max(counts, default=-1))]

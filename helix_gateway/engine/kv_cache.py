@@ -21,6 +21,7 @@ from helix_gateway.engine.prefix_index import PrefixIndex, child_key, root_key
 
 PageCopy = tuple[int, int]
 """(source, destination)"""
+_Lacking = tuple[SequenceBlockTable, int, list[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,32 +155,30 @@ class PagedKVCache:
             NoFreeBlocksError: the pool has too few blocks; nothing was changed.
         """
         copies: list[PageCopy] = []
-        tables = self._tables[sequence]
-        missing = [table.entries_for(num_tokens) - table.num_entries for table in tables]
-        shared = [self._shared_entries(table, num_computed_tokens) for table in tables]
-        needed = _num_blocks(missing, shared)
+        parts = self._lacking(sequence, num_computed_tokens, num_tokens)
+        needed = sum([missing + len(shared) for _, missing, shared in parts])
         if needed and needed > self.pool.num_available:
             raise NoFreeBlocksError
-        for table, count, offsets in zip(tables, missing, shared, strict=True):
-            copies += self._unshare(table, num_computed_tokens, offsets)
-            if count > 0:
-                table.blocks += self.pool.allocate(count, after=table.blocks[-1] if table.blocks else None)
+        for table, missing, shared in parts:
+            copies += self._unshare(table, shared)
+            del table.keys[table.entry(num_computed_tokens) :]
+            if missing:
+                table.blocks += self.pool.allocate(missing, after=table.blocks[-1] if table.blocks else None)
         return copies
 
     def blocks_needed(self, sequence: Hashable, num_computed_tokens: int, num_tokens: int) -> int:
         """How many blocks `reserve` would take from the pool."""
-        tables = self._tables[sequence]
-        missing = [table.entries_for(num_tokens) - table.num_entries for table in tables]
-        return _num_blocks(missing, [self._shared_entries(table, num_computed_tokens) for table in tables])
+        parts = self._lacking(sequence, num_computed_tokens, num_tokens)
+        return sum([missing + len(shared) for _, missing, shared in parts])
 
-    def _shared_entries(self, table: SequenceBlockTable, num_computed_tokens: int) -> list[int]:
-        """Offsets into ``table.blocks`` that are about to be written but are not this sequence's alone."""
-        first = table.entry(num_computed_tokens) - table.num_released
-        return [offset for offset in range(first, len(table.blocks)) if self.pool.is_shared(table.blocks[offset])]
+    def _lacking(self, sequence: Hashable, num_computed_tokens: int, num_tokens: int) -> list[_Lacking]:
+        """Each table, how many blocks it has too few, and which of those about to be written are not its alone."""
+        return [
+            (table, max(0, table.num_missing(num_tokens)), _shared_entries(self.pool, table, num_computed_tokens))
+            for table in self._tables[sequence]
+        ]
 
-    def _unshare(
-        self, table: SequenceBlockTable, num_computed_tokens: int, shared: Iterable[int]
-    ) -> Iterable[PageCopy]:
+    def _unshare(self, table: SequenceBlockTable, shared: Iterable[int]) -> Iterable[PageCopy]:
         for offset in shared:
             source = table.blocks[offset]
             (own,) = self.pool.allocate(1)
@@ -187,7 +186,6 @@ class PagedKVCache:
             self.pool.release([source])
             table.blocks[offset] = own
             yield source, own
-        del table.keys[table.entry(num_computed_tokens) :]
 
     def commit(self, sequence: Hashable, token_ids: Sequence[int], num_computed_tokens: int) -> None:
         """Take note that the first ``num_computed_tokens`` tokens are verified and have their KV.
@@ -286,9 +284,10 @@ class PagedKVCache:
         self._guests.clear()
 
 
-def _num_blocks(missing: Iterable[int], shared: Iterable[Sequence[int]]) -> int:
-    """Blocks that are missing at the ends of some tables, and those that take the place of shared ones in them."""
-    return sum(count for count in missing if count > 0) + sum(map(len, shared))
+def _shared_entries(pool: BlockPool, table: SequenceBlockTable, num_computed_tokens: int) -> list[int]:
+    """Offsets into ``table.blocks`` that are about to be written but are not this sequence's alone."""
+    first = table.entry(num_computed_tokens) - table.num_released
+    return [offset for offset in range(first, len(table.blocks)) if pool.is_shared(table.blocks[offset])]
 
 
 class _FoundPrefix:

@@ -30,7 +30,9 @@ class DraftTokens:
     """Whether it is empty because the drafter is yet reading the sequence, to draft at a later step."""
 
     def first(self, count: int) -> "DraftTokens":
-        """The first ``count`` of them."""
+        """The first ``count`` of them, and nothing of what was proposed beside."""
+        if count >= len(self.token_ids) and self.beside is None:
+            return self
         return DraftTokens(self.source, self.token_ids[:count], self.confidences[:count], is_reading=self.is_reading)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from typing import TypeAlias, TypeVar
 
+import numpy as np
 import structlog
 
 from helix_gateway.core.errors import OutOfMemoryError
@@ -68,9 +69,11 @@ class GuardedDrafter:
 
     def _checked(self, drafts: list[DraftTokens], depths: list[int]) -> list[DraftTokens]:
         """The drafts, cut to their depths.  Raises ValueError where they are not what the Protocol says."""
+        ids = np.concatenate([draft.token_ids for draft in drafts])
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self._vocab_size:
+            raise ValueError("proposed were tokens that are none")
         for draft in drafts:
-            ids = draft.token_ids
-            if len(draft.confidences) != len(ids) or (len(ids) and not 0 <= ids.min() <= ids.max() < self._vocab_size):
+            if len(draft.confidences) != len(draft.token_ids):
                 raise ValueError(f"{draft.source} proposed what is no draft")
         return [draft.first(depth) for draft, depth in zip(drafts, depths, strict=True)]
 

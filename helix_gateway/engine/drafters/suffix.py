@@ -100,16 +100,13 @@ class _Reader:
         return num_new
 
     def _read_store(self, sequence: Sequence, store: Ordered[SuffixAutomaton], new_ids: Int32s) -> None:
-        known = {id(place.automaton): place for place in self.places}
-        tail = np.array(sequence.token_ids[-_LOOKED_BACK:], np.int32)
-        self.places = [
-            (
-                _Place(automaton, automaton.read(known[id(automaton)].match, new_ids))
-                if id(automaton) in known
-                else _Place(automaton, automaton.read(Match(), tail))
-            )
-            for automaton in store
-        ]
+        known = {id(place.automaton): place.match for place in self.places}
+        self.places = []
+        for automaton in store:
+            match, unread = known.get(id(automaton)), new_ids
+            if match is None:
+                match, unread = Match(), np.array(sequence.token_ids[-_LOOKED_BACK:], np.int32)
+            self.places.append(_Place(automaton, automaton.read(match, unread)))
 
     def _index(self, token_ids: list[int], room: int) -> int:
         if not self.num_indexed:
@@ -144,6 +141,8 @@ class _Reader:
 
 
 def _written(source: str, automaton: SuffixAutomaton, match: Match, depth: int) -> DraftTokens:
+    if not match.length:  # nothing that was seen before, so nothing follows
+        return DraftTokens(source, NOTHING.token_ids, NOTHING.confidences)
     token_ids, confidences = np.empty(depth, np.int32), np.empty(depth, np.float32)
     count = automaton.follow(match, token_ids, confidences)
     return DraftTokens(source, token_ids[:count], confidences[:count])

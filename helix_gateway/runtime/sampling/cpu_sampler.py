@@ -18,6 +18,9 @@ from helix_gateway.runtime.sampling.options import log_probabilities, min_differ
 # A second thread is woken for more tokens than these; one alone needs 0.1 ms for them, and where other processes
 # want the cores a thread may come a whole time slice, 8 to 16 ms, late (measured: benchmarks/sampling_bench.py).
 _TOKENS_ALONE = 1 << 17
+# The same where nobody draws, and a row is read once: 16 rows of 49,152 tokens take one thread half the processor time
+# that each of two takes which wake up for them (docs/log.md).
+_GREEDY_TOKENS_ALONE = 1 << 20
 
 
 class CpuSampler:
@@ -46,7 +49,7 @@ class CpuSampler:
         options = (_keys(rows), rows.temperature, rows.top_k, rows.top_p, min_differences(rows))
         edits = (rows.edits.rows, rows.edits.token_ids, rows.edits.scale, rows.edits.shift)
         allowed = np.empty((count, 0), np.uint32) if rows.allowed is None else rows.allowed
-        with self._threads(count):
+        with self._threads(count, _TOKENS_ALONE if rows.temperature.any() else _GREEDY_TOKENS_ALONE):
             cpu_kernels.sample_rows(_array(logits), rows.logits_index, options, edits, allowed, out)
         return out
 
@@ -63,7 +66,7 @@ class CpuSampler:
         totals, ranks = np.empty(n, np.int64), np.empty(n, np.int32)
         differences, top_differences = np.empty(n, np.float32), np.empty((n, top), np.float32)
         top_ids = np.empty((n, top), np.int32)
-        with self._threads(n):
+        with self._threads(n, _TOKENS_ALONE):
             cpu_kernels.logprob_rows(
                 _array(logits), logits_index, token_ids, totals, differences, ranks, top_ids, top_differences
             )
@@ -75,10 +78,10 @@ class CpuSampler:
         )
 
     @contextmanager
-    def _threads(self, rows: int) -> Iterator[None]:
-        """As many threads as these rows deserve."""
+    def _threads(self, rows: int, tokens_alone: int) -> Iterator[None]:
+        """As many threads as these rows deserve, one for up to so many tokens."""
         threads = numba.get_num_threads()
-        if rows * self._vocab_size > _TOKENS_ALONE or threads == 1:
+        if rows * self._vocab_size > tokens_alone or threads == 1:
             yield
             return
         numba.set_num_threads(1)
