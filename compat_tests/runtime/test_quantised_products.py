@@ -202,21 +202,37 @@ LESSER_ARM = {"ArmDotProduct": ("generic", "+neon,+dotprod"), "Portable": ("gene
 @pytest.mark.parametrize("name", sorted(LESSER if is_x86() else LESSER_ARM))
 def test_a_lesser_processor_passes_the_same_tests(name, tmp_path):
     """numba is told to leave instructions out, so the very kernels that such a machine would run are run."""
-    cpu, features = (LESSER if is_x86() else LESSER_ARM)[name]
-    environment = {
-        **os.environ,
-        "NUMBA_CPU_NAME": cpu,
-        "NUMBA_CPU_FEATURES": features,
-        "NUMBA_CACHE_DIR": str(tmp_path),
-    }
-    chosen = "product_is_that or same_bits_in_every_batch or keep_their_very"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:]
+    environment = environment_of(name, tmp_path)
+    assert_passes(__file__, "product_is_that or same_bits_in_every_batch or keep_their_very", environment)
     probe = "from helix_gateway.runtime.cpu.dot_products import *; print(type(DOT_PRODUCTS[HOST_DOT]).__name__)"
-    told = subprocess.run([sys.executable, "-c", probe], env=environment, cwd=root, capture_output=True, text=True)
+    told = subprocess.run([sys.executable, "-c", probe], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert told.stdout.strip() == name
+
+
+@pytest.mark.deep
+@pytest.mark.skipif(len(usable_dot_products()) < 3, reason="the processor is no better than those that are tried")
+@pytest.mark.parametrize("name", sorted(LESSER if is_x86() else LESSER_ARM))
+def test_the_step_of_a_whole_model_passes_its_test_on_a_lesser_processor(name, tmp_path):
+    """One with four bits over int8 pages, as they are served: rows, chunks and order change no bit there either."""
+    step = str(Path(__file__).with_name("test_quantised_step.py"))
+    assert_passes(step, "batch_chunk_and_order and llama-int4", environment_of(name, tmp_path))
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def environment_of(name, folder):
+    """Variables under which numba compiles for a lesser processor, into a folder."""
+    cpu, features = (LESSER if is_x86() else LESSER_ARM)[name]
+    told = {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(folder)}
+    return {**os.environ, **told}
+
+
+def assert_passes(file, chosen, environment):
+    """The chosen tests of a file pass in a process of their own; there is one at least."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", chosen]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 @njit
