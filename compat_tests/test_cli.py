@@ -26,12 +26,19 @@ def helix(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
+class Unstarted:
+    """An engine's process that is none."""
+
+    def end(self):
+        self.has_ended = True
+
+
 @pytest.fixture
 def started(monkeypatch, tmp_path):
     """What ``helix serve`` would start, for the arguments given."""
     runs = []
     monkeypatch.setattr(serve_module, "_run", lambda engine, gateway, *others: runs.append((engine, gateway)))
-    monkeypatch.setattr(launch, "EngineProcess", object)
+    monkeypatch.setattr(launch, "EngineProcess", Unstarted)
     monkeypatch.setattr(addresses, "bind", lambda gateway: [])
     monkeypatch.delenv("HELIX_API_KEY", raising=False)
     model = tmp_path / "tiny.gguf"
@@ -262,7 +269,7 @@ def test_trouble_at_the_start_is_one_line_and_exit_code_1(trouble, monkeypatch, 
     model = tmp_path / "tiny.gguf"
     model.touch()
     monkeypatch.setattr(serve_module, "_run", fail)
-    monkeypatch.setattr(launch, "EngineProcess", object)
+    monkeypatch.setattr(launch, "EngineProcess", Unstarted)
     monkeypatch.setattr("sys.argv", ["helix", "serve", str(model), "--port", "0"])
     with pytest.raises(SystemExit) as stopped:
         main()

@@ -59,7 +59,8 @@ def test_a_machine_without_the_default_model_is_examined_with_a_tiny_one(tmp_pat
     assert "helix models pull" in findings["default model"]["advice"]
     assert findings["answer"]["state"] == "ok"
     gb_per_s, most = re.findall(r"([\d.]+) GB/s|([\d.]+) tokens/s", findings["memory bandwidth"]["said"])
-    assert float(most[1]) == pytest.approx(float(gb_per_s[0]) * 1e9 / DEFAULT_MODEL_BYTES, rel=0.02)
+    rounding = 0.05e9 / DEFAULT_MODEL_BYTES + 0.5  # of both figures
+    assert float(most[1]) == pytest.approx(float(gb_per_s[0]) * 1e9 / DEFAULT_MODEL_BYTES, abs=1.01 * rounding)
     assert findings["kernels"]["said"].startswith(f"{host_dot()}: ")
     assert f"up to {MAX_ROWS} rows" in findings["kernels"]["said"]
     assert "tokens/s" in findings["speed"]["said"]

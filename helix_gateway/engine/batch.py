@@ -107,7 +107,8 @@ def _ramps(starts: Int32s, ends: Int32s) -> Int32s:
         return starts
     lengths = ends.copy()
     lengths[1:] -= ends[:-1]
-    return np.arange(count, dtype=np.int32) + np.repeat(starts + lengths - ends, lengths)
+    ramps: Int32s = np.arange(count, dtype=np.int32) + np.repeat(starts + lengths - ends, lengths)
+    return ramps
 
 
 def block_tables(keys: Ordered[Hashable], cache: PagedKVCache) -> tuple[Int32s, ...]:

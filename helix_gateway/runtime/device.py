@@ -105,7 +105,7 @@ def _zfs_cache_bytes() -> int:
 
 
 def _cgroup_left_bytes() -> int | None:
-    """What the cgroup (version 2) still grants, file pages that it could drop included; None without a limit."""
+    """What the cgroup (version 2) still grants, file pages and what else the kernel would drop included; None without a limit."""
     limit, used = (_cgroup_number(f"memory.{name}") for name in ("max", "current"))
     try:
         statistics = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
@@ -114,7 +114,7 @@ def _cgroup_left_bytes() -> int | None:
     if limit is None or used is None:
         return None
     # Those that were read more than once count too, as they do in the whole machine's figure: a model's file at a second start.
-    droppable = sum(int(statistics.get(name, 0)) for name in ("inactive_file", "active_file"))
+    droppable = sum(int(statistics.get(name, 0)) for name in ("inactive_file", "active_file", "slab_reclaimable"))
     return max(0, limit - used + droppable)
 
 

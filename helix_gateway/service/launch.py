@@ -24,6 +24,8 @@ ENGINE_COMMAND = (sys.executable, "-m", "helix_gateway.service.engine_process_ma
 COMPILING_COMMAND = (sys.executable, "-m", "helix_gateway.service.compiling_ahead_main")
 """What compiles beside it; it ends with its standard input."""
 
+_END_S = 10.0
+"""How long a killed engine is waited for."""
 _CORES_TO_COMPILE = 2
 
 
@@ -83,9 +85,13 @@ class EngineProcess:
                 self._process.stdin.close()
 
     def end(self) -> None:
-        """End it at once, and wait until it is gone and writes nowhere any more; nothing happens where it has ended."""
+        """End it at once, and wait until it is gone and writes nowhere any more; nothing happens where it has ended.
+
+        One that the kernel holds (a device that does not answer) is not waited for beyond `_END_S`.
+        """
         self.kill()
-        self._process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_S)
         self.close()
 
 

@@ -72,7 +72,8 @@ def min_differences(rows: SamplingRows) -> Float32s:
 
 
 def _bounded(temperature: Float32s) -> Float32s:
-    return np.minimum(np.maximum(temperature, MIN_TEMPERATURE), MAX_TEMPERATURE)
+    bounded: Float32s = np.minimum(np.maximum(temperature, MIN_TEMPERATURE), MAX_TEMPERATURE)
+    return bounded
 
 
 def first_allowed(rows: SamplingRows) -> Int32s:
