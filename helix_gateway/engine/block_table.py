@@ -38,7 +38,7 @@ class SequenceBlockTable:
 
     def num_missing(self, num_tokens: int) -> int:
         """How many more entries ``num_tokens`` tokens from position 0 on take than exist; below 0 where there are more."""
-        return -(-num_tokens // self.group.tokens_per_block) - self.num_released - len(self.blocks)
+        return self.entries_for(num_tokens) - self.num_entries
 
     def entries_for(self, num_tokens: int) -> int:
         """How many entries ``num_tokens`` tokens from position 0 on take."""
