@@ -5,9 +5,11 @@ and the same edits with a right ``prediction``.  Drafters: ``auto`` (all there a
 alone; ``model`` the target's weights rounded to 4 bits, made anew where none is named, ``self`` a float target's own at
 fewer bits, which ``auto`` has where ``model`` is left out.  One model, an engine for each drafter and
 one without over it in turn, the same prompts in all, so that a ratio is of neighbours in time.  The target's prompts are
-cached, since only steps that do nothing but decode count; a draft model's are not, and what it reads counts.  What is
-learned of costs and acceptance is kept from group to group, as a server keeps it; earlier answers are not.  Greedy
-answers must be the same token for token, and the benchmark ends if they are not.  Intervals are Student's, over groups.
+cached, since only steps that do nothing but decode count; a draft model's are not, and what it reads counts.  Only steps of
+as many sequences as there are streams count: drafts let answers end at different steps, and whoever is left over, with
+nobody to follow, says what fewer streams get.  What is learned of costs and acceptance is kept from group to group, as a
+server keeps it; earlier answers are not.  Greedy answers must be the same token for token, and the benchmark ends if they
+are not.  Intervals are Student's, over groups.
 """
 
 import argparse
@@ -35,6 +37,8 @@ GROUPS = {1: 4}
 TOKENS = {1: 40, 4: 40, 16: 32, 64: 20}
 """By streams, so that all of it takes minutes; otherwise:"""
 FEWEST_GROUPS, FEWEST_TOKENS = 3, 32
+REQUESTS = {4: 3, 16: 2}
+"""A stream, one after the other, where some streams are ahead of others; otherwise one."""
 FEWEST_PREDICTED_TOKENS = 64
 """The first 33 may come with the prompt's own step, which does not count."""
 MOST_PROMPTS = 40
@@ -169,7 +173,7 @@ class Bench:
         """Answers by request, seconds of decoding, and what speculation did.
 
         A step in which a prompt is computed is not decoding, and is left out with its tokens: prompts take the same
-        time with and without speculation, and would only hide what differs.
+        time with and without speculation, and would only hide what differs.  So are steps of fewer than all streams.
         """
         waiting, answers, tokens, seconds, steps, rows = list(requests), {}, 0, 0.0, 0, 0
         drafted = accepted = running = 0
@@ -181,7 +185,7 @@ class Bench:
             events = engine.step()
             elapsed_s = time.perf_counter() - began_s
             outputs = engine.last_output.step.outputs
-            if all(output.scheduled.num_tokens == 1 for output in outputs):
+            if len(outputs) == streams and all(output.scheduled.num_tokens == 1 for output in outputs):
                 seconds += elapsed_s
                 tokens += sum(len(event.token_ids) for event in events)
                 steps += 1
@@ -196,7 +200,7 @@ class Bench:
             raise SystemExit("Every token came with a prompt: there is nothing to measure. Give more --tokens.")
         return answers, {
             "tokens_per_s": tokens / seconds,
-            "tokens_per_step": tokens / steps / min(streams, len(requests)),
+            "tokens_per_step": tokens / steps / streams,
             "rows_per_step": rows / steps,
             "drafted": drafted,
             "accepted": accepted,
@@ -359,9 +363,8 @@ def measure_all(bench, options):
     with report.progress("runs", len(prompts) * sum(groups.values()) * (2 + len(bench.drafters))) as advance:
         for name, asked in prompts.items():
             for streams in levels:
-                chosen = [
-                    [asked[(g * streams + i) % len(asked)] for i in range(streams)] for g in range(groups[streams])
-                ]
+                size = streams * REQUESTS.get(streams, 1)
+                chosen = [[asked[(g * size + i) % len(asked)] for i in range(size)] for g in range(groups[streams])]
                 yield measure(bench, name, chosen, streams, tokens_for(options, name, streams), advance)
 
 
