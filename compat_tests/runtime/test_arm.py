@@ -60,7 +60,7 @@ def mnemonics(code):
 
 
 def tile_code(target, kind, format_, rows):
-    literals = [types.IntegerLiteral(number) for number in (format_, PLACES[kind], rows)]
+    literals = [types.IntegerLiteral(number) for number in (format_, PLACES[kind], 1, rows)]
     return assembly(target, multiply_quantised_tile, [*literals, *[types.intp] * 11], FEATURES[kind])
 
 

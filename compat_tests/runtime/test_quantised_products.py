@@ -146,7 +146,7 @@ def product_with(dot, format_, most):
     @njit
     def multiply(rows, x, stride, tile, groups, bias, out, channels):
         multiply_quantised_tile(
-            format_, dot, most, rows, x, stride, tile, tile, 0, groups, bias, out, channels, channels
+            format_, dot, 1, most, rows, x, stride, tile, tile, 0, groups, bias, out, channels, channels
         )
 
     return multiply

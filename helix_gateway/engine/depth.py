@@ -378,7 +378,7 @@ def _best_depths(chances, num_decodes, knots, seconds, worth_it, unknown, most_u
         left -= chance
         if tokens > best_rate * cost:
             best_rate, best_rows = tokens / cost, rows
-            best_depths[:] = depths
+            best_depths = depths.copy()
     longer_s = np.interp(float(best_rows), knots, seconds) - plain_s
     added = best_rate * (plain_s + longer_s) - num_decodes
     if added >= _WORTH_ITS_ROWS * plain_rate * longer_s:

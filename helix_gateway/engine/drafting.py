@@ -252,16 +252,16 @@ def _plan_drafting(  # type: ignore[no-untyped-def]
             depths, rate = _fill(free, foreseen, costly, most, num_decodes, step_s, draft_s)
             if rate > best_rate and (depths * costly).any():
                 best_rate, best_deepest, free_rows = rate, most, (depths * ~costly).sum()
-                best_costly[:] = costly
-                best_depths[:] = depths * costly
+                best_costly = costly.copy()
+                best_depths = depths * costly
     for i in range(num_seqs if num_seqs <= _FEW else 0):
-        costly[:] = best_costly
+        costly = best_costly.copy()
         costly[i] = not costly[i]
         depths, rate = _fill(free, foreseen, costly, best_deepest, num_decodes, step_s, draft_s)
         if rate > best_rate and (depths * costly).any():
             best_rate, free_rows = rate, (depths * ~costly).sum()
-            best_costly[:] = costly
-            best_depths[:] = depths * costly
+            best_costly = costly.copy()
+            best_depths = depths * costly
     rate = best_rate if best_depths.any() else rate_without
     return best_depths, rate, rate_without, num_decodes + free_rows
 
@@ -302,7 +302,7 @@ def _fill(free, foreseen, costly, deepest, num_decodes, step_s, draft_s):  # typ
         left -= chance
         if tokens > best_rate * (step_s[rows] + drafting):
             best_rate = tokens / (step_s[rows] + drafting)
-            best_depths[:] = depths
+            best_depths = depths.copy()
     return best_depths, best_rate
 
 

@@ -4,7 +4,7 @@ Used by the modules that emit kernels, and by nobody else.  Fused multiply-adds 
 ``llvm.fma``, so that rounding never depends on what a compiler chose to contract.  Knows nothing about what is computed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from llvmlite import ir
 from numba.core import cgutils
@@ -178,11 +178,11 @@ class Emitter:
         is_nan = builder.fcmp_unordered("uno", value, value)
         return builder.trunc(builder.select(is_nan, builder.or_(high, constant(wide, 0x40)), nearest), narrow)
 
-    def for_each_number(self, number: ir.Value, most: int, body: Callable[[int], None]) -> None:
-        """Code of its own for each value that ``number`` may have, 1 to ``most``; nothing is done for any other."""
+    def for_each_number(self, number: ir.Value, values: Iterable[int], body: Callable[[int], None]) -> None:
+        """Code of its own for each of some values that ``number`` may have; nothing is done for any other."""
         done = self.builder.append_basic_block("done")
         choice = self.builder.switch(number, done)
-        for n in range(1, most + 1):
+        for n in values:
             block = self.builder.append_basic_block(f"rows{n}")
             choice.add_case(ir.Constant(I64, n), block)
             self.builder.position_at_end(block)

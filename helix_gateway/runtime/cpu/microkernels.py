@@ -221,7 +221,7 @@ def multiply_tile(  # type: ignore[no-untyped-def]
             for vectors in ((0, 1),) if 2 * n + 3 <= held else ((0,), (1,)):
                 _emit_rows(emitter, kind, n, vectors, operands)
 
-        emitter.for_each_number(args[3], most, rows)
+        emitter.for_each_number(args[3], range(1, most + 1), rows)
         return context.get_dummy_value()
 
     return types.void(*literals, *[types.int64] * 11), emit

@@ -231,7 +231,8 @@ def multiply_quantised_tile(  # type: ignore[no-untyped-def]
     typing_context,
     format_,
     dot,
-    max_rows,
+    least_rows,
+    most_rows,
     rows,
     x,
     x_stride,
@@ -246,11 +247,12 @@ def multiply_quantised_tile(  # type: ignore[no-untyped-def]
 ):
     """Some quantised rows times one tile of weights, plus bias, as float32.
 
-    Args (the first three are literals, the rest 64-bit integers, addresses among them):
+    Args (the first four are literals, the rest 64-bit integers, addresses among them):
         format_: `INT8` or `INT4`.
         dot: place in `DOT_PRODUCTS` of the instructions to be used.
-        max_rows: most rows of one call.
-        rows: 1 to ``max_rows``.
+        least_rows: fewest rows of one call; each number up to `most_rows` is code of its own.
+        most_rows: most rows of one call.
+        rows: ``least_rows`` to ``most_rows``.
         x: quantised rows, ``x_stride`` bytes apart.
         tile: see above, 64-byte aligned.
         ahead: what to prefetch with the first group, and ``ahead_stride`` bytes further with each next one.
@@ -259,14 +261,14 @@ def multiply_quantised_tile(  # type: ignore[no-untyped-def]
         bias: float32 [32], 64-byte aligned.
         out: float32 rows ``out_stride`` elements apart; only the first ``channels`` of the tile are written.
     """
-    literals = (format_, dot, max_rows)
+    literals = (format_, dot, least_rows, most_rows)
     if not all(isinstance(value, types.IntegerLiteral) for value in literals):
         return None
     kind, products = _FORMATS[format_.literal_value], DOT_PRODUCTS[dot.literal_value]
-    most = max_rows.literal_value
+    numbers = range(least_rows.literal_value, most_rows.literal_value + 1)
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        emitter, operands = Emitter(builder), _Operands(*args[4:])
+        emitter, operands = Emitter(builder), _Operands(*args[5:])
 
         def rows(n: int) -> None:
             records = [
@@ -277,7 +279,7 @@ def multiply_quantised_tile(  # type: ignore[no-untyped-def]
                 lines = range(number * _LINE_BYTES, kind.group_bytes, len(passes) * _LINE_BYTES)
                 _emit_pass(kind, products, _Rows(emitter, records, operands.groups), operands, lines, vectors)
 
-        emitter.for_each_number(args[3], most, rows)
+        emitter.for_each_number(args[4], numbers, rows)
         return context.get_dummy_value()
 
     return types.void(*literals, *[types.intp] * 11), emit

@@ -24,10 +24,12 @@ from helix_gateway.runtime.cpu.quantised_kernels import (
 )
 from helix_gateway.runtime.cpu.quantised_rows import quantise_row
 
-MAX_ROWS = 12 if DOT_PRODUCTS[HOST_DOT].registers >= 32 else 4
-"""Most rows of one pass over a tile."""
-
 _ROWS_OF_ONE_PASS = rows_of_one_pass(DOT_PRODUCTS[HOST_DOT].registers)
+FEW_ROWS = _ROWS_OF_ONE_PASS or 4
+"""Most rows that share one reading of a tile of any format; as code they are one for each number up to it."""
+MANY_ROWS = 2 * _ROWS_OF_ONE_PASS or FEW_ROWS
+"""So many share one of `INT8` where there are as many: such a tile may be larger than the nearest cache."""
+
 # One pass alone fetches weights this far ahead; see `products.py`.
 _PREFETCH_BYTES = 4096
 _GROUP8_BYTES, _GROUP4_BYTES = group_bytes(INT8), group_bytes(INT4)
@@ -35,28 +37,55 @@ _SCALES8, _SCALES4 = GROUP_INPUTS * TILE_CHANNELS, GROUP_INPUTS * TILE_CHANNELS 
 _LANES = 16
 
 
+@njit(inline="always")
+def _first_row(block, rows, many, few):  # type: ignore[no-untyped-def]
+    """The row at which a block begins: ``many`` of `MANY_ROWS` come first, ``few`` share the rest evenly."""
+    if block <= many:
+        return block * MANY_ROWS
+    return many * MANY_ROWS + (rows - many * MANY_ROWS) * (block - many) // few
+
+
 def _multiply_tiles(  # type: ignore[no-untyped-def]
     first, last, rows, x, x_stride, format_, tiles, tile_bytes, groups, channels, bias, out
 ):
     """The compiled body of `multiply_tiles`."""
-    blocks = (rows + MAX_ROWS - 1) // MAX_ROWS
-    step = _GROUP8_BYTES if format_ == INT8 else _GROUP4_BYTES
+    many = rows // MANY_ROWS if format_ == INT8 and MANY_ROWS > FEW_ROWS else 0
+    few = (rows - many * MANY_ROWS + FEW_ROWS - 1) // FEW_ROWS
+    blocks, step = many + few, _GROUP8_BYTES if format_ == INT8 else _GROUP4_BYTES
     for number in range(first, last):
         channel, tile = number * TILE_CHANNELS, tiles + number * tile_bytes
         for block in range(blocks):
-            row, end = rows * block // blocks, rows * (block + 1) // blocks
+            row, end = _first_row(block, rows, many, few), _first_row(block + 1, rows, many, few)
             n, a, left = end - row, x + row * x_stride, channels - channel
             # One pass fetches the tile itself, several the next one, each its share; see `products.py`.
             is_alone = rows <= _ROWS_OF_ONE_PASS
             ahead = tile + (_PREFETCH_BYTES if is_alone else tile_bytes + tile_bytes * block // blocks)
             pace, b, to = step // blocks, bias + F32_BYTES * channel, out + F32_BYTES * (row * channels + channel)
-            if format_ == INT8:
+            if block < many:
                 multiply_quantised_tile(
-                    INT8, HOST_DOT, MAX_ROWS, n, a, x_stride, tile, ahead, pace, groups, b, to, channels, left
+                    INT8,
+                    HOST_DOT,
+                    MANY_ROWS,
+                    MANY_ROWS,
+                    n,
+                    a,
+                    x_stride,
+                    tile,
+                    ahead,
+                    pace,
+                    groups,
+                    b,
+                    to,
+                    channels,
+                    left,
+                )
+            elif format_ == INT8:
+                multiply_quantised_tile(
+                    INT8, HOST_DOT, 1, FEW_ROWS, n, a, x_stride, tile, ahead, pace, groups, b, to, channels, left
                 )
             else:
                 multiply_quantised_tile(
-                    INT4, HOST_DOT, MAX_ROWS, n, a, x_stride, tile, ahead, pace, groups, b, to, channels, left
+                    INT4, HOST_DOT, 1, FEW_ROWS, n, a, x_stride, tile, ahead, pace, groups, b, to, channels, left
                 )
 
 
@@ -77,7 +106,7 @@ def tile_kernel() -> int:
 
 @intrinsic
 def multiply_tiles(typing_context, kernel, first, last, rows, x, x_stride, weight, bias, out):  # type: ignore[no-untyped-def]
-    """Some rows times the tiles first:last, one after the other; rows pass over a tile in even blocks.
+    """Some rows times the tiles first:last, one after the other; rows pass over a tile in blocks.
 
     kernel: `tile_kernel`; x: records, ``x_stride`` bytes apart; weight: (format, address of its tiles, bytes of a tile,
     groups, channels); bias: address of float32; out: address of float32 [rows, channels].
