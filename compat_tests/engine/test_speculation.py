@@ -136,6 +136,21 @@ def test_a_drafter_that_fails_for_one_sequence_serves_the_others_on():
     assert answers["bad", 0].last.metrics.draft_tokens == 0
 
 
+def test_tokens_that_are_none_are_told_with_the_name_of_who_proposed_them():
+    drafts = [DraftTokens("good", np.array([1]), np.array([0.5])), DraftTokens("bad", np.array([50]), np.array([0.5]))]
+
+    class Careless(ScriptedDrafter):
+        def propose(self, sequences, depths):
+            return [drafts[sequence.request.request_id == "bad"] for sequence in sequences]
+
+    engine = make_engine(drafter=Careless(worst), depth_policy=FixedDepth(2))
+    with capture_logs() as lines:
+        got_from(engine, [request(name, [5, 6, 7], max_tokens=6) for name in ("good", "bad")])
+    assert [(line["request_id"], line["reason"]) for line in lines] == [
+        ("bad", "ValueError('bad proposed tokens that are none')")
+    ]
+
+
 def test_a_prediction_is_drafted_from_and_told_apart_in_the_figures():
     each = request("r", [1, 2, 3], max_tokens=20, ignore_eos=True, temperature=1.0)
     text = alone(each)["r", 0].token_ids

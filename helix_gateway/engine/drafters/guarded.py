@@ -71,11 +71,16 @@ class GuardedDrafter:
         """The drafts, cut to their depths.  Raises ValueError where they are not what the Protocol says."""
         ids = np.concatenate([draft.token_ids for draft in drafts])
         if len(ids) and not 0 <= ids.min() <= ids.max() < self._vocab_size:
-            raise ValueError("proposed were tokens that are none")
+            raise ValueError(f"{self._beyond(drafts)} proposed tokens that are none")
         for draft in drafts:
             if len(draft.confidences) != len(draft.token_ids):
                 raise ValueError(f"{draft.source} proposed what is no draft")
         return [draft.first(depth) for draft, depth in zip(drafts, depths, strict=True)]
+
+    def _beyond(self, drafts: list[DraftTokens]) -> str:
+        """Whose tokens the vocabulary does not have."""
+        ids = ((draft.source, draft.token_ids) for draft in drafts)
+        return ", ".join(sorted({source for source, its in ids if (its < 0).any() or (its >= self._vocab_size).any()}))
 
     def retire(self, sequence: Sequence) -> None:
         """See `Drafter`."""
