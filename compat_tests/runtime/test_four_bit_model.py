@@ -20,6 +20,7 @@ from helix_gateway.runtime.cpu.quantised_weights import Int4Weight, Int8Weight
 from helix_gateway.runtime.factory import load_runner
 from helix_gateway.runtime.loading import open_checkpoint
 from helix_gateway.runtime.own_text import own_text
+from helix_gateway.runtime.weight_room import NoRoomError
 from helix_gateway.text.sample_text import sample_text
 
 
@@ -301,6 +302,17 @@ def test_what_was_refused_is_tried_again_by_other_code_or_on_another_machine(cha
 
 def refuse(*_):
     raise calibrating.NotCalibratedError("not yet")
+
+
+def test_where_eight_bits_do_not_fit_that_is_the_reason_and_no_option_is_advised(folder, cache):
+    def no_room(_):
+        raise NoRoomError("The weights take 2 GiB, and 1 GiB of memory are free: use --quantization int4.")
+
+    with capture_logs() as warned:
+        assert four_bit_model.four_bits_of(folder, no_room, None) is None
+    (line,) = warned
+    assert (line["event"], "--quantization" in line["reason"]) == ("rounded_without_calibration", False)
+    assert "eight bits" in line["reason"]
 
 
 def test_starts_that_are_killed_while_they_round_are_not_repeated_for_ever(folder, monkeypatch):

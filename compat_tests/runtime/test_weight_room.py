@@ -13,6 +13,7 @@ from helix_gateway.core.errors import ModelLoadError, OutOfMemoryError
 from helix_gateway.runtime import weight_room
 from helix_gateway.runtime.checkpoints.safetensors_file import SafetensorsTensor
 from helix_gateway.runtime.compiled_runner import CompiledRunner
+from helix_gateway.runtime.cpu.attention import CpuPagedAttention
 from helix_gateway.runtime.cpu.linear import PackedEmbedding, PackedLinear
 from helix_gateway.runtime.description import Form
 from helix_gateway.runtime.factory import load_runner, load_runners
@@ -220,10 +221,21 @@ def test_files_that_cannot_even_be_looked_at_any_more_change_nothing_in_the_advi
     def full_at_once(_):
         raise OutOfMemoryError(FULL)
 
-    room = WeightRoom([Weights(folder, Form("float32", None))], CPU, {"--quantization int8": Form("float32", "int8")})
+    others = {f"--quantization {bits}": Form("float32", bits) for bits in ("int8", "int4")}
+    room = WeightRoom([Weights(folder, Form("float32", "int8"))], CPU, others)
     monkeypatch.setattr(weight_room, "stored_sizes", full_at_once)
-    advice = "use --quantization int8, a smaller model, or end other programs."
+    advice = "use --quantization int4, a smaller model, or end other programs."
     assert str(room.run_out()) == f"Memory ran out while {folder} was being loaded: {advice}"
+
+
+@pytest.mark.parametrize("is_remembered", [False, True])
+def test_keys_and_values_that_are_refused_are_not_taken_for_weights(is_remembered, folder, monkeypatch):
+    """However much is free once the weights are dropped again."""
+    if is_remembered:
+        load(folder)
+    monkeypatch.setattr(CpuPagedAttention, "new_arena", full)
+    with pytest.raises(ModelLoadError, match=r"KV cache does not fit beside the weights.*--kv-cache-memory"):
+        load(folder)
 
 
 def test_so_is_memory_that_runs_out_while_weights_are_packed(folder, monkeypatch):

@@ -25,7 +25,7 @@ from helix_gateway.runtime.kept_blocks import NamedBlocks
 from helix_gateway.runtime.kv_format import kv_dtype
 from helix_gateway.runtime.loading import load_model, open_checkpoint, resolve_dtype
 from helix_gateway.runtime.paged_runner import PagedRunner
-from helix_gateway.runtime.pool import PoolOptions, lay_out_pool, make_runners
+from helix_gateway.runtime.pool import ArenaRefusedError, PoolOptions, lay_out_pool, make_runners
 from helix_gateway.runtime.progress import terminal_bar
 from helix_gateway.runtime.promises import NotQuantisableError, Promises
 from helix_gateway.runtime.remembered import (
@@ -120,10 +120,13 @@ def load_runners(paths: Sequence[str], **options: Unpack[LoadOptions]) -> list[L
     except OutOfMemoryError as error:
         # Pages that do not fit what was given for them are counted; whoever asks the system in vain has its error.
         asked, was_asked_in_vain = options.get("kv_cache_memory_bytes"), error.__cause__ is not None
-        told = str(error)
+        told, are_pages_refused = str(error), isinstance(error, ArenaRefusedError)
     # Only now, without the error: its traceback holds all that was read.
     gc.collect()
     return_freed_blocks()
+    if are_pages_refused and not (asked and asked >= free_memory_bytes(where)):
+        # Without the weights there may be enough; how much was free beside them nobody knows any more.
+        raise ModelLoadError("The KV cache does not fit beside the weights: give it less with --kv-cache-memory.")
     if was_asked_in_vain and not (asked and asked >= free_memory_bytes(where)):
         raise _room(paths, where, options).run_out()
     raise ModelLoadError(_does_not_fit(_kv_memory_bytes(where, options), where, told))

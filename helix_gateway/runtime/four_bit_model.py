@@ -27,6 +27,7 @@ from helix_gateway.runtime.paged_runner import PagedRunner
 from helix_gateway.runtime.progress import Report, terminal_bar
 from helix_gateway.runtime.promises import Promises
 from helix_gateway.runtime.remembered import Remembered, file_identities, remembered_folder, surroundings
+from helix_gateway.runtime.weight_room import NoRoomError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,6 +80,8 @@ def four_bits_of(path: str, load_int8: LoadInt8, sample_ids: SampleIds | None) -
     except NotCalibratedError as error:
         reason = str(error)
         attempts.put(_REFUSED, reason)
+    except NoRoomError:  # whose message advises what is in use
+        reason = "too little memory is free to load it in eight bits, in which it is asked for its inputs"
     except Exception as error:  # noqa: BLE001 - whatever it is, the model can be served without
         reason = f"{type(error).__name__}: {error}"
     log.warning("rounded_without_calibration", model=path, reason=reason)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypedDict
 import torch
 from typing_extensions import Required, Unpack
 
+from helix_gateway.core.errors import OutOfMemoryError
 from helix_gateway.runtime.cpu.attention import CPU_KV_DTYPES, CpuPagedAttention
 from helix_gateway.runtime.device import memory_errors_named
 from helix_gateway.runtime.groups import LayerUse, group_layers
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from helix_gateway.runtime.runner import TransformersRunner
 
 AttentionKind: TypeAlias = type[CpuPagedAttention] | type[TorchPagedAttention]
+
+
+class ArenaRefusedError(OutOfMemoryError):
+    """The device does not give the memory that the pages of all models are to take."""
 
 
 class PoolOptions(TypedDict, total=False):
@@ -84,7 +89,8 @@ def lay_out_pool(layers: Sequence[Sequence[LayerUse]], **options: Unpack[PoolOpt
         options: see `PoolOptions`.
 
     Raises:
-        OutOfMemoryError: as `make_runners`.
+        ArenaRefusedError: the arena does not fit the device.
+        OutOfMemoryError: not one page fits ``kv_memory_bytes``.
     """
     device, dtype, num_pages = options["device"], options["dtype"], options.get("num_pages")
     names = [f"model{place}" for place in range(len(layers))]
@@ -94,8 +100,12 @@ def lay_out_pool(layers: Sequence[Sequence[LayerUse]], **options: Unpack[PoolOpt
     if num_pages is None:
         num_pages = pages_in(layout, options.get("kv_memory_bytes"), options.get("max_tokens"))
     kind = options.get("attention") or device_attention(device, dtype)
+    try:
+        with memory_errors_named():
+            arena = kind.new_arena(layout, num_pages, device)
+    except OutOfMemoryError as error:
+        raise ArenaRefusedError(str(error)) from error
     with memory_errors_named():
-        arena = kind.new_arena(layout, num_pages, device)
         return [_pages_of(name, kind, arena, own) for name, own in zip(names, layers, strict=True)]
 
 

@@ -118,11 +118,12 @@ class WeightRoom:
         return [held_bytes(tensors, each.form) for each, tensors in pairs]
 
     def _advice(self, stored: Sequence[Mapping[str, StoredSize]], below_bytes: float) -> str:
-        """What to do; of other ways to hold them those that take no more than so much."""
+        """What to do; of ways to hold them those that take no more than so much, and that are not in use."""
         fitting = [
             option
             for option, form in self.others.items()
             if sum(held_bytes(tensors, form) for tensors in stored) <= below_bytes
+            and any(form != each.form for each in self.weights)
         ]
         return f"use {', '.join([*fitting, 'a smaller model'])}, or end other programs"
 

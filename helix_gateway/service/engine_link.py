@@ -27,8 +27,8 @@ _LAST_WORDS_S = 1.0
 """How long what an ended engine has said may take to come, and an engine that has hung up to end."""
 _SIGKILL = 9
 _KILLED = (
-    " The system does that where memory has run out, most likely: use a smaller --quantization (int8, int4) or model, "
-    "lower --kv-cache-memory, or end other programs."
+    " The system does that where memory has run out, most likely: hold the weights in fewer bits (--quantization on a CPU, "
+    "--dtype elsewhere), use a smaller model, lower --kv-cache-memory, or end other programs."
 )
 _LOOKS = 20
 """In how many turns an engine's silence is waited out: a gateway that stood still all the while has waited for one."""
