@@ -316,6 +316,8 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.check(self.tokens())
             for name in self.known:
                 self.assert_readable(name)
+                for table in self.cache.tables(name):
+                    assert table.row().tolist() == [0] * table.num_released + table.blocks
 
     def teardown(self):
         if hasattr(self, "cache"):

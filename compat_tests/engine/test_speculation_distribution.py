@@ -72,9 +72,6 @@ class NoCache:
     def tables(self, key):
         return ()
 
-    def fill_tables(self, keys, out):
-        pass
-
 
 # ---- what must come out
 

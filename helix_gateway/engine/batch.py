@@ -3,16 +3,16 @@
 Knows how sequences lie in the flat batch, and nothing else of the engine's policy.
 """
 
-from collections.abc import Hashable
 from collections.abc import Sequence as Ordered
 from typing import NamedTuple
 
 import numpy as np
 
 from helix_gateway.core.step import Int32s, LogitEdits, SamplingRows, StepBatch, UInt32s
-from helix_gateway.engine.kv_cache import PagedKVCache
-from helix_gateway.engine.option_records import join_records
+from helix_gateway.engine.batch_tables import BatchTables
+from helix_gateway.engine.option_records import option_columns
 from helix_gateway.engine.plan import ScheduledSequence
+from helix_gateway.engine.row_layout import RowLayout, ramps, row_layout
 from helix_gateway.engine.sequence import Sequence
 from helix_gateway.engine.token_edits import NO_EDITS, join_edits
 from helix_gateway.engine.token_masks import join_masks
@@ -84,89 +84,58 @@ def lay_out(scheduled: Ordered[ScheduledSequence], drafts: Ordered[list[int]]) -
     return windows
 
 
-def build_step_batch(windows: Ordered[Window], cache: PagedKVCache) -> StepBatch:
+def build_step_batch(windows: Ordered[Window], tables: BatchTables) -> StepBatch:
     """The flat arrays of the forward."""
+    layout = row_layout(
+        tuple([w.scheduled.num_tokens + len(w.draft_tokens) for w in windows]),
+        tuple([len(w.sampled_rows) for w in windows]),
+    )
     starts = np.array([window.scheduled.start for window in windows], np.int32)
-    behind = [w.first_row + w.scheduled.num_tokens + len(w.draft_tokens) for w in windows]
-    cu_seqlens = np.array([0, *behind], np.int32)
-    ends = cu_seqlens[1:]
     return StepBatch(
         token_ids=np.array([token for window in windows for token in window.token_ids()], np.int32),
-        positions=_ramps(starts, ends),
-        cu_seqlens=cu_seqlens,
-        context_lens=starts + ends - cu_seqlens[:-1],
-        block_tables=block_tables([window.scheduled.sequence.key for window in windows], cache),
-        logits_rows=logits_rows(windows),
+        positions=starts if layout.are_single else ramps(starts, layout.num_rows),
+        cu_seqlens=layout.cu_seqlens,
+        context_lens=starts + layout.num_rows,
+        block_tables=tables.of([window.scheduled.sequence.key for window in windows]),
+        logits_rows=_logits_rows(windows, layout),
     )
 
 
-def _ramps(starts: Int32s, ends: Int32s) -> Int32s:
-    """``starts[i], starts[i] + 1, …`` up to place ``ends[i]``, at least one number each, one after the other; int32."""
-    count = int(ends[-1]) if ends.size else 0
-    if count == ends.size:  # of one number each: nobody has a prompt or drafts
-        return starts
-    lengths = ends.copy()
-    lengths[1:] -= ends[:-1]
-    ramps: Int32s = np.arange(count, dtype=np.int32) + np.repeat(starts + lengths - ends, lengths)
-    return ramps
-
-
-def block_tables(keys: Ordered[Hashable], cache: PagedKVCache) -> tuple[Int32s, ...]:
-    """For each group of one model, [num_seqs, max_blocks]; the sequences by their keys in the cache."""
-    widths = zip(*[[table.num_entries for table in cache.tables(key)] for key in keys], strict=True)
-    tables = tuple([np.zeros((len(keys), max(width)), np.int32) for width in widths])
-    cache.fill_tables(keys, tables)
-    return tables
-
-
-def logits_rows(windows: Ordered[Window]) -> Int32s:
+def _logits_rows(windows: Ordered[Window], layout: RowLayout) -> Int32s:
     """Flat rows whose logits somebody reads, ascending."""
     if not any(window.scored_prompt_rows for window in windows):
-        return _sampled_rows([window for window in windows if window.sampled_rows])
+        return layout.sampled_rows
     rows = (row for window in windows for row in sorted({*window.scored_prompt_rows, *window.sampled_rows}))
     return np.fromiter(rows, np.int32)
 
 
-def _sampled_rows(windows: Ordered[Window]) -> Int32s:
-    """Flat rows that choose a token, ascending; of windows that have some."""
-    firsts = np.array([window.sampled_rows.start for window in windows], np.int32)
-    return _ramps(firsts, _num_sampled(windows).cumsum(dtype=np.int32))
-
-
-def _num_sampled(windows: Ordered[Window]) -> Int32s:
-    return np.array([len(window.sampled_rows) for window in windows], np.int32)
-
-
-def build_sampling_rows(windows: Ordered[Window], rows: Int32s, vocab_size: int) -> SamplingRows:
+def build_sampling_rows(windows: Ordered[Window], batch: StepBatch, vocab_size: int) -> SamplingRows:
     """How each row of each verify window is to be sampled, in the windows' order.
 
     Args:
-        rows: `logits_rows` of the windows.
+        batch: that of the windows.
 
     Raises:
         ConstraintFailedError: a sequence's constraint raised.
     """
     windows = [window for window in windows if window.sampled_rows]
     sequences = [window.scheduled.sequence for window in windows]
-    counts = _num_sampled(windows)
-    ends = counts.cumsum(dtype=np.int32)
+    counts = tuple([len(window.sampled_rows) for window in windows])
+    sampled = batch.logits_rows
+    if sum(counts) < len(sampled):  # prompts are scored
+        sampled = np.array([row for window in windows for row in window.sampled_rows], np.int32)
+        places = np.searchsorted(batch.logits_rows, sampled).astype(np.int32)
+    else:
+        places = np.arange(len(sampled), dtype=np.int32)
     return sampling_rows(
         sequences,
         counts,
         vocab_size,
-        logits_index=_places_of_sampled(windows, rows, int(ends[-1])),
-        # A token's logits choose the next one: the first is the one behind the last verified token.
-        position=_ramps(np.array([w.scheduled.start + w.scheduled.num_tokens for w in windows], np.int32), ends),
+        logits_index=places,
+        position=batch.positions[sampled] + np.int32(1),  # a token's logits choose the next one
         edits=_edits_of(windows) if any(sequence.edits.ever_any for sequence in sequences) else NO_EDITS,
         allowed=join_masks([(w.scheduled.sequence, w.draft_tokens) for w in windows], vocab_size),
     )
-
-
-def _places_of_sampled(windows: Ordered[Window], rows: Int32s, num_sampled: int) -> Int32s:
-    """Where the sampled rows are among those whose logits are read; all of these, but where prompts are scored."""
-    if num_sampled == len(rows):
-        return np.arange(num_sampled, dtype=np.int32)
-    return np.searchsorted(rows, _sampled_rows(windows)).astype(np.int32)
 
 
 def _edits_of(windows: Ordered[Window]) -> LogitEdits:
@@ -175,7 +144,7 @@ def _edits_of(windows: Ordered[Window]) -> LogitEdits:
 
 def sampling_rows(
     sequences: Ordered[Sequence],
-    counts: Int32s,
+    counts: tuple[int, ...],
     vocab_size: int,
     *,
     logits_index: Int32s,
@@ -189,16 +158,16 @@ def sampling_rows(
         counts: how many rows each sequence has.
         logits_index, position, edits, allowed: of the rows, as `SamplingRows` has them.
     """
-    options = join_records([sequence.option_record for sequence in sequences]).repeat(counts)
+    options = option_columns(tuple([sequence.option_record for sequence in sequences]), counts, vocab_size)
     return SamplingRows(
         logits_index=logits_index,
-        seed=options["seed"].copy(),  # columns lie apart in records; samplers want them whole
-        choice=options["choice"].copy(),
+        seed=options.seed,
+        choice=options.choice,
         position=position,
-        temperature=options["temperature"].copy(),
-        top_k=np.minimum(options["top_k"], np.int32(vocab_size)),
-        top_p=options["top_p"].copy(),
-        min_p=options["min_p"].copy(),
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
         edits=edits,
         allowed=allowed,
     )

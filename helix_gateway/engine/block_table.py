@@ -4,7 +4,10 @@ Position p of the sequence lies in entry ``p // tokens_per_block``.  Entries tha
 behind are given back; the table remembers only how many there were.  State, no policy: `PagedKVCache` decides.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from helix_gateway.core.kv import KVGroup
 from helix_gateway.core.step import Int32s
@@ -13,7 +16,7 @@ from helix_gateway.engine.prefix_index import BlockKey
 
 @dataclass(slots=True)
 class SequenceBlockTable:
-    """Entries ``num_released`` to ``num_released + len(blocks) - 1`` exist."""
+    """Entries ``num_released`` to ``num_released + len(blocks) - 1`` exist; both change through the methods alone."""
 
     group: KVGroup
     root: BlockKey
@@ -21,6 +24,8 @@ class SequenceBlockTable:
     num_released: int = 0
     keys: list[BlockKey] = field(default_factory=list)
     """Chain keys of the leading full blocks, released ones included."""
+    _row: Int32s | None = field(default=None, repr=False, compare=False)
+    """What `row` answers; None once the entries have changed."""
 
     @property
     def num_entries(self) -> int:
@@ -50,6 +55,40 @@ class SequenceBlockTable:
             return 0
         return max(0, num_computed_tokens - self.group.window + 1) // self.group.tokens_per_block
 
-    def fill_row(self, row: Int32s) -> None:
-        """Write the block numbers into a zeroed row [max_blocks]; released entries stay 0, nobody reads them."""
-        row[self.num_released : self.num_released + len(self.blocks)] = self.blocks
+    def skip(self, num_entries: int) -> None:
+        """Let the first so many entries be released ones, of a table that has none yet."""
+        self.num_released, self._row = num_entries, None
+
+    def extend(self, blocks: Iterable[int]) -> None:
+        """Add entries."""
+        self.blocks.extend(blocks)
+        self._row = None
+
+    def replace(self, offset: int, block: int) -> None:
+        """Put another block where ``blocks[offset]`` was."""
+        self.blocks[offset] = block
+        self._row = None
+
+    def shorten(self, num_blocks: int) -> list[int]:
+        """Keep the first so many of the blocks; those that are the table's no more."""
+        gone = self.blocks[num_blocks:]
+        del self.blocks[num_blocks:]
+        self._row = None
+        return gone
+
+    def leave_behind(self, num_blocks: int) -> list[int]:
+        """Release the first so many of the blocks; which those were."""
+        gone = self.blocks[:num_blocks]
+        del self.blocks[:num_blocks]
+        self.num_released += num_blocks
+        self._row = None
+        return gone
+
+    def row(self) -> Int32s:
+        """The block numbers, [num_entries], not to be written to; 0 for released entries, which nobody reads.
+
+        The same array for as long as the entries stay the same.
+        """
+        if self._row is None:
+            self._row = np.array([0] * self.num_released + self.blocks, np.int32)
+        return self._row

@@ -14,8 +14,9 @@ import numpy as np
 from helix_gateway.core.event import TokenLogprobs
 from helix_gateway.core.protocols import Logits, ModelRunner
 from helix_gateway.core.stats import StepSeconds
-from helix_gateway.core.step import Int32s, LogprobRows
+from helix_gateway.core.step import Int32s, LogprobRows, StepBatch
 from helix_gateway.engine.batch import Window, build_sampling_rows, build_step_batch, lay_out
+from helix_gateway.engine.batch_tables import BatchTables
 from helix_gateway.engine.depth import DepthPolicy
 from helix_gateway.engine.draft_ledger import DraftLedger
 from helix_gateway.engine.drafters.base import NOTHING, Drafter, DraftTokens
@@ -63,7 +64,7 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
         self._runner = runner
         self._drafter = DraftChain(drafter, costly_drafter, runner.vocab_size)
         self._depth_policy = depth_policy
-        self._cache = cache
+        self._tables = BatchTables(cache)
         self.ledger = DraftLedger()
 
     def speculative_decode_step(self, plan: StepPlan) -> SpeculativeOutput:
@@ -80,10 +81,10 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
         drafts = self._draft(plan)
         windows = lay_out(plan.scheduled, [verified.token_ids.tolist() for _, verified in drafts])
         drafted = perf_counter()
-        batch = build_step_batch(windows, self._cache)
+        batch = build_step_batch(windows, self._tables)
         logits = self._runner.forward(batch)
         computed = perf_counter()
-        outputs = self._choose(windows, logits, batch.logits_rows)
+        outputs = self._choose(windows, logits, batch)
         sampled = perf_counter()
         self._learn(drafts, outputs)
         if all(entry.num_tokens == 1 for entry in plan.scheduled):  # what prompts take says nothing of drafts
@@ -138,23 +139,23 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
             if draft is not None and len(draft.token_ids):
                 self._depth_policy.learn(output.scheduled.sequence, draft, np.array(output.token_ids, np.int32))
 
-    def _choose(self, windows: list[Window], logits: Logits, rows: Int32s) -> list[SequenceOutput]:
-        sampled = self._sample(windows, logits, rows)
+    def _choose(self, windows: list[Window], logits: Logits, batch: StepBatch) -> list[SequenceOutput]:
+        sampled = self._sample(windows, logits, batch)
         accepted = verify(sampled, [window.draft_tokens for window in windows])
         outputs = [
             SequenceOutput(window.scheduled, tokens, len(window.draft_tokens))
             for window, tokens in zip(windows, accepted, strict=True)
         ]
-        scorer = _Scorer(self._runner, logits, rows)
+        scorer = _Scorer(self._runner, logits, batch.logits_rows)
         for window, output in zip(windows, outputs, strict=True):
             if window.is_scored:
                 _score(scorer, window, output)
         return outputs
 
-    def _sample(self, windows: list[Window], logits: Logits, rows: Int32s) -> list[list[int]]:
+    def _sample(self, windows: list[Window], logits: Logits, batch: StepBatch) -> list[list[int]]:
         if not any(window.sampled_rows for window in windows):
             return [[] for _ in windows]
-        sampled = self._runner.sample(logits, build_sampling_rows(windows, rows, self._runner.vocab_size))
+        sampled = self._runner.sample(logits, build_sampling_rows(windows, batch, self._runner.vocab_size))
         left = iter(sampled.tolist())
         return [list(islice(left, len(window.sampled_rows))) for window in windows]
 

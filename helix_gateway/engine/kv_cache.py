@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from math import lcm
 
 from helix_gateway.core.kv import KVGroup
-from helix_gateway.core.step import Int32s
 from helix_gateway.engine.audit import BrokenInvariantError, Write, account_faults, token_faults, write_faults
 from helix_gateway.engine.block_pool import BlockPool, NoFreeBlocksError
 from helix_gateway.engine.block_table import SequenceBlockTable
@@ -129,7 +128,7 @@ class PagedKVCache:
         for prefix in found:
             for block in prefix.needed(hit, computed):
                 self.pool.share(block)
-                prefix.table.blocks.append(block)
+                prefix.table.extend([block])
             prefix.settle(hit, computed)
         return max(computed, 0)
 
@@ -139,11 +138,11 @@ class PagedKVCache:
         # Known before anything is shared, so that whatever goes wrong below can be given back.
         self._tables[child] = forks
         for table, fork in zip(self._tables[parent], forks, strict=True):
-            fork.num_released = table.num_released
+            fork.skip(table.num_released)
             fork.keys = table.keys[: num_tokens // table.group.tokens_per_block]
             for block in table.blocks[: max(0, table.entries_for(num_tokens) - table.num_released)]:
                 self.pool.share(block)
-                fork.blocks.append(block)
+                fork.extend([block])
 
     def reserve(self, sequence: Hashable, num_computed_tokens: int, num_tokens: int) -> list[PageCopy]:
         """Make positions ``num_computed_tokens`` to ``num_tokens - 1`` writable by this sequence alone.
@@ -163,7 +162,7 @@ class PagedKVCache:
             copies += self._unshare(table, shared)
             del table.keys[table.entry(num_computed_tokens) :]
             if missing:
-                table.blocks += self.pool.allocate(missing, after=table.blocks[-1] if table.blocks else None)
+                table.extend(self.pool.allocate(missing, after=table.blocks[-1] if table.blocks else None))
         return copies
 
     def blocks_needed(self, sequence: Hashable, num_computed_tokens: int, num_tokens: int) -> int:
@@ -184,7 +183,7 @@ class PagedKVCache:
             (own,) = self.pool.allocate(1)
             # Released only now: the source must not be the very block just allocated.
             self.pool.release([source])
-            table.blocks[offset] = own
+            table.replace(offset, own)
             yield source, own
 
     def commit(self, sequence: Hashable, token_ids: Sequence[int], num_computed_tokens: int) -> None:
@@ -209,8 +208,7 @@ class PagedKVCache:
         """Roll back: give up entries that hold only rejected tokens."""
         keep = table.entries_for(num_computed_tokens) - table.num_released
         if keep < len(table.blocks):
-            self.pool.release(table.blocks[keep:])
-            del table.blocks[keep:]
+            self.pool.release(table.shorten(keep))
 
     def _publish(self, table: SequenceBlockTable, token_ids: Sequence[int], num_computed_tokens: int) -> None:
         size = table.group.tokens_per_block
@@ -223,9 +221,7 @@ class PagedKVCache:
     def _leave_window(self, table: SequenceBlockTable, num_computed_tokens: int) -> None:
         count = table.first_needed(num_computed_tokens) - table.num_released
         if count > 0:
-            self.pool.release(table.blocks[:count])
-            del table.blocks[:count]
-            table.num_released += count
+            self.pool.release(table.leave_behind(count))
 
     def remove(self, sequence: Hashable) -> None:
         """Give back all that the sequence and its guests hold; nothing happens if it holds nothing."""
@@ -242,12 +238,6 @@ class PagedKVCache:
             return False
         self.remove(next(reversed(self._guests)))
         return True
-
-    def fill_tables(self, sequences: Sequence[Hashable], out: tuple[Int32s, ...]) -> None:
-        """Write the block tables of one model's sequences into zeroed arrays [num_seqs, max_blocks], one for each group."""
-        for sequence, *rows in zip(sequences, *out, strict=True):
-            for table, row in zip(self._tables[sequence], rows, strict=True):
-                table.fill_row(row)
 
     def check(
         self,
@@ -324,7 +314,7 @@ class _FoundPrefix:
 
     def settle(self, num_tokens: int, num_computed_tokens: int) -> None:
         """Let the table, which holds those blocks, know where they stand."""
-        self.table.num_released = self.table.first_needed(num_computed_tokens) if num_tokens else 0
+        self.table.skip(self.table.first_needed(num_computed_tokens) if num_tokens else 0)
         self.table.keys = self._keys[: self.table.entries_for(num_tokens)]
 
     def _entries(self, num_tokens: int, num_computed_tokens: int) -> slice:

@@ -13,7 +13,8 @@ import numpy as np
 
 from helix_gateway.core.protocols import Logits, ModelRunner
 from helix_gateway.core.step import Int32s, SamplingRows, StepBatch, UInt32s
-from helix_gateway.engine.batch import block_tables, sampling_rows
+from helix_gateway.engine.batch import sampling_rows
+from helix_gateway.engine.batch_tables import block_tables
 from helix_gateway.engine.drafters.growing_draft import GrowingDraft
 from helix_gateway.engine.kv_cache import PagedKVCache
 from helix_gateway.engine.token_edits import RowEdits, join_edits
@@ -88,7 +89,7 @@ def build_draft_rows(
         edits = [_below(vocab_size, row) for row in edits]
     return sampling_rows(
         sequences,
-        np.ones(len(drafts), np.int32),
+        (1,) * len(drafts),
         vocab_size,
         logits_index=np.arange(len(drafts), dtype=np.int32),
         position=np.array([draft.target_position for draft in drafts], np.int32),
