@@ -109,6 +109,17 @@ def test_every_option_gives_the_token_that_the_definition_says(batch):
         assert chosen.tolist() == expected, kind
 
 
+@settings(max_examples=deeply(150, 3000), deadline=None, derandomize=True)
+@given(batches())
+def test_greedy_rows_among_themselves_give_the_token_that_the_definition_says(batch):
+    logits, _ = batch
+    rows = [Row(logits_index=i, temperature=0.0, top_k=3, min_p=0.1) for i in reversed(range(len(logits)))]
+    expected = [reference_token(logits[row.logits_index], row) for row in rows]
+    for kind in ("cpu", "torch"):
+        sampler = sampler_of(kind, logits.shape[1])
+        assert sampler.sample(torch.from_numpy(logits), sampling_rows(rows, logits.shape[1])).tolist() == expected, kind
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"top_k": 50}, {"top_k": 9000}, {"top_p": 0.9}, {"min_p": 0.02}, {"top_k": 100, "top_p": 0.5, "min_p": 0.001}],

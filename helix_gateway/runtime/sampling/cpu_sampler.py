@@ -46,6 +46,9 @@ class CpuSampler:
         """
         count = rows.logits_index.size
         out = np.empty(count, np.int32)
+        if count * self._vocab_size <= _GREEDY_TOKENS_ALONE and _want_greatest(rows):
+            cpu_kernels.greatest_of_rows(_array(logits), rows.logits_index, out)
+            return out
         options = (_keys(rows), rows.temperature, rows.top_k, rows.top_p, min_differences(rows))
         edits = (rows.edits.rows, rows.edits.token_ids, rows.edits.scale, rows.edits.shift)
         allowed = np.empty((count, 0), np.uint32) if rows.allowed is None else rows.allowed
@@ -89,6 +92,11 @@ class CpuSampler:
             yield
         finally:
             numba.set_num_threads(threads)
+
+
+def _want_greatest(rows: SamplingRows) -> bool:
+    """Whether each row's token is that of its greatest logit as it stands, so that nothing but logits need be looked at."""
+    return rows.allowed is None and not rows.edits.rows.size and not rows.temperature.any()
 
 
 def _keys(rows: SamplingRows) -> UInt32s:
