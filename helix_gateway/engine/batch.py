@@ -4,6 +4,7 @@ Knows how sequences lie in the flat batch, and nothing else of the engine's poli
 """
 
 from collections.abc import Sequence as Ordered
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -110,13 +111,10 @@ def _logits_rows(windows: Ordered[Window], layout: RowLayout) -> Int32s:
 
 
 def build_sampling_rows(windows: Ordered[Window], batch: StepBatch, vocab_size: int) -> SamplingRows:
-    """How each row of each verify window is to be sampled, in the windows' order.
+    """How each row of each verify window is to be sampled, in the windows' order, but for what constraints allow.
 
     Args:
         batch: that of the windows.
-
-    Raises:
-        ConstraintFailedError: a sequence's constraint raised.
     """
     windows = [window for window in windows if window.sampled_rows]
     sequences = [window.scheduled.sequence for window in windows]
@@ -134,8 +132,22 @@ def build_sampling_rows(windows: Ordered[Window], batch: StepBatch, vocab_size: 
         logits_index=places,
         position=batch.positions[sampled] + np.int32(1),  # a token's logits choose the next one
         edits=_edits_of(windows) if any(sequence.edits.ever_any for sequence in sequences) else NO_EDITS,
-        allowed=join_masks([(w.scheduled.sequence, w.draft_tokens) for w in windows], vocab_size),
+        allowed=None,
     )
+
+
+def with_masks(rows: SamplingRows, windows: Ordered[Window], vocab_size: int) -> SamplingRows:
+    """The rows of these windows with the masks of their sequences' constraints, if there are any.
+
+    Filling masks takes long, so it is left until a device computes the logits.
+
+    Raises:
+        ConstraintFailedError: a sequence's constraint raised.
+    """
+    if all(window.scheduled.sequence.constraint is None for window in windows):
+        return rows
+    sampled = [(w.scheduled.sequence, w.draft_tokens) for w in windows if w.sampled_rows]
+    return replace(rows, allowed=join_masks(sampled, vocab_size))
 
 
 def _edits_of(windows: Ordered[Window]) -> LogitEdits:

@@ -14,8 +14,8 @@ import numpy as np
 from helix_gateway.core.event import TokenLogprobs
 from helix_gateway.core.protocols import Logits, ModelRunner
 from helix_gateway.core.stats import StepSeconds
-from helix_gateway.core.step import Int32s, LogprobRows, StepBatch
-from helix_gateway.engine.batch import Window, build_sampling_rows, build_step_batch, lay_out
+from helix_gateway.core.step import Int32s, LogprobRows, SamplingRows
+from helix_gateway.engine.batch import Window, build_sampling_rows, build_step_batch, lay_out, with_masks
 from helix_gateway.engine.batch_tables import BatchTables
 from helix_gateway.engine.depth import DepthPolicy
 from helix_gateway.engine.draft_ledger import DraftLedger
@@ -82,9 +82,11 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
         windows = lay_out(plan.scheduled, [verified.token_ids.tolist() for _, verified in drafts])
         drafted = perf_counter()
         batch = build_step_batch(windows, self._tables)
+        # What is known of sampling already is laid out here: the forward leaves a CPU's caches cold (docs/log.md).
+        rows = build_sampling_rows(windows, batch, self._runner.vocab_size)
         logits = self._runner.forward(batch)
         computed = perf_counter()
-        outputs = self._choose(windows, logits, batch)
+        outputs = self._choose(windows, logits, batch.logits_rows, rows)
         sampled = perf_counter()
         self._learn(drafts, outputs)
         if all(entry.num_tokens == 1 for entry in plan.scheduled):  # what prompts take says nothing of drafts
@@ -139,24 +141,25 @@ class AdaptiveSpeculativeDecoder(Generic[Logits]):
             if draft is not None and len(draft.token_ids):
                 self._depth_policy.learn(output.scheduled.sequence, draft, np.array(output.token_ids, np.int32))
 
-    def _choose(self, windows: list[Window], logits: Logits, batch: StepBatch) -> list[SequenceOutput]:
-        sampled = self._sample(windows, logits, batch)
+    def _choose(
+        self, windows: list[Window], logits: Logits, logits_rows: Int32s, rows: SamplingRows
+    ) -> list[SequenceOutput]:
+        sampled = self._sample(windows, logits, rows)
         accepted = verify(sampled, [window.draft_tokens for window in windows])
         outputs = [
             SequenceOutput(window.scheduled, tokens, len(window.draft_tokens))
             for window, tokens in zip(windows, accepted, strict=True)
         ]
-        scorer = _Scorer(self._runner, logits, batch.logits_rows)
+        scorer = _Scorer(self._runner, logits, logits_rows)
         for window, output in zip(windows, outputs, strict=True):
             if window.is_scored:
                 _score(scorer, window, output)
         return outputs
 
-    def _sample(self, windows: list[Window], logits: Logits, batch: StepBatch) -> list[list[int]]:
-        if not any(window.sampled_rows for window in windows):
+    def _sample(self, windows: list[Window], logits: Logits, rows: SamplingRows) -> list[list[int]]:
+        if not rows.logits_index.size:
             return [[] for _ in windows]
-        sampled = self._runner.sample(logits, build_sampling_rows(windows, batch, self._runner.vocab_size))
-        left = iter(sampled.tolist())
+        left = iter(self._runner.sample(logits, with_masks(rows, windows, self._runner.vocab_size)).tolist())
         return [list(islice(left, len(window.sampled_rows))) for window in windows]
 
 

@@ -62,7 +62,7 @@ class OptionColumns(NamedTuple):
 @lru_cache(_REMEMBERED)
 def option_columns(records: tuple[bytes, ...], counts: tuple[int, ...], vocab_size: int) -> OptionColumns:
     """The options of the rows of sequences that have these records, and so many rows each."""
-    options = join_records(records).repeat(counts)
+    options = join_records(records).repeat(np.array(counts, np.int64))
     return OptionColumns(
         seed=options["seed"].copy(),  # columns lie apart in records; samplers want them whole
         choice=options["choice"].copy(),
