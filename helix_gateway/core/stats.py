@@ -23,7 +23,7 @@ class StepSeconds(msgspec.Struct, frozen=True, kw_only=True):
     draft_s: float = 0.0
     """Until it was known what is verified: drafters and the choice of depths."""
     verify_s: float = 0.0
-    """The ragged forward, its batch included."""
+    """The ragged forward, the arrays of its batch and of sampling included."""
     sample_s: float = 0.0
     """Choosing a token for each row, and finding which drafts agree."""
 
