@@ -136,7 +136,7 @@ def test_a_gpu_holds_all_models_and_the_machine_one_after_the_other(folder, monk
     with pytest.raises(NoRoomError, match="use --dtype bfloat16, a smaller model, or end"):
         room.check()
     let(2 * needed, needed - 1)
-    with pytest.raises(NoRoomError, match="free"):
+    with pytest.raises(NoRoomError, match="use --dtype bfloat16, a smaller model"):
         room.check()
 
 

@@ -7,9 +7,10 @@ not may still run out of memory later.  Knows nothing about how weights are read
 
 import gc
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -22,6 +23,7 @@ from helix_gateway.runtime.device import obtainable_memory_bytes
 from helix_gateway.runtime.heap import return_freed_blocks
 from helix_gateway.runtime.loading import stored_sizes, unused_names
 
+_Together: TypeAlias = Callable[[Iterable[int]], int]
 _MOST_GROWTH = 32
 """Times a file's size that its weights take at most: 20 where a GGUF with 1.56 bits a weight becomes float32."""
 _STACKED_BYTES = 2
@@ -72,10 +74,10 @@ class WeightRoom:
         used = self._used()
         lacking = self._lacking(used)
         if lacking is not None:
-            needed, free = lacking
+            together, needed, free = lacking
             raise NoRoomError(
                 f"The weights of {self._names} take {_size(needed)}, and {_size(free)} of memory are free: "
-                f"{self._advice(used, free)}."
+                f"{self._advice(used, free, together)}."
             )
 
     def run_out(self) -> NoRoomError:
@@ -95,16 +97,16 @@ class WeightRoom:
     def _names(self) -> str:
         return " and ".join(each.path for each in self.weights)
 
-    def _lacking(self, stored: Sequence[Mapping[str, StoredSize]]) -> tuple[int, int] | None:
-        """What is needed and what is free, in bytes, where the one is more than the other."""
+    def _lacking(self, stored: Sequence[Mapping[str, StoredSize]]) -> tuple[_Together, int, int] | None:
+        """What all models need together, and how that is told of each; what is free, in bytes, where it is less."""
         needed = self._needed_bytes(stored)
-        rooms = []
+        rooms: list[tuple[_Together, int, int]] = []
         if self.device.type in ("cpu", "mps", "cuda"):  # others do not tell what they have
-            rooms.append((sum(needed), obtainable_memory_bytes(self.device)))
+            rooms.append((sum, sum(needed), obtainable_memory_bytes(self.device)))
         if self.device.type not in ("cpu", "mps"):
             # One model after the other goes through the machine's memory.
-            rooms.append((max(needed), obtainable_memory_bytes(torch.device("cpu"))))
-        return next((each for each in rooms if each[0] > each[1]), None)
+            rooms.append((max, max(needed), obtainable_memory_bytes(torch.device("cpu"))))
+        return next((each for each in rooms if each[1] > each[2]), None)
 
     def _stored(self) -> list[Mapping[str, StoredSize]]:
         return [stored_sizes(each.path) for each in self.weights]
@@ -117,12 +119,12 @@ class WeightRoom:
         pairs = zip(self.weights, stored, strict=True)
         return [held_bytes(tensors, each.form) for each, tensors in pairs]
 
-    def _advice(self, stored: Sequence[Mapping[str, StoredSize]], below_bytes: float) -> str:
+    def _advice(self, stored: Sequence[Mapping[str, StoredSize]], below_bytes: float, together: _Together = sum) -> str:
         """What to do; of ways to hold them those that take no more than so much, and that are not in use."""
         fitting = [
             option
             for option, form in self.others.items()
-            if sum(held_bytes(tensors, form) for tensors in stored) <= below_bytes
+            if together([held_bytes(tensors, form) for tensors in stored] or [0]) <= below_bytes
             and any(form != each.form for each in self.weights)
         ]
         return f"use {', '.join([*fitting, 'a smaller model'])}, or end other programs"
