@@ -43,7 +43,7 @@ def test_each_row_of_a_sequence_is_sampled_as_its_request_says():
     places = np.arange(5, dtype=np.int32)
     rows = sampling_rows(
         sequences,
-        np.array([3, 2], np.int32),
+        (3, 2),
         8,
         logits_index=places,
         position=places + 10,
