@@ -7,7 +7,8 @@ fewer bits, which ``auto`` has where ``model`` is left out.  One model, an engin
 one without over it in turn, the same prompts in all, so that a ratio is of neighbours in time.  The target's prompts are
 cached, since only steps that do nothing but decode count; a draft model's are not, and what it reads counts.  Only steps of
 as many sequences as there are streams count: drafts let answers end at different steps, and whoever is left over, with
-nobody to follow, says what fewer streams get.  What is learned of costs and acceptance is kept from group to group, as a
+nobody to follow, says what fewer streams get (so the quick ones' whole answers count, and of the slowest those up to where
+the first is left over).  What is learned of costs and acceptance is kept from group to group, as a
 server keeps it; earlier answers are not.  Greedy answers must be the same token for token, and the benchmark ends if they
 are not.  Intervals are Student's, over groups.
 """
@@ -37,7 +38,7 @@ GROUPS = {1: 4}
 TOKENS = {1: 40, 4: 40, 16: 32, 64: 20}
 """By streams, so that all of it takes minutes; otherwise:"""
 FEWEST_GROUPS, FEWEST_TOKENS = 3, 32
-REQUESTS = {4: 3, 16: 2}
+REQUESTS = {4: 3, 16: 2, 64: 2}
 """A stream, one after the other, where some streams are ahead of others; otherwise one."""
 FEWEST_PREDICTED_TOKENS = 64
 """The first 33 may come with the prompt's own step, which does not count."""
@@ -175,7 +176,7 @@ class Bench:
         A step in which a prompt is computed is not decoding, and is left out with its tokens: prompts take the same
         time with and without speculation, and would only hide what differs.  So are steps of fewer than all streams.
         """
-        waiting, answers, tokens, seconds, steps, rows = list(requests), {}, 0, 0.0, 0, 0
+        waiting, answers, tokens, seconds, steps = list(requests), {}, 0, 0.0, 0
         drafted = accepted = running = 0
         while waiting or engine.has_work():
             while waiting and running < streams:
@@ -189,19 +190,20 @@ class Bench:
                 seconds += elapsed_s
                 tokens += sum(len(event.token_ids) for event in events)
                 steps += 1
-                rows += sum(1 + output.num_draft_tokens for output in outputs)
+                drafted += sum(output.num_draft_tokens for output in outputs)
+                accepted += sum(output.num_accepted for output in outputs)
             for event in events:
                 answers.setdefault(event.request_id, []).extend(event.token_ids)
-                if event.finish_reason:
-                    running -= 1
-                    drafted += event.metrics.draft_tokens
-                    accepted += event.metrics.accepted_tokens
+                running -= event.finish_reason is not None
         if not steps:
-            raise SystemExit("Every token came with a prompt: there is nothing to measure. Give more --tokens.")
+            raise SystemExit(
+                f"No step decoded {streams} streams and nothing else. Give more --tokens, or fewer --streams."
+            )
         return answers, {
             "tokens_per_s": tokens / seconds,
             "tokens_per_step": tokens / steps / streams,
-            "rows_per_step": rows / steps,
+            "rows_per_step": streams + drafted / steps,
+            "steps": steps,
             "drafted": drafted,
             "accepted": accepted,
         }
@@ -273,6 +275,7 @@ def compared(costs, off, on):
         "interval": interval(ratios),
         "bound": statistics.median(bound(costs, *pair) for pair in zip(off, on, strict=True)),
         "tokens_per_step": statistics.fmean(each["tokens_per_step"] for each in on),
+        "steps": sum(each["steps"] for each in on),
         "drafted": sum(each["drafted"] for each in on),
         "accepted": sum(each["accepted"] for each in on),
         "ratios": ratios,
@@ -404,10 +407,12 @@ def main():
 
 
 def earlier(options):
-    """The cells that runs before this one have left; those of one drafter only, as once was, cannot stand beside these."""
+    """The cells that runs before this one have left; what counted steps of fewer than all streams cannot stand beside these."""
     path = options.out / f"speculative_{named(options)}.json"
     cells = json.loads(path.read_text())["cells"] if path.exists() else []
-    return [cell for cell in cells if "drafters" in cell]
+    return [
+        cell for cell in cells if cell["streams"] == 1 or all("steps" in each for each in cell["drafters"].values())
+    ]
 
 
 def overall(cells):

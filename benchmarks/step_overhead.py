@@ -62,6 +62,7 @@ def watch_modules(watch):
         "lay_out": "batch",
         "build_step_batch": "batch",
         "build_sampling_rows": "sampling rows",
+        "with_masks": "sampling rows",
         "verify": "verify",
     }.items():
         watch.wrap(decoder, name, part)

@@ -17,7 +17,10 @@ Float32s = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """One ragged forward: prefill chunks, plain decodes and verify windows side by side."""
+    """One ragged forward: prefill chunks, plain decodes and verify windows side by side.
+
+    Nobody writes to its arrays: what is the same at the next step may be the same array.
+    """
 
     token_ids: Int32s
     """[num_tokens]"""
@@ -51,7 +54,7 @@ class LogitEdits:
 
 @dataclass(frozen=True, slots=True)
 class SamplingRows:
-    """How to choose one token from each of some rows of logits; every array is [num_samples]."""
+    """How to choose one token from each of some rows of logits; every array is [num_samples], and nobody writes to it."""
 
     logits_index: Int32s
     """Row of the logits that the forward returned."""

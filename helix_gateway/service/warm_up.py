@@ -1,4 +1,4 @@
-"""A tiny request that makes an engine do once whatever requests may make it do, before anybody waits for an answer.
+"""Tiny requests that make an engine do once whatever requests may make it do, before anybody waits for an answer.
 
 Knows nothing about models.
 """
@@ -13,17 +13,22 @@ _MOST_TOKENS = 4
 
 
 def warm_up(engine: Engine[Any]) -> None:
-    """Serve a request that repeats itself, so that no client waits for kernels to be compiled, or loaded.
+    """Serve a request that repeats itself, and a greedy one, so that no client waits for kernels to be compiled, or loaded.
 
     Raises:
-        ModelLoadError: the engine cannot serve it.
+        ModelLoadError: the engine cannot serve them.
     """
     prompt = [0] * min(_MOST_TOKENS, engine.max_model_len - 1)
     most = min(_MOST_TOKENS, engine.max_model_len - len(prompt))
-    sampling = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=most, ignore_eos=True, logprobs=1, n=2)
-    engine.submit(
-        Request(request_id="warm-up", prompt_token_ids=prompt, prediction_token_ids=prompt, sampling=sampling)
-    )
+    drawn = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=most, ignore_eos=True, logprobs=1, n=2)
+    _serve(engine, Request(request_id="warm-up", prompt_token_ids=prompt, prediction_token_ids=prompt, sampling=drawn))
+    # Rows that are greedy and that nothing edits have code of their own, which none of the others calls.
+    greedy = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+    _serve(engine, Request(request_id="greedy-warm-up", prompt_token_ids=prompt, sampling=greedy))
+
+
+def _serve(engine: Engine[Any], request: Request) -> None:
+    engine.submit(request)
     while engine.has_work():
         for event in engine.step():
             if event.error is not None:

@@ -213,7 +213,8 @@ STEP_SECONDS_BY_PART = Definition(
     unit="seconds",
     labels=(*_MODEL, "part"),
     meaning="Time in the engine's steps, by part: `draft` (drafters, and choosing what is verified), `verify` (the "
-    "model's forward, plain steps and prompts included) and `sample` (a token for each row, and which drafts agree).",
+    "model's forward, plain steps and prompts included, with how each row is to be sampled) and `sample` (a token for "
+    "each row, and which drafts agree).",
     query="sum by (part) (rate(helix:step_seconds_total[5m]))",
 )
 ENGINE_STATE = Definition(
