@@ -16,7 +16,7 @@ from helix_gateway.cli.doctor import checks, examination
 from helix_gateway.cli.main import app
 from helix_gateway.runtime.cpu.compile_cache import use_compile_cache
 from helix_gateway.runtime.cpu.integer_dot import host_dot
-from helix_gateway.runtime.cpu.quantised_products import MANY_ROWS
+from helix_gateway.runtime.cpu.quantised_products import FEW_ROWS
 from helix_gateway.runtime.hardware import Gpu, Hardware, inspect_hardware
 from helix_gateway.runtime.sources.default_model import DEFAULT_MODEL_BYTES
 from helix_gateway.service.findings import Finding
@@ -62,7 +62,7 @@ def test_a_machine_without_the_default_model_is_examined_with_a_tiny_one(tmp_pat
     rounding = 0.05e9 / DEFAULT_MODEL_BYTES + 0.5  # of both figures
     assert float(most[1]) == pytest.approx(float(gb_per_s[0]) * 1e9 / DEFAULT_MODEL_BYTES, abs=1.01 * rounding)
     assert findings["kernels"]["said"].startswith(f"{host_dot()}: ")
-    assert f"up to {MANY_ROWS} rows" in findings["kernels"]["said"]
+    assert f"up to {FEW_ROWS} rows" in findings["kernels"]["said"]
     assert "tokens/s" in findings["speed"]["said"]
     assert {"device", "start", "compiled kernels", "threads", "processor", "port"} <= set(findings)
 
