@@ -151,12 +151,16 @@ def line(what, cells, name):
 
 
 def plot(table, streams):
+    """Output tokens/s of each setting of Helix over clients, and of whichever of the peer's is best there."""
+    levels = [table[f"tokens_per_s, cold, {count}"] for count in streams]
+
     def draw(axes):
-        for name in table[f"tokens_per_s, cold, {streams[0]}"]:
-            cells = [table[f"tokens_per_s, cold, {count}"].get(name) for count in streams]
-            values = [cell["median"] if cell else math.nan for cell in cells]
-            style = "-" if is_helix(name) else ":"
-            axes.plot(streams, values, style, marker="o", label=name)
+        for name in dict.fromkeys(name for cells in levels for name in cells if is_helix(name)):
+            axes.plot(streams, [cells.get(name, {}).get("median", math.nan) for cells in levels], marker="o", label=name)
+        theirs = [[cell["median"] for name, cell in cells.items() if not is_helix(name)] for cells in levels]
+        best = [max(medians, default=math.nan) for medians in theirs]
+        axes.plot(streams, best, ":", color="black", marker="o", label="llama.cpp, its best setting at each")
+        axes.set_ylim(bottom=0)
         axes.set_xscale("log", base=2)
         axes.set_xticks(streams, streams)
         axes.set_xlabel("clients at once, every prompt new")
