@@ -156,7 +156,9 @@ def plot(table, streams):
 
     def draw(axes):
         for name in dict.fromkeys(name for cells in levels for name in cells if is_helix(name)):
-            axes.plot(streams, [cells.get(name, {}).get("median", math.nan) for cells in levels], marker="o", label=name)
+            axes.plot(
+                streams, [cells.get(name, {}).get("median", math.nan) for cells in levels], marker="o", label=name
+            )
         theirs = [[cell["median"] for name, cell in cells.items() if not is_helix(name)] for cells in levels]
         best = [max(medians, default=math.nan) for medians in theirs]
         axes.plot(streams, best, ":", color="black", marker="o", label="llama.cpp, its best setting at each")
