@@ -8,9 +8,9 @@ one without over it in turn, the same prompts in all, so that a ratio is of neig
 cached, since only steps that do nothing but decode count; a draft model's are not, and what it reads counts.  Only steps of
 as many sequences as there are streams count: drafts let answers end at different steps, and whoever is left over, with
 nobody to follow, says what fewer streams get (so the quick ones' whole answers count, and of the slowest those up to where
-the first is left over).  What is learned of costs and acceptance is kept from group to group, as a
-server keeps it; earlier answers are not.  Greedy answers must be the same token for token, and the benchmark ends if they
-are not.  Intervals are Student's, over groups.
+the first is left over).  What is learned of costs and acceptance is kept from group to group, as a server keeps it; earlier
+answers are not.  Greedy answers must be the same token for token, and the benchmark ends if they are not.  Intervals are
+Student's, over groups.
 """
 
 import argparse
