@@ -11,7 +11,7 @@ from compat_tests.runtime.paged import Feeder, random_sequences
 from compat_tests.tiny_models import TINY_MODELS
 from helix_gateway.core.errors import ModelLoadError
 from helix_gateway.runtime import factory
-from helix_gateway.runtime.cpu.quantised_weights import Int4Weight, Int8Weight
+from helix_gateway.runtime.cpu.quantised_weights import Int4Weight, Int8ChannelWeight
 from helix_gateway.runtime.cpu.quantising import is_quantised
 from helix_gateway.runtime.factory import load_runner, resolve_quantisation
 from helix_gateway.runtime.torch_attention import TorchPagedAttention
@@ -80,17 +80,17 @@ def formats(runner):
 @pytest.mark.parametrize(
     "dtype, quantization, kv_cache_dtype, weights, stored",
     [
-        ("auto", "auto", "auto", Int8Weight, INT8),
-        ("auto", "auto", "float32", Int8Weight, FLOAT32),
-        ("auto", "auto", "bfloat16", Int8Weight, BFLOAT16),
-        ("auto", "int8", "auto", Int8Weight, INT8),
+        ("auto", "auto", "auto", Int8ChannelWeight, INT8),
+        ("auto", "auto", "float32", Int8ChannelWeight, FLOAT32),
+        ("auto", "auto", "bfloat16", Int8ChannelWeight, BFLOAT16),
+        ("auto", "int8", "auto", Int8ChannelWeight, INT8),
         ("auto", "int4", "auto", Int4Weight, INT8),
         ("auto", "none", "auto", FLOAT32, FLOAT32),
         ("auto", "none", "int8", FLOAT32, INT8),
         ("float32", "auto", "auto", FLOAT32, FLOAT32),
         ("float32", "none", "auto", FLOAT32, FLOAT32),
         ("float32", "auto", "int8", FLOAT32, INT8),
-        ("float32", "int8", "auto", Int8Weight, FLOAT32),
+        ("float32", "int8", "auto", Int8ChannelWeight, FLOAT32),
         ("float32", "int4", "int8", Int4Weight, INT8),
         ("bfloat16", "auto", "auto", BFLOAT16, BFLOAT16),
         ("bfloat16", "none", "float32", BFLOAT16, FLOAT32),
@@ -106,10 +106,12 @@ def test_what_is_asked_for_decides_before_what_is_fastest(dtype, quantization, k
 
 
 def test_left_out_they_are_auto(folder):
-    assert formats(load_runner(folder[1], device="cpu", max_tokens_in_use=100).runner) == (Int8Weight, INT8)
+    assert formats(load_runner(folder[1], device="cpu", max_tokens_in_use=100).runner) == (Int8ChannelWeight, INT8)
 
 
-@pytest.mark.parametrize("quantization, expected", [("auto", (Int8Weight, INT8)), ("none", (BFLOAT16, BFLOAT16))])
+@pytest.mark.parametrize(
+    "quantization, expected", [("auto", (Int8ChannelWeight, INT8)), ("none", (BFLOAT16, BFLOAT16))]
+)
 def test_a_file_in_bfloat16_is_quantised_too_unless_it_is_not_wanted(quantization, expected, folder, tmp_path):
     copy.deepcopy(folder[0]).bfloat16().save_pretrained(tmp_path)
     runner = load_runner(str(tmp_path), device="cpu", quantization=quantization, max_tokens_in_use=100).runner

@@ -17,14 +17,15 @@ from helix_gateway.runtime.cpu.layers import gate_row
 from helix_gateway.runtime.cpu.quantised_kernels import (
     INT4,
     INT8,
-    group_bytes,
+    INT8_CHANNELS,
+    groups_together,
     multiply_quantised_tile,
 )
 from helix_gateway.runtime.cpu.quantised_products import quantise_rows
-from helix_gateway.runtime.cpu.quantised_rows import num_groups, quantise_gated_row, quantise_row, record_bytes
-from helix_gateway.runtime.cpu.quantised_weights import Int4Weight, Int8Weight
+from helix_gateway.runtime.cpu.quantised_rows import num_groups, quantise_gated_row, quantise_row, rows_bytes
+from helix_gateway.runtime.cpu.quantised_weights import Int4Weight, Int8ChannelWeight, Int8Weight
 
-FORMATS = [Int8Weight, Int4Weight]
+FORMATS = [Int8Weight, Int4Weight, Int8ChannelWeight]
 SHAPES = [(1, 1), (31, 7), (32, 32), (33, 64), (65, 129), (192, 576), (96, 1536)]
 """(channels, inputs): tiles and groups whole and broken."""
 BLOCK_BYTES = {
@@ -38,10 +39,10 @@ def random_matrix(rows, inputs, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).standard_normal((rows, inputs), dtype=np.float32))
 
 
-def rounded(x):
-    """Rows as int8 in groups of 32 with a scale each, in torch, by the definition; float64, as far as it is exact."""
+def rounded(x, size):
+    """Rows as int8 in groups of a size with a scale each, in torch, by the definition; float64, as far as it is exact."""
     inputs = x.shape[1]
-    groups = torch.nn.functional.pad(x, (0, -inputs % 32)).view(len(x), -1, 32)
+    groups = torch.nn.functional.pad(x, (0, -inputs % size)).view(len(x), -1, size)
     top = groups.abs().amax(2, keepdim=True)
     top = torch.where(top > 1e-30, top, 127.0)
     steps = torch.round(groups * (torch.tensor(127.0) / top))
@@ -51,12 +52,12 @@ def rounded(x):
 def size_of(weight):
     """Magnitudes that the products go through: a minimum and what is added to it may be larger than a weight."""
     matrix = weight.unpacked().double().abs()
-    return matrix if weight.format == INT8 else matrix + 2 * matrix.amax()
+    return matrix + 2 * matrix.amax() if weight.format == INT4 else matrix
 
 
 def assert_is_the_product(got, weight, x, bias):
     """Within what float32 sums over groups may lose."""
-    activations, matrix = rounded(x), weight.unpacked().double()
+    activations, matrix = rounded(x, 32 * groups_together(weight.format)), weight.unpacked().double()
     exact = activations @ matrix.T + bias.double()
     size = activations.abs() @ size_of(weight).T + bias.double().abs()
     bound = size * torch.finfo(torch.float32).eps * (2 * weight.groups + 4)
@@ -144,35 +145,37 @@ def product_with(dot, format_, most):
     """One tile times some rows in the instructions of one kind, compiled for the test."""
 
     @njit
-    def multiply(rows, x, stride, tile, groups, bias, out, channels):
+    def multiply(rows, x, fields, stride, tile, groups, bias, out, channels):
         multiply_quantised_tile(
-            format_, dot, 1, most, rows, x, stride, tile, tile, 0, groups, bias, out, channels, channels
+            format_, dot, most, most, rows, x, fields, stride, tile, tile, 0, groups, bias, out, channels, channels
         )
 
     return multiply
 
 
-@pytest.mark.parametrize("kind, format_", [(Int8Weight, INT8), (Int4Weight, INT4)])
+@pytest.mark.parametrize("kind, format_", [(Int8Weight, INT8), (Int4Weight, INT4), (Int8ChannelWeight, INT8_CHANNELS)])
 def test_every_instruction_set_gives_the_same_bits(kind, format_):
     """Extreme numbers among them, where sums of 16 bits would saturate."""
-    inputs, rows = 96, 3
+    inputs, rows = 128, 3
     matrix = random_matrix(32, inputs)
     matrix[:8] = matrix[:8].sign() * 3
     weight = kind.from_float(matrix)
     x = random_matrix(rows, inputs, seed=5)
     x[1:] = matrix[:2]
-    groups = num_groups(inputs)
-    records = torch.zeros(rows, record_bytes(groups), dtype=torch.uint8)
-    quantise_rows(1, rows, x.data_ptr(), groups, records.data_ptr(), records.shape[1])
+    groups, joined = num_groups(inputs), groups_together(format_) > 1
+    numbers = torch.zeros(rows_bytes(rows, groups), dtype=torch.uint8)
+    quantise_rows(1, rows, x.data_ptr(), groups, joined, numbers.data_ptr())
     bias, results = torch.zeros(32), []
     for dot in usable_dot_products():
         out = torch.full((rows, 32), float("nan"))
         multiply = product_with(dot, format_, rows)
+        fields = numbers.data_ptr() + rows * groups * 32
         for count in (1, 2, 3):
             multiply(
                 count,
-                records.data_ptr(),
-                records.shape[1],
+                numbers.data_ptr(),
+                fields,
+                rows,
                 weight.tiles.data_ptr(),
                 groups,
                 bias.data_ptr(),
@@ -186,9 +189,21 @@ def test_every_instruction_set_gives_the_same_bits(kind, format_):
     assert torch.equal(results[0], weight.multiply(x, bias))
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_a_tile_is_its_groups_and_nothing_else(kind):
-    assert kind(33, 160).tiles.shape == (2, 5 * group_bytes(kind.format))
+@pytest.mark.parametrize("kind, bytes_", [(Int8Weight, 5 * 34), (Int4Weight, 5 * 20), (Int8ChannelWeight, 6 * 32 + 4)])
+def test_a_tile_is_its_channels_and_nothing_else(kind, bytes_):
+    assert kind(33, 160).tiles.shape == (2, 32 * bytes_)
+
+
+def test_a_channel_keeps_its_largest_number_and_no_other_touches_it():
+    matrix = random_matrix(40, 192)
+    matrix[3] *= 1000
+    matrix[4] = 0
+    matrix[5] *= 1e-40
+    unpacked = Int8ChannelWeight.from_float(matrix).unpacked()
+    assert not unpacked[4:6].any()
+    top = matrix.abs().amax(1)
+    assert torch.allclose(unpacked.abs().amax(1), top, rtol=1e-6, atol=1e-30)
+    assert ((unpacked - matrix).abs() <= (top / 253)[:, None] + 1e-30).all()
 
 
 LESSER = {
@@ -236,49 +251,51 @@ def assert_passes(file, chosen, environment):
 
 
 @njit
-def _gated(row, gate_and_up, groups, into, record):
+def _gated(numbers, gate_and_up, groups, joined, into, to):
     gate_row(into, gate_and_up, groups * 32, into)
-    quantise_row(row, record, groups)
+    quantise_row(numbers, to, 1, 3, groups, joined)
 
 
 @njit
-def _gated_at_once(gate_and_up, groups, record):
-    quantise_gated_row(gate_and_up, record, groups)
+def _gated_at_once(gate_and_up, groups, joined, to):
+    quantise_gated_row(gate_and_up, to, 1, 3, groups, joined)
 
 
-def test_a_gated_row_is_rounded_as_if_it_had_been_written_down_first():
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_gated_row_is_rounded_as_if_it_had_been_written_down_first(joined):
     groups = 48
     both = random_matrix(2, 32 * groups, seed=5) * torch.tensor([[6.0], [2.0]])
     both[0, :8] = torch.tensor([0.0, -0.0, 90.0, -90.0, -87.4, 200.0, -200.0, 1e-30])
-    records = torch.zeros(2, record_bytes(groups), dtype=torch.uint8)
+    places = torch.zeros(2, rows_bytes(3, groups), dtype=torch.uint8)
     wide = np.zeros(32 * groups, np.float32)
-    _gated(wide.ctypes.data, both.data_ptr(), groups, wide, records[0].data_ptr())
-    _gated_at_once(both.data_ptr(), groups, records[1].data_ptr())
-    assert torch.equal(records[0], records[1])
-    assert records[0].any()
+    _gated(wide.ctypes.data, both.data_ptr(), groups, joined, wide, places[0].data_ptr())
+    _gated_at_once(both.data_ptr(), groups, joined, places[1].data_ptr())
+    assert torch.equal(places[0], places[1])
+    assert places[0].any()
     exact = torch.nn.functional.silu(both[0].double()) * both[1].double()
     assert np.allclose(wide, exact, rtol=1e-5, atol=1e-30)
 
 
-def test_four_bits_lose_less_than_rounding_between_the_extremes_of_a_group():
-    weight = torch.randn(96, 160, generator=torch.Generator().manual_seed(3))
-    groups = weight.view(-1, 32)
-    least, most = groups.aminmax(dim=1, keepdim=True)
-    step = (most - least) / 15
-    plain = (((groups - least) / step).round() * step + least - groups).square().mean()
-    assert (Int4Weight.from_float(weight).unpacked() - weight).square().mean() < 0.85 * plain
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_row_is_written_to_its_place_and_nowhere_else(joined):
+    """Its numbers, scales and sums, by the definition; what lies there of its neighbours stays."""
+    groups, rows, row, size = 6, 3, 1, 64 if joined else 32
+    x = random_matrix(1, 32 * groups, seed=6)
+    room = torch.full((rows_bytes(rows, groups),), 77, dtype=torch.uint8)
+    _quantise(x.data_ptr(), room.data_ptr(), row, rows, groups, joined)
+    split = rows * groups * 32
+    steps = room[:split].view(torch.int8).view(-1, rows, size)
+    fields = room[split:].view(3, groups, rows, 4)
+    scales, starts, worths = (fields[i, :: size // 32, row].contiguous() for i in range(3))
+    scale = scales.view(torch.float32)[:, 0]
+    assert torch.equal((steps[:, row] * scale[:, None]).double().view(1, -1), rounded(x, size).float().double())
+    total = steps[:, row].int().sum(1)
+    assert torch.equal(starts.view(torch.int32)[:, 0], -128 * total)
+    assert torch.equal(worths.view(torch.float32)[:, 0], scale * total)
+    steps[:, row], fields[:, :, row] = 77, 77
+    assert (room == 77).all()
 
 
-def test_what_lies_on_a_grid_of_sixteen_steps_keeps_its_numbers():
-    dice = torch.Generator().manual_seed(4)
-    steps = torch.randint(0, 16, (64, 5, 32), generator=dice).float()
-    steps[..., 0], steps[..., 1] = 0, 15
-    scales, minima = (torch.rand(64, 5, 1, generator=dice).half().float() for _ in range(2))
-    weight = (steps * scales - minima).view(64, 160)
-    assert torch.equal(Int4Weight.from_float(weight).unpacked(), weight)
-
-
-@pytest.mark.parametrize("number", [0.0, 0.75, -3.0])
-def test_a_group_of_one_number_stays_that_number(number):
-    weight = torch.full((32, 64), number)
-    assert torch.equal(Int4Weight.from_float(weight).unpacked(), weight)
+@njit
+def _quantise(numbers, to, row, rows, groups, joined):
+    quantise_row(numbers, to, row, rows, groups, joined)

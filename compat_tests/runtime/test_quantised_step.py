@@ -4,6 +4,7 @@ import copy
 import json
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -173,6 +174,19 @@ def test_keys_and_values_may_be_coarser_and_batch_and_chunk_still_change_no_bit(
     assert difference(together, answers(make_runner(name), sequences)) > 0
     for mine, other in zip(answers(runner, sequences, chunk=3, at_once=2), together):
         assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("name", ["llama", "granite", "gemma2"])
+def test_rows_that_are_wanted_alone_twice_or_out_of_order_answer_what_they_do_among_all(name):
+    """The last layer computes no others; a chunk of which none is wanted leaves its keys and values all the same."""
+    feeder = Feeder(make_runner(name), random_sequences([45, 17, 9]))
+    runner, chunk, rest = feeder.runner, [(0, 0, 30)], [(0, 30, 45), (1, 0, 17), (2, 0, 9)]
+    runner.forward(feeder.batch(chunk))
+    among_all = runner.forward(feeder.batch(rest))
+    for wanted in ([40], [14, 31], [31, 0, 31, 14], [*range(41), *range(41)], []):
+        assert len(runner.forward(replace(feeder.batch(chunk), logits_rows=np.zeros(0, np.int32)))) == 0
+        rows = np.array(wanted, np.int32)
+        assert torch.equal(runner.forward(replace(feeder.batch(rest), logits_rows=rows)), among_all[wanted])
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -211,7 +211,7 @@ def test_memory_that_runs_out_in_the_middle_is_said_so_and_nothing_is_forgotten(
         patched.setattr(SafetensorsTensor, "read", full)
         said = refusal(folder)
     assert said.startswith(
-        f"Memory ran out while {folder} was being loaded, which takes more than the 0.13 MiB of its "
+        f"Memory ran out while {folder} was being loaded, which takes more than the 0.12 MiB of its "
     )
     assert "free: use --quantization int4, a smaller model, or end other programs." in said
     assert (type(load(folder)) is CompiledRunner) == is_remembered

@@ -7,7 +7,7 @@ not may still run out of memory later.  Knows nothing about how weights are read
 
 import gc
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -17,7 +17,14 @@ import torch
 from helix_gateway.core.errors import HelixError, ModelLoadError
 from helix_gateway.runtime.checkpoints.protocol import StoredSize
 from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS
-from helix_gateway.runtime.cpu.quantised_kernels import GROUP_INPUTS, INT4, INT8, group_bytes
+from helix_gateway.runtime.cpu.quantised_kernels import (
+    GROUP_INPUTS,
+    INT4,
+    INT8,
+    INT8_CHANNELS,
+    groups_together,
+    turn_bytes,
+)
 from helix_gateway.runtime.description import Form
 from helix_gateway.runtime.device import obtainable_memory_bytes
 from helix_gateway.runtime.heap import return_freed_blocks
@@ -138,26 +145,32 @@ def held_bytes(tensors: Mapping[str, StoredSize], form: Form) -> int:
         form: that of the model.
     """
     matrices = {name: tensor for name, tensor in tensors.items() if len(tensor.shape) in (2, 3)}
-    sizes = {name: _held_bytes(tensor, form) for name, tensor in matrices.items()}
-    return sum(sizes.values()) - sum(sizes[name] for name in _second_tables(matrices))
+    tables = _tables(matrices)
+    sizes = {name: _held_bytes(tensor, form, is_table=name in tables) for name, tensor in matrices.items()}
+    return sum(sizes.values()) - sum(sizes[name] for name in tables[1:])
 
 
-def _held_bytes(tensor: StoredSize, form: Form) -> int:
+def _held_bytes(tensor: StoredSize, form: Form, *, is_table: bool) -> int:
     numbers = math.prod(tensor.shape)
     if form.quantisation is None:
         return numbers * form.torch_dtype.itemsize
     if len(tensor.shape) == 3:
         return numbers * _STACKED_BYTES
+    channels, inputs = tensor.shape
     # With int4 some get eight bits all the same: which, the model's structure tells.
     in_file = form.quantisation == "file" and tensor.block_kind in ("Q4_0", "Q4_1")
-    packed = INT4 if in_file or form.quantisation == "int4" else INT8
-    return numbers // (TILE_CHANNELS * GROUP_INPUTS) * group_bytes(packed)
+    if in_file or form.quantisation == "int4":
+        packed = INT4
+    else:
+        packed = INT8 if is_table or form.quantisation == "file" else INT8_CHANNELS
+    together = GROUP_INPUTS * groups_together(packed)
+    return channels * (inputs // together * turn_bytes(packed)) // TILE_CHANNELS
 
 
-def _second_tables(matrices: Mapping[str, StoredSize]) -> Iterator[str]:
-    """All but one of those that have the most rows: input and output embedding, which may be tied though both are stored."""
+def _tables(matrices: Mapping[str, StoredSize]) -> list[str]:
+    """Those that have the most rows: input and output embedding, which may be tied though both are stored."""
     most = max((tensor.shape[0] for tensor in matrices.values()), default=0)
-    yield from [name for name, tensor in matrices.items() if tensor.shape[0] == most][1:]
+    return [name for name, tensor in matrices.items() if tensor.shape[0] == most]
 
 
 def _without_unused(path: str, tensors: Mapping[str, StoredSize]) -> Mapping[str, StoredSize]:

@@ -13,7 +13,6 @@ from llvmlite import ir
 
 from helix_gateway.runtime.cpu.emitter import I8, I16, I32, I32S, LANES, Emitter, call, constant
 from helix_gateway.runtime.cpu.integer_dot import (
-    BYTE_OFFSET,
     DOTS,
     add_signed_bytes,
     usable_dots,
@@ -33,8 +32,8 @@ class DotProducts(ABC):
     """Vectors of 16 lanes that fit the registers."""
 
     @abstractmethod
-    def signed_start(self, emitter: Emitter, total: ir.Value) -> ir.Value:
-        """What a sum over eight-bit weights begins with; total: int32, the sum of all its activations."""
+    def signed_start(self, emitter: Emitter, start: ir.Value) -> ir.Value:
+        """What a sum over eight-bit weights begins with; start: int32, -128 times the sum of all its activations."""
 
     @abstractmethod
     def signed_weights(self, emitter: Emitter, stored: ir.Value) -> Any:
@@ -82,9 +81,9 @@ class _ByBytes(_Alike):
     dot: ClassVar[str]
     """Its name in `DOTS`."""
 
-    def signed_start(self, emitter: Emitter, total: ir.Value) -> ir.Value:
+    def signed_start(self, emitter: Emitter, start: ir.Value) -> ir.Value:
         """See `DotProducts`."""
-        return emitter.splat(emitter.builder.mul(total, ir.Constant(I32, -BYTE_OFFSET)))
+        return emitter.splat(start)
 
     def signed_weights(self, emitter: Emitter, stored: ir.Value) -> ir.Value:
         """See `DotProducts`."""
@@ -117,7 +116,7 @@ class Avx2(DotProducts):
 
     registers = 8
 
-    def signed_start(self, emitter: Emitter, total: ir.Value) -> ir.Value:
+    def signed_start(self, emitter: Emitter, start: ir.Value) -> ir.Value:
         """See `DotProducts`."""
         return constant(I32S, 0)
 
@@ -182,7 +181,7 @@ class ArmDotProduct(_Alike):
 
     registers = 8
 
-    def signed_start(self, emitter: Emitter, total: ir.Value) -> ir.Value:
+    def signed_start(self, emitter: Emitter, start: ir.Value) -> ir.Value:
         """See `DotProducts`."""
         return constant(I32S, 0)
 

@@ -15,8 +15,9 @@ from helix_gateway.runtime.cpu.joined_tiles import join_tiles
 from helix_gateway.runtime.cpu.layers import Angles
 from helix_gateway.runtime.cpu.linear import PackedEmbedding, PackedLinear
 from helix_gateway.runtime.cpu.parts import LayerParts, Parts
+from helix_gateway.runtime.cpu.quantised_kernels import FORMATS
 from helix_gateway.runtime.cpu.quantised_products import tile_kernel
-from helix_gateway.runtime.cpu.quantised_rows import num_groups, record_bytes
+from helix_gateway.runtime.cpu.quantised_rows import num_groups, rows_bytes
 from helix_gateway.runtime.cpu.quantised_step import (
     CHANGE_NORMS,
     FIELDS,
@@ -76,7 +77,7 @@ class QuantisedLlamaStep:
             # After the head has been moved, which may be the same matrix.
             np.array([*_quantised(embedding).operand, 0], np.int64),
             last,
-            tile_kernel(),
+            self._kernels(layers, last),
             structure.activation,
             structure.scaling,
             np.float32(structure.softcap),
@@ -106,6 +107,12 @@ class QuantisedLlamaStep:
         fields[NORMS] = self._norm(parts.norm, self._structure.logits)
         return fields
 
+    @staticmethod
+    def _kernels(layers: Int64s, last: Int64s) -> Int64s:
+        """By format, compiled for those that there are."""
+        used = {*layers[:, : 4 * MATRIX_FIELDS : MATRIX_FIELDS].ravel().tolist(), int(last[0])}
+        return np.array([tile_kernel(kind) if kind in used else 0 for kind in FORMATS], np.int64)
+
     def _norm(self, norm: torch.Tensor | None, factor: float = 1.0) -> int:
         """The address of a norm's weights, each times a factor that follows it; 0 where there is no norm."""
         return 0 if norm is None else self._keep((norm * factor).contiguous())
@@ -130,7 +137,8 @@ class QuantisedLlamaStep:
         threads = configure_threads()
         rows = Rows(np.ascontiguousarray(batch.token_ids), np.ascontiguousarray(batch.logits_rows))
         logits = torch.empty(len(rows.wanted), self._memory.vocab_size)
-        scratch = self._memory.scratch(len(rows.tokens), len(self._model.layers), threads, logits)
+        most = max(len(rows.tokens), len(rows.wanted))
+        scratch = self._memory.scratch(most, len(self._model.layers), threads, logits)
         angles = self._angles(int(batch.context_lens.max()))
         run_step(threads, self._model, plans, pages, rows, scratch, angles)
         return logits
@@ -153,7 +161,7 @@ class _Memory:
         self._width = out[0].out_features
         self._attended = out[0].in_features
         self._most = max(sum(part.out_features for part in parts) for parts in (qkv, out, gate_up))
-        self._record_bytes = record_bytes(num_groups(max(self._width, self._attended, down[0].in_features)))
+        self._most_groups = num_groups(max(self._width, self._attended, down[0].in_features))
         self.vocab_size = head.out_features
         self._rows = 0
         self._counts: Int64s = np.zeros((0, 0, 0), np.int64)
@@ -162,20 +170,20 @@ class _Memory:
         """Memory for so many rows, its counts zero."""
         if rows > self._rows:
             self._rows = rows
-            self._hidden, self._change = (_aligned(rows, self._width) for _ in range(2))
+            self._hidden, self._chosen, self._change = (_aligned(rows, self._width) for _ in range(3))
             self._product = _aligned(rows, self._most)
             self._attended_rows = _aligned(rows, self._attended)
-            self._records = torch.empty(rows, self._record_bytes, dtype=torch.uint8)
+            self._quantised = torch.empty(rows_bytes(rows, self._most_groups), dtype=torch.uint8)
         if self._counts.shape[1] != threads + 1:
             self._counts = new_counts(num_layers * LAYER_STAGES + 2, threads)
         self._counts[:] = 0
         return Scratch(
             self._hidden,
+            self._chosen,
             self._change,
             self._product,
             self._attended_rows,
-            self._records.data_ptr(),
-            self._record_bytes,
+            self._quantised.data_ptr(),
             logits.numpy(),
             self._counts,
         )

@@ -3,7 +3,8 @@
 The residual stream, attention and all sums are float32; what goes into a product is rounded to int8, row by row, so a
 row's bits depend on its own sequence alone.  A step is a row of stages (`NORM_QKV` to `DOWN` for each layer, then
 `NORM_HEAD` and `HEAD`), a stage some items (rows, tiles of a product, items of attention), and `_do_items` says what each
-is; how threads share them out is `work_sharing.py`'s affair.  Nothing is allocated on the way.  What a family has that
+is; how threads share them out is `work_sharing.py`'s affair.  Of the last layer only its keys and values are computed for
+all rows, the rest for those whose logits are wanted.  Nothing is allocated on the way.  What a family has that
 others lack (norms, factors, caps) is data of its layers or of the model: one compiled step serves all, and asks once a row
 or an item.  Which models this fits is `structures.py`'s affair.
 """
@@ -20,7 +21,7 @@ from helix_gateway.runtime.cpu.emitter import F32_BYTES
 from helix_gateway.runtime.cpu.layers import UniformPages, place_rows
 from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS
 from helix_gateway.runtime.cpu.parts import GELU, UNCAPPED
-from helix_gateway.runtime.cpu.quantised_kernels import GROUP_INPUTS
+from helix_gateway.runtime.cpu.quantised_kernels import GROUP_INPUTS, INT8_CHANNELS
 from helix_gateway.runtime.cpu.quantised_products import multiply_tiles, read_row
 from helix_gateway.runtime.cpu.quantised_rows import (
     norm_row,
@@ -63,8 +64,8 @@ class Model(NamedTuple):
     """[MATRIX_FIELDS], its bias of no meaning."""
     head: Int64s
     """[FIELDS], of which the first matrix and the norms of the first place are its own."""
-    kernel: int
-    """`quantised_products.tile_kernel`."""
+    kernels: Int64s
+    """`quantised_products.tile_kernel` by format; 0 for those that no matrix has."""
     activation: int
     """This and what follows are `structures.Structure`'s."""
     scaling: float
@@ -89,29 +90,35 @@ class Scratch(NamedTuple):
 
     hidden: Float32s
     """[rows, width], the residual stream."""
+    chosen: Float32s
+    """[wanted rows, width], the same of the last layer's second half."""
     change: Float32s
     """[rows, width], what the last product adds to it."""
     product: Float32s
     """[rows, the most channels of QKV, gate and up, at least the width]; products leave rows of their own width."""
     attended: Float32s
     """[rows, query heads * head dimension]"""
-    records: int
-    """Address of the quantised rows."""
-    record_bytes: int
-    """Bytes from one of them to the next."""
+    quantised: int
+    """Address of the quantised rows (`quantised_rows.py`)."""
     logits: Float32s
     """[wanted rows, channels of the head]"""
     counts: Int64s
     """Of `work_sharing.new_counts`."""
 
 
+@njit(inline="always")
+def _is_of_chosen(stage, number, num_layers):  # type: ignore[no-untyped-def]
+    """Whether a stage is about the rows whose logits are wanted, one after another, and not about all."""
+    return stage > ATTEND and number >= num_layers - 1
+
+
 @njit(cache=True)
-def _count_items(stage, fields, rows, wanted, items):  # type: ignore[no-untyped-def]
-    """How many items a stage has; fields: of its layer."""
+def _count_items(stage, fields, rows, items):  # type: ignore[no-untyped-def]
+    """How many items a stage over so many rows has; fields: of its layer, items: of attention."""
+    if rows == 0:
+        return 0
     if stage == ATTEND:
         return items
-    if stage == NORM_HEAD:
-        return wanted
     matrix = _matrix_of(stage)
     if matrix < 0:
         return rows
@@ -149,19 +156,29 @@ def _add_change(model, norm, hidden, change, room, out):  # type: ignore[no-unty
     sum_rows(hidden.ctypes.data, change.ctypes.data, out.ctypes.data, width // GROUP_INPUTS)
 
 
+@njit(inline="always")
+def _is_joined(fields, matrix):  # type: ignore[no-untyped-def]
+    """Whether the records that go into one of a layer's matrices have their groups joined."""
+    return fields[matrix * MATRIX_FIELDS] == INT8_CHANNELS
+
+
 @njit(cache=True)
-def _quantise_norm(model, norm, row, record):  # type: ignore[no-untyped-def]
-    """The record of a row's norm; of the row itself where there is none."""
+def _quantise_norm(model, norm, numbers, joined, to):  # type: ignore[no-untyped-def]
+    """A row's norm quantised, or the row itself where there is none; to: address, row and rows of `quantise_row`."""
+    (at, row, rows), groups = to, len(numbers) // GROUP_INPUTS
     if norm != 0:
-        quantise_normed_row(row.ctypes.data, len(row), model.eps, norm, record, len(row) // GROUP_INPUTS)
+        quantise_normed_row(numbers.ctypes.data, len(numbers), model.eps, norm, at, row, rows, groups, joined)
     else:
-        quantise_row(row.ctypes.data, record, len(row) // GROUP_INPUTS)
+        quantise_row(numbers.ctypes.data, at, row, rows, groups, joined)
 
 
 @njit(cache=True)
-def _norm_stage_row(number, stage, row, model, fields, rows, scratch, record):  # type: ignore[no-untyped-def]
-    """The residual stream of one row brought up to date, and the record of its norm."""
+def _norm_stage_row(number, stage, row, is_chosen, model, fields, rows, scratch, to):  # type: ignore[no-untyped-def]
+    """The residual stream of one row brought up to date, and its norm quantised."""
     hidden, change, place = scratch.hidden[row], scratch.change[row], 1 if stage == NORM_GATE else 0
+    out = hidden
+    if is_chosen:  # a row may be wanted twice, so it is left as it is
+        hidden, out = scratch.hidden[rows.wanted[row]], scratch.chosen[row]
     if stage == NORM_QKV and number == 0:
         matrix = model.embedding_matrix
         weight = (matrix[0], matrix[1], matrix[2], matrix[_GROUPS], matrix[_CHANNELS])
@@ -169,17 +186,16 @@ def _norm_stage_row(number, stage, row, model, fields, rows, scratch, record):  
         if model.embedding != 1:
             _scale(hidden, model.embedding, hidden)
     else:
-        _add_change(model, fields[CHANGE_NORMS + place], hidden, change, change, hidden)
-    _quantise_norm(model, fields[NORMS + place], hidden, record)
+        _add_change(model, fields[CHANGE_NORMS + place], hidden, change, change, out)
+    _quantise_norm(model, fields[NORMS + place], out, _is_joined(fields, 2 * place), to)
 
 
 @njit(cache=True)
-def _norm_wanted_row(place, model, fields, rows, scratch, record):  # type: ignore[no-untyped-def]
-    """The record of the last norm of a row whose logits are wanted; rows may be wanted twice, so they are left as they are."""
-    row, width = rows.wanted[place], scratch.hidden.shape[1]
-    out = scratch.product[place, :width]
-    _add_change(model, fields[CHANGE_NORMS], scratch.hidden[row], scratch.change[row], out, out)
-    _quantise_norm(model, fields[NORMS], out, record)
+def _norm_wanted_row(place, model, fields, scratch, to):  # type: ignore[no-untyped-def]
+    """The last norm of a row whose logits are wanted, quantised."""
+    hidden, change = scratch.chosen[place], scratch.change[place]
+    _add_change(model, fields[CHANGE_NORMS], hidden, change, change, hidden)
+    _quantise_norm(model, fields[NORMS], hidden, _is_joined(fields, 0), to)
 
 
 @njit(cache=True)
@@ -195,14 +211,14 @@ def _norm_heads(first, last, product, channels, fields, queries, keys, eps):  # 
 
 
 @njit(cache=True)
-def _gate(row, model, fields, scratch, record):  # type: ignore[no-untyped-def]
-    """The record of ``activation(gate) * up`` of a row."""
-    channels = fields[2 * MATRIX_FIELDS + _CHANNELS]
+def _gate(model, fields, scratch, to):  # type: ignore[no-untyped-def]
+    """``activation(gate) * up`` of a row, quantised."""
+    (at, row, rows), channels = to, fields[2 * MATRIX_FIELDS + _CHANNELS]
     address, groups = scratch.product.ctypes.data + row * channels * F32_BYTES, channels // 2 // GROUP_INPUTS
     if model.activation == GELU:
-        quantise_gelu_gated_row(address, record, groups)
+        quantise_gelu_gated_row(address, at, row, rows, groups, _is_joined(fields, 3))
     else:
-        quantise_gated_row(address, record, groups)
+        quantise_gated_row(address, at, row, rows, groups, _is_joined(fields, 3))
 
 
 @njit(cache=True)
@@ -214,7 +230,7 @@ def _cap_logits(first, last, logits, cap):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _multiply(kernel, stage, first, last, fields, num_rows, scratch):  # type: ignore[no-untyped-def]
+def _multiply(kernels, stage, first, last, fields, num_rows, scratch):  # type: ignore[no-untyped-def]
     """Some tiles of a product."""
     place = _matrix_of(stage) * MATRIX_FIELDS
     weight = (fields[place], fields[place + 1], fields[place + 2], fields[place + _GROUPS], fields[place + _CHANNELS])
@@ -224,9 +240,8 @@ def _multiply(kernel, stage, first, last, fields, num_rows, scratch):  # type: i
         out = scratch.change.ctypes.data
     else:
         out = scratch.product.ctypes.data
-    multiply_tiles(
-        kernel, first, last, num_rows, scratch.records, scratch.record_bytes, weight, fields[place + _BIAS], out
-    )
+    kernel, bias = kernels[fields[place]], fields[place + _BIAS]
+    multiply_tiles(kernel, first, last, num_rows, scratch.quantised, weight, bias, out)
 
 
 # What is inlined below would otherwise be compiled several times over, attention with it: numba compiles whatever a
@@ -269,27 +284,28 @@ def _place(first, last, number, model, plans, pages, fields, scratch, angles):  
 def _do_items(thread, stage, number, first, last, model, plans, pages, rows, scratch, angles):  # type: ignore[no-untyped-def]
     """The items first:last of one stage of a layer; the head is the layer after the last."""
     fields = model.head if number == len(model.layers) else model.layers[number]
+    is_chosen = _is_of_chosen(stage, number, len(model.layers))
+    num_rows = len(rows.wanted) if is_chosen else len(rows.tokens)
     if stage == ATTEND:
         _attend(thread, first, last, number, model, plans, pages, fields, scratch)
     elif stage == PLACE:
         _place(first, last, number, model, plans, pages, fields, scratch, angles)
     elif _matrix_of(stage) >= 0:
-        num_rows = len(rows.wanted) if stage == HEAD else len(rows.tokens)
-        _multiply(model.kernel, stage, first, last, fields, num_rows, scratch)
+        _multiply(model.kernels, stage, first, last, fields, num_rows, scratch)
         if stage == HEAD and model.logits_softcap < UNCAPPED:
             _cap_logits(first, last, scratch.logits, model.logits_softcap)
     else:
         for row in range(first, last):
-            record = scratch.records + row * scratch.record_bytes
+            to = (scratch.quantised, row, num_rows)
             if stage == QUANTISE:
-                attended = scratch.attended
-                quantise_row(attended[row].ctypes.data, record, attended.shape[1] // GROUP_INPUTS)
+                attended, joined = scratch.attended[rows.wanted[row] if is_chosen else row], _is_joined(fields, 1)
+                quantise_row(attended.ctypes.data, to[0], row, num_rows, len(attended) // GROUP_INPUTS, joined)
             elif stage == GATE:
-                _gate(row, model, fields, scratch, record)
+                _gate(model, fields, scratch, to)
             elif stage == NORM_HEAD:
-                _norm_wanted_row(row, model, fields, rows, scratch, record)
+                _norm_wanted_row(row, model, fields, scratch, to)
             else:
-                _norm_stage_row(number, stage, row, model, fields, rows, scratch, record)
+                _norm_stage_row(number, stage, row, is_chosen, model, fields, rows, scratch, to)
 
 
 @njit(inline="always")
@@ -300,7 +316,10 @@ def _work(thread, threads, model, plans, pages, rows, scratch, angles):  # type:
         number = min(turn // LAYER_STAGES, num_layers)
         stage = turn - number * LAYER_STAGES if number < num_layers else turn - num_layers * LAYER_STAGES + NORM_HEAD
         fields = model.head if number == num_layers else model.layers[number]
-        items = _count_items(stage, fields, len(rows.tokens), len(rows.wanted), plans.bounds[fields[PLAN], -1])
+        # Nobody reads what the last layer attends to where no logits are wanted.
+        is_chosen = _is_of_chosen(stage, number, num_layers) or (stage == ATTEND and number == num_layers - 1)
+        num_rows = len(rows.wanted) if is_chosen else len(rows.tokens)
+        items = _count_items(stage, fields, num_rows, plans.bounds[fields[PLAN], -1])
         shares = min(items, threads * _SHARES_A_THREAD) if stage != ATTEND else items
         done = 0
         share = take_share(scratch.counts, turn, thread, shares)

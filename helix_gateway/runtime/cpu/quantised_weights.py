@@ -13,13 +13,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from helix_gateway.runtime.cpu.emitter import LANES
+from helix_gateway.runtime.cpu.emitter import F32_BYTES, LANES
 from helix_gateway.runtime.cpu.four_bits import LARGEST, best_scales
 from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS
 from helix_gateway.runtime.cpu.packed import PackedWeight
-from helix_gateway.runtime.cpu.quantised_kernels import GROUP_INPUTS, INT4, INT8, group_bytes
+from helix_gateway.runtime.cpu.quantised_kernels import (
+    GROUP_INPUTS,
+    INT4,
+    INT8,
+    INT8_CHANNELS,
+    groups_together,
+    tile_bytes,
+)
 from helix_gateway.runtime.cpu.quantised_products import multiply, quantise_rows, read_rows, tile_kernel
-from helix_gateway.runtime.cpu.quantised_rows import num_groups, record_bytes
+from helix_gateway.runtime.cpu.quantised_rows import num_groups, rows_bytes
 from helix_gateway.runtime.cpu.threads import configure_threads
 
 Bytes = npt.NDArray[np.uint8]
@@ -27,6 +34,8 @@ Bytes = npt.NDArray[np.uint8]
 # Weights quantised and packed at a time, so that temporaries stay small beside the matrix.
 _PIECE_WEIGHTS = 1 << 20
 _LARGEST8, _OFFSET8 = 127, 128
+# The inverse of a smaller one might not be finite.
+_SMALLEST_SCALE = np.float32(1e-30)
 # Eight times as much is the largest float16.
 _LARGEST_Q4_0 = np.float16(8188)
 
@@ -42,9 +51,11 @@ class QuantisedWeight(PackedWeight):
 
     def __init__(self, channels: int, inputs: int) -> None:
         """Memory for a matrix, to be filled tile by tile."""
-        self.channels, self.inputs, self.groups = channels, inputs, num_groups(inputs)
-        tile_bytes = self.groups * group_bytes(self.format)
-        self.tiles = torch.empty(-(-channels // TILE_CHANNELS), tile_bytes, dtype=torch.uint8)
+        together = groups_together(self.format)
+        self.channels, self.inputs = channels, inputs
+        self.groups = -(-num_groups(inputs) // together) * together
+        size = tile_bytes(self.format, self.groups)
+        self.tiles = torch.empty(-(-channels // TILE_CHANNELS), size, dtype=torch.uint8)
 
     @classmethod
     def from_float(cls, weight: torch.Tensor) -> "QuantisedWeight":
@@ -77,11 +88,10 @@ class QuantisedWeight(PackedWeight):
         if rows == 0:
             return out
         x = torch.nn.functional.pad(x, (0, width - self.inputs)).contiguous()
-        stride = record_bytes(self.groups)
-        records = torch.empty(rows, stride, dtype=torch.uint8)
-        threads, at = configure_threads(), records.data_ptr()
-        quantise_rows(threads, rows, x.data_ptr(), self.groups, at, stride)
-        multiply(threads, tile_kernel(), rows, at, stride, self.operand, bias.data_ptr(), out.data_ptr())
+        room, threads = torch.empty(rows_bytes(rows, self.groups), dtype=torch.uint8), configure_threads()
+        quantise_rows(threads, rows, x.data_ptr(), self.groups, groups_together(self.format) > 1, room.data_ptr())
+        kernel = tile_kernel(self.format)
+        multiply(threads, kernel, rows, room.data_ptr(), self.operand, bias.data_ptr(), out.data_ptr())
         return out
 
     def gather(self, ids: torch.Tensor) -> torch.Tensor:
@@ -129,6 +139,27 @@ class Int8Weight(QuantisedWeight):
         tiles = self.tiles[first_tile : first_tile + count].numpy().reshape(count, groups, -1)
         tiles[..., : GROUP_INPUTS * TILE_CHANNELS] = _by_lanes(_unsigned(steps), count, groups)
         tiles[..., GROUP_INPUTS * TILE_CHANNELS :] = _of_groups(scales, count)
+
+
+class Int8ChannelWeight(QuantisedWeight):
+    """One float32 scale for a channel."""
+
+    format = INT8_CHANNELS
+
+    @staticmethod
+    def _quantised(rows: npt.NDArray[np.float32]) -> tuple[npt.NDArray[Any], ...]:
+        scales = np.abs(rows).max(axis=1) / np.float32(_LARGEST8)
+        scales[scales < _SMALLEST_SCALE] = 0
+        steps = np.rint(rows * _inverse(scales))
+        return np.clip(steps, -_LARGEST8, _LARGEST8).astype(np.int8), scales
+
+    def _put(self, first_tile: int, *numbers: npt.NDArray[Any]) -> None:
+        steps, scales = numbers
+        count, turns = len(steps) // TILE_CHANNELS, self.groups // groups_together(self.format)
+        tiles = self.tiles[first_tile : first_tile + count].numpy()
+        tail = F32_BYTES * TILE_CHANNELS
+        tiles[:, :-tail] = _by_lanes(_unsigned(steps), count, turns).reshape(count, -1)
+        tiles[:, -tail:] = scales.view(np.uint8).reshape(count, tail)
 
 
 class Int4Weight(QuantisedWeight):
@@ -203,8 +234,8 @@ def _halves(blocks: Bytes, byte: int) -> npt.NDArray[np.float16]:
     return np.ascontiguousarray(blocks[..., byte : byte + 2]).view(np.float16)[..., 0]
 
 
-def _inverse(scales: npt.NDArray[np.float16]) -> npt.NDArray[np.float32]:
-    """One over the scales of groups, as stored; 0 where a group is one number."""
+def _inverse(scales: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """One over the scales of groups, as stored; 0 where a group is one number, or a channel zeros."""
     wide = scales.astype(np.float32)[..., None]
     return np.divide(1, wide, out=np.zeros_like(wide), where=wide != 0)
 

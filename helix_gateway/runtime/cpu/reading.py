@@ -9,7 +9,8 @@ import structlog
 import torch
 
 from helix_gateway.runtime.checkpoints.protocol import Blocks, StoredTensor
-from helix_gateway.runtime.cpu.quantised_weights import Int4Weight, Int8Weight, QuantisedWeight
+from helix_gateway.runtime.cpu.quantised_kernels import GROUP_INPUTS, JOINED_GROUPS
+from helix_gateway.runtime.cpu.quantised_weights import Int4Weight, Int8ChannelWeight, Int8Weight, QuantisedWeight
 
 log = structlog.get_logger(__name__)
 
@@ -17,12 +18,7 @@ Quantisation = Literal["file", "int8", "int4"]
 """``file``: a GGUF's own blocks where there are kernels that hold their numbers, else ``int8``."""
 
 
-def of_table(quantisation: Quantisation) -> Quantisation:
-    """How an output embedding or a table of tokens is quantised: read a row at a time, or deciding between tokens."""
-    return "int8" if quantisation == "int4" else quantisation
-
-
-def read_quantised(stored: StoredTensor, quantisation: Quantisation) -> QuantisedWeight:
+def read_quantised(stored: StoredTensor, quantisation: Quantisation, *, in_groups: bool) -> QuantisedWeight:
     """A stored matrix [channels, inputs], quantised.
 
     Raises:
@@ -30,12 +26,25 @@ def read_quantised(stored: StoredTensor, quantisation: Quantisation) -> Quantise
     """
     blocks = stored.blocks() if quantisation == "file" else None
     packed = None if blocks is None else _from_blocks(blocks)
-    return quantised(stored.read(None), quantisation) if packed is None else packed
+    return quantised(stored.read(None), quantisation, in_groups=in_groups) if packed is None else packed
 
 
-def quantised(matrix: torch.Tensor, quantisation: Quantisation) -> QuantisedWeight:
-    """A matrix [channels, inputs], quantised."""
-    return (Int4Weight if quantisation == "int4" else Int8Weight).from_float(matrix)
+def quantised(matrix: torch.Tensor, quantisation: Quantisation, *, in_groups: bool) -> QuantisedWeight:
+    """A matrix [channels, inputs], quantised.
+
+    Args:
+        in_groups: it gets eight bits at least, and groups: what decides between tokens, or loses more than others.
+    """
+    return _kind_for(matrix.shape[1], quantisation, in_groups=in_groups).from_float(matrix)
+
+
+def _kind_for(inputs: int, quantisation: Quantisation, *, in_groups: bool) -> type[QuantisedWeight]:
+    # Beside blocks of a file, with which it may be computed as one matrix, is what has their groups.
+    if in_groups or quantisation == "file":
+        return Int8Weight
+    if quantisation == "int4":
+        return Int4Weight
+    return Int8Weight if inputs % (JOINED_GROUPS * GROUP_INPUTS) else Int8ChannelWeight
 
 
 def _from_blocks(blocks: Blocks) -> QuantisedWeight | None:
