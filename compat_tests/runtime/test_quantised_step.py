@@ -45,6 +45,11 @@ VARIANTS = {
         "llama",
         {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu_pytorch_tanh"},
     ),
+    "llama whose products are of both kinds of int8": (
+        "llama",
+        {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 3, "num_key_value_heads": 3},
+    ),
+    "llama of one layer": ("llama", {"num_hidden_layers": 1}),
     "llama whose head is its embedding": ("llama", {"tie_word_embeddings": True}),
     **{
         f"llama whose angles are {options['rope_type']}": ("llama", {"rope_parameters": {"rope_theta": 1e4, **options}})

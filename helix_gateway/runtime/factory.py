@@ -23,7 +23,7 @@ from helix_gateway.runtime.device import free_memory_bytes, get_device, memory_e
 from helix_gateway.runtime.heap import return_freed_blocks, returning_freed_memory
 from helix_gateway.runtime.kept_blocks import NamedBlocks
 from helix_gateway.runtime.kv_format import kv_dtype
-from helix_gateway.runtime.loading import load_model, open_checkpoint, resolve_dtype
+from helix_gateway.runtime.loading import load_model, open_checkpoint, quantisation_of, resolve_dtype
 from helix_gateway.runtime.paged_runner import PagedRunner
 from helix_gateway.runtime.pool import ArenaRefusedError, PoolOptions, lay_out_pool, make_runners
 from helix_gateway.runtime.progress import terminal_bar
@@ -154,7 +154,11 @@ def _room(paths: Sequence[str], device: torch.device, options: LoadOptions) -> W
     dtype, requested = options.get("dtype", "auto"), options.get("quantization", "auto")
     quantisation = resolve_quantisation(device, dtype, requested)
     forms = [
-        Form("float32", _of_path(path, quantisation)) if quantisation else _float_form(resolve_dtype(path, dtype))
+        (
+            Form("float32", quantisation_of(path, quantisation))
+            if quantisation
+            else _float_form(resolve_dtype(path, dtype))
+        )
         for path in paths
     ]
     others = {"--dtype bfloat16": _float_form(torch.bfloat16)}
@@ -165,11 +169,6 @@ def _room(paths: Sequence[str], device: torch.device, options: LoadOptions) -> W
             f"--quantization int4{instead}": Form("float32", "int4"),
         }
     return WeightRoom([Weights(path, form) for path, form in zip(paths, forms, strict=True)], device, others)
-
-
-def _of_path(path: str, quantisation: Quantisation) -> Quantisation:
-    """How a model's weights are quantised: a folder has no blocks that could be taken as they are."""
-    return "int8" if quantisation == "file" and Path(path).is_dir() else quantisation
 
 
 def _float_form(dtype: torch.dtype) -> Form:
@@ -344,8 +343,8 @@ def _load_quantised_or_packed(wanted: _Wanted, device: torch.device, quantisatio
 def _load_quantised(wanted: _Wanted, device: torch.device, quantisation: Quantisation) -> _LoadedModel:
     from helix_gateway.runtime.cpu.quantising import quantise_model
 
-    # Kept blocks are taken as a file's own; what there is none of, a table of tokens, becomes int8 in both ways.
-    form = Form("float32", _of_path(wanted.path, quantisation) if wanted.kept is None else "file")
+    # Kept blocks are taken as a file's own; what there is none of, a table of tokens, becomes int8 in groups in both ways.
+    form = Form("float32", quantisation_of(wanted.path, quantisation) if wanted.kept is None else "file")
 
     def quantise(model: "PreTrainedModel", promises: Promises) -> None:
         quantise_model(model, form.quantisation, promises)  # type: ignore[arg-type]

@@ -7,7 +7,6 @@ nothing about what the answers are for.
 """
 
 from dataclasses import replace
-from typing import Literal
 
 import msgspec
 
@@ -15,8 +14,9 @@ from helix_gateway.core.errors import ModelLoadError
 from helix_gateway.runtime.cpu.compiled_steps import step_of
 from helix_gateway.runtime.cpu.parts import Parts
 from helix_gateway.runtime.cpu.quantised_llama import is_quantised_alike
+from helix_gateway.runtime.cpu.reading import Quantisation
 from helix_gateway.runtime.description import Description, Form, described_tensors, read_parts, recall
-from helix_gateway.runtime.loading import open_checkpoint
+from helix_gateway.runtime.loading import open_checkpoint, quantisation_of
 from helix_gateway.runtime.paged_attention import PagedAttention
 from helix_gateway.runtime.paged_runner import Compute, PagedRunner
 
@@ -35,7 +35,7 @@ def at_fewer_bits(path: str, runner: PagedRunner) -> PagedRunner:
         raise ModelLoadError("its weights are quantised already")
     if parts is None or description is None:
         raise ModelLoadError("there is no compiled step of it")
-    read = _read(path, description, "file")
+    read = _read(path, description, quantisation_of(path, "file"))
     if not is_quantised_alike(read):  # a file may store in several ways what is computed as one matrix
         del read  # there is not room for both
         read = _read(path, description, "int8")
@@ -50,7 +50,7 @@ def at_fewer_bits(path: str, runner: PagedRunner) -> PagedRunner:
     return runner.beside(step, quantised)
 
 
-def _read(path: str, description: Description, quantisation: Literal["file", "int8"]) -> Parts:
+def _read(path: str, description: Description, quantisation: Quantisation) -> Parts:
     # What is rounded to int8 is float32 before and after.
     told = msgspec.structs.replace(description, form=Form("float32", quantisation))
     return read_parts(told, described_tensors(told, open_checkpoint(path)), _tell_nobody)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from helix_gateway.runtime.cpu.reading import Quantisation
+
 Quantise: TypeAlias = Callable[["PreTrainedModel", Promises], None]
 """Reads the matrices that a model's parameters only stand for, and puts what becomes of them in their places."""
 
@@ -115,6 +117,11 @@ def model_config(path: str) -> "PreTrainedConfig":
     """
     with _explained(path):
         return open_checkpoint(path).config()
+
+
+def quantisation_of(path: str, quantisation: "Quantisation") -> "Quantisation":
+    """How a model's weights are quantised: a folder has no blocks that could be taken as they are, and becomes int8."""
+    return "int8" if quantisation == "file" and Path(path).is_dir() else quantisation
 
 
 def open_checkpoint(path: str) -> Checkpoint:

@@ -41,8 +41,8 @@ _ROWS_TO_AN_ODD_ONE = 10
 """Of so many rows one may be odd; a smaller trial may have none."""
 _TIMES_ROUNDING = 2.0
 """How much more the compiled step of a quantised model may differ from its modules than these differ from float32, in the
-worst rows that are not odd: SmolLM2 differs as much (0.18 and 0.17), tiny models not at all, a step that is wrong in a
-few rows 4 to 20 times as much."""
+worst rows that are not odd: SmolLM2 differs as much (0.18 and 0.17 over its file's blocks; in int8 what is odd is the
+bound), tiny models not at all, a step that is wrong in a few rows 4 to 20 times as much."""
 _STORED_AGREEMENT = {torch.float32: 0.0, torch.bfloat16: 0.02, torch.int8: 0.02}
 """The same for what keys and values are stored in: a difference in the last bit may round a key the other way."""
 

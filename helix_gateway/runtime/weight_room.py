@@ -138,7 +138,7 @@ class WeightRoom:
 
 
 def held_bytes(tensors: Mapping[str, StoredSize], form: Form) -> int:
-    """Memory that a model's stored tensors take at least once they are held in some form.
+    """Memory that a model's stored tensors take at least, or within a hundredth, once they are held in some form.
 
     Args:
         tensors: what is stored, by the file's names.

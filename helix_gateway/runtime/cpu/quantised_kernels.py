@@ -1,8 +1,8 @@
 """The inner product of quantised linear layers as LLVM vector code: rows of int8 activations times one tile of weights.
 
 A vector holds four inputs of 16 output channels, so that lanes are channels and no sum runs across them; a tile has 32
-channels.  Inputs come in groups of 32, of weights and of activations alike (`quantised_rows.py`), padded to whole ones.
-Three formats of weights, for each group of a tile:
+channels.  Inputs come in groups of 32 (`quantised_rows.py`), padded to whole ones.  A tile is multiplied in turns, of one
+group or of two.  Three formats of weights, for each turn of a tile:
 
 - `INT8`, ``w = d * q`` (GGUF's Q8_0): [2 vectors][8][16 channels][4] bytes of ``q + 128``, then 32 float16 ``d``.
 - `INT4`, ``w = d * q + m`` with q in 0 .. 15 (GGUF's Q4_1, and Q4_0 with ``m = -8 d``): [2 vectors][4][16 channels][4]
@@ -228,22 +228,22 @@ def _nibble_products(dot: DotProducts, rows: _Rows, at: ir.Value, vectors: Seque
     return [dot.small_sums(emitter, part) for part in parts]
 
 
-_FORMATS: dict[int, type[_Format]] = {INT8: _Int8, INT4: _Int4, INT8_CHANNELS: _Int8Channels}
+_KINDS: dict[int, type[_Format]] = {INT8: _Int8, INT4: _Int4, INT8_CHANNELS: _Int8Channels}
 
 
 def groups_together(format_: int) -> int:
     """Groups that share their scales; a matrix has whole numbers of such."""
-    return _FORMATS[format_].groups
+    return _KINDS[format_].groups
 
 
 def turn_bytes(format_: int) -> int:
     """Bytes of a tile for such groups."""
-    return _FORMATS[format_].turn_bytes
+    return _KINDS[format_].turn_bytes
 
 
 def tile_bytes(format_: int, groups: int) -> int:
     """Bytes of a tile of so many groups."""
-    kind = _FORMATS[format_]
+    kind = _KINDS[format_]
     return groups // kind.groups * kind.turn_bytes + kind.tail_bytes
 
 
@@ -332,7 +332,7 @@ def multiply_quantised_tile(  # type: ignore[no-untyped-def]
     literals = (format_, dot, few_rows, many_rows)
     if not all(isinstance(value, types.IntegerLiteral) for value in literals):
         return None
-    kind, products = _FORMATS[format_.literal_value], DOT_PRODUCTS[dot.literal_value]
+    kind, products = _KINDS[format_.literal_value], DOT_PRODUCTS[dot.literal_value]
     numbers = sorted({*range(1, few_rows.literal_value + 1), many_rows.literal_value})
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:

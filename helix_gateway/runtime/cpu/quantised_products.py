@@ -52,7 +52,7 @@ def _first_row(block, rows, many, many_rows, few):  # type: ignore[no-untyped-de
 
 def _tiles_of(format_: int, many_rows: int) -> Callable[..., None]:
     """The body of `multiply_tiles` for one format; ``many_rows``: the most that share one reading of a tile."""
-    step, row_bytes = turn_bytes(format_), groups_together(format_) * GROUP_INPUTS
+    bytes_of_turn, row_bytes = turn_bytes(format_), groups_together(format_) * GROUP_INPUTS
 
     def multiply_tiles(  # type: ignore[no-untyped-def]
         first, last, rows, x, tiles, tile_bytes, groups, channels, bias, out
@@ -81,7 +81,7 @@ def _tiles_of(format_: int, many_rows: int) -> Callable[..., None]:
                     rows,
                     tile,
                     ahead,
-                    step // blocks,
+                    bytes_of_turn // blocks,
                     groups,
                     b,
                     to,

@@ -158,7 +158,7 @@ def _add_change(model, norm, hidden, change, room, out):  # type: ignore[no-unty
 
 @njit(inline="always")
 def _is_joined(fields, matrix):  # type: ignore[no-untyped-def]
-    """Whether the records that go into one of a layer's matrices have their groups joined."""
+    """Whether rows that go into one of a layer's matrices have their groups joined."""
     return fields[matrix * MATRIX_FIELDS] == INT8_CHANNELS
 
 

@@ -15,7 +15,8 @@ from helix_gateway.runtime.cpu.quantised_weights import Int4Weight, Int8ChannelW
 log = structlog.get_logger(__name__)
 
 Quantisation = Literal["file", "int8", "int4"]
-"""``file``: a GGUF's own blocks where there are kernels that hold their numbers, else ``int8``."""
+"""``file``: a GGUF's own blocks where there are kernels that hold their numbers, else eight bits in such groups; ``int8``: a
+scale a channel, where its inputs are whole pairs of groups."""
 
 
 def read_quantised(stored: StoredTensor, quantisation: Quantisation, *, in_groups: bool) -> QuantisedWeight:
