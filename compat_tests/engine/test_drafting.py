@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from compat_tests.engine.test_depth import draft
+from compat_tests.slowness import slowness
 from helix_gateway.core.request import Request, SamplingParams
 from helix_gateway.engine.acceptance import AcceptanceModel
 from helix_gateway.engine.drafters.base import NOTHING
@@ -199,4 +200,4 @@ def test_asking_takes_a_hundredth_of_a_step():
         drafting.better(sequences, sure, free)
         seconds.append(perf_counter() - began)
     print(f"{1e6 * np.median(seconds):.0f} µs, least {1e6 * min(seconds):.0f}")
-    assert min(seconds) < 0.01 * 0.025 * 2  # somebody else may be using the machine
+    assert min(seconds) < 0.01 * 0.025 * 2 * slowness()  # somebody else may be using the machine

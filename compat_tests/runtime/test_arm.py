@@ -13,7 +13,13 @@ from numba import types
 from helix_gateway.runtime.cpu import arm, emitter, work_sharing
 from helix_gateway.runtime.cpu.dot_products import DOT_PRODUCTS
 from helix_gateway.runtime.cpu.emitter import I64
-from helix_gateway.runtime.cpu.quantised_kernels import INT4, INT8, multiply_quantised_tile
+from helix_gateway.runtime.cpu.quantised_kernels import (
+    INT4,
+    INT8,
+    INT8_CHANNELS,
+    groups_together,
+    multiply_quantised_tile,
+)
 
 FEATURES = {"ArmI8mm": "+neon,+dotprod,+i8mm", "ArmDotProduct": "+neon,+dotprod", "Portable": "+neon"}
 PLACES = {type(each).__name__: place for place, each in enumerate(DOT_PRODUCTS)}
@@ -60,18 +66,18 @@ def mnemonics(code):
 
 
 def tile_code(target, kind, format_, rows):
-    literals = [types.IntegerLiteral(number) for number in (format_, PLACES[kind], 1, rows)]
-    return assembly(target, multiply_quantised_tile, [*literals, *[types.intp] * 11], FEATURES[kind])
+    literals = [types.IntegerLiteral(number) for number in (format_, PLACES[kind], rows, rows)]
+    return assembly(target, multiply_quantised_tile, [*literals, *[types.intp] * 12], FEATURES[kind])
 
 
-@pytest.mark.parametrize("format_", [INT8, INT4])
+@pytest.mark.parametrize("format_", [INT8, INT4, INT8_CHANNELS])
 @pytest.mark.parametrize("kind", FEATURES)
 def test_a_tile_is_multiplied_by_the_processors_own_dot_products(kind, format_, arm_target, on_arm):
     found = mnemonics(tile_code(arm_target, kind, format_, 1))
     dots = [name for name in found if name in CALLS]
     wanted = {"ArmI8mm": "usdot", "ArmDotProduct": "sdot"}.get(kind)
-    # 32 inputs of 32 channels, 16 products an instruction; one vector of the tile after the other.
-    assert dots == ([wanted] * 64 if wanted else [])
+    # A group is 32 inputs of 32 channels, 16 products an instruction; one vector of the tile after the other.
+    assert dots == ([wanted] * 64 * groups_together(format_) if wanted else [])
     assert "bl" not in found  # no library is called for what an instruction does
 
 

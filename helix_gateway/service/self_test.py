@@ -45,8 +45,8 @@ class _Trial:
 
 SMOLLM2_PROMPT = "1, 2, 3, 4, 5, 6,"
 SMOLLM2_ANSWER = (216, 39, 28, 216, 40, 28, 216, 41, 28, 216, 33, 32, 28, 216, 33, 33)
-TINY_PROMPT = "Hello"
-TINY_ANSWER = (22, 62, 227, 139, 61, 91, 39, 226, 50, 116, 59, 227, 220, 88, 145, 88)
+TINY_PROMPT = "send"
+TINY_ANSWER = (220, 119, 121, 91, 49, 145, 238, 119, 3, 10, 118, 106, 21, 73, 105, 48)
 
 
 def findings() -> Iterator[Finding]:
