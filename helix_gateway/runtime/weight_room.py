@@ -17,14 +17,8 @@ import torch
 from helix_gateway.core.errors import HelixError, ModelLoadError
 from helix_gateway.runtime.checkpoints.protocol import StoredSize
 from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS
-from helix_gateway.runtime.cpu.quantised_kernels import (
-    GROUP_INPUTS,
-    INT4,
-    INT8,
-    INT8_CHANNELS,
-    groups_together,
-    turn_bytes,
-)
+from helix_gateway.runtime.cpu.quantised_kernels import GROUP_INPUTS, INT4, groups_together, turn_bytes
+from helix_gateway.runtime.cpu.reading import kind_for
 from helix_gateway.runtime.description import Form
 from helix_gateway.runtime.device import obtainable_memory_bytes
 from helix_gateway.runtime.heap import return_freed_blocks
@@ -157,12 +151,10 @@ def _held_bytes(tensor: StoredSize, form: Form, *, is_table: bool) -> int:
     if len(tensor.shape) == 3:
         return numbers * _STACKED_BYTES
     channels, inputs = tensor.shape
-    # With int4 some get eight bits all the same: which, the model's structure tells.
     in_file = form.quantisation == "file" and tensor.block_kind in ("Q4_0", "Q4_1")
-    if in_file or form.quantisation == "int4":
-        packed = INT4
-    else:
-        packed = INT8 if is_table or form.quantisation == "file" else INT8_CHANNELS
+    # With int4 some get eight bits all the same: which, the model's structure tells.
+    in_groups = is_table and form.quantisation != "int4"
+    packed = INT4 if in_file else kind_for(inputs, form.quantisation, in_groups=in_groups).format
     together = GROUP_INPUTS * groups_together(packed)
     return channels * (inputs // together * turn_bytes(packed)) // TILE_CHANNELS
 

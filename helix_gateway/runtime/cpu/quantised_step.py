@@ -108,8 +108,11 @@ class Scratch(NamedTuple):
 
 @njit(inline="always")
 def _is_of_chosen(stage, number, num_layers):  # type: ignore[no-untyped-def]
-    """Whether a stage is about the rows whose logits are wanted, one after another, and not about all."""
-    return stage > ATTEND and number >= num_layers - 1
+    """Whether a stage is about the rows whose logits are wanted, one after another, and not about all.
+
+    The last layer attends for all rows, but for none where none is wanted.
+    """
+    return stage >= ATTEND and number >= num_layers - 1
 
 
 @njit(cache=True)
@@ -299,7 +302,9 @@ def _do_items(thread, stage, number, first, last, model, plans, pages, rows, scr
             to = (scratch.quantised, row, num_rows)
             if stage == QUANTISE:
                 attended, joined = scratch.attended[rows.wanted[row] if is_chosen else row], _is_joined(fields, 1)
-                quantise_row(attended.ctypes.data, to[0], row, num_rows, len(attended) // GROUP_INPUTS, joined)
+                quantise_row(
+                    attended.ctypes.data, scratch.quantised, row, num_rows, len(attended) // GROUP_INPUTS, joined
+                )
             elif stage == GATE:
                 _gate(model, fields, scratch, to)
             elif stage == NORM_HEAD:
@@ -316,9 +321,7 @@ def _work(thread, threads, model, plans, pages, rows, scratch, angles):  # type:
         number = min(turn // LAYER_STAGES, num_layers)
         stage = turn - number * LAYER_STAGES if number < num_layers else turn - num_layers * LAYER_STAGES + NORM_HEAD
         fields = model.head if number == num_layers else model.layers[number]
-        # Nobody reads what the last layer attends to where no logits are wanted.
-        is_chosen = _is_of_chosen(stage, number, num_layers) or (stage == ATTEND and number == num_layers - 1)
-        num_rows = len(rows.wanted) if is_chosen else len(rows.tokens)
+        num_rows = len(rows.wanted) if _is_of_chosen(stage, number, num_layers) else len(rows.tokens)
         items = _count_items(stage, fields, num_rows, plans.bounds[fields[PLAN], -1])
         shares = min(items, threads * _SHARES_A_THREAD) if stage != ATTEND else items
         done = 0

@@ -36,10 +36,11 @@ def quantised(matrix: torch.Tensor, quantisation: Quantisation, *, in_groups: bo
     Args:
         in_groups: it gets eight bits at least, and groups: what decides between tokens, or loses more than others.
     """
-    return _kind_for(matrix.shape[1], quantisation, in_groups=in_groups).from_float(matrix)
+    return kind_for(matrix.shape[1], quantisation, in_groups=in_groups).from_float(matrix)
 
 
-def _kind_for(inputs: int, quantisation: Quantisation, *, in_groups: bool) -> type[QuantisedWeight]:
+def kind_for(inputs: int, quantisation: Quantisation, *, in_groups: bool) -> type[QuantisedWeight]:
+    """What `quantised` makes of a matrix of so many inputs."""
     # Beside blocks of a file, with which it may be computed as one matrix, is what has their groups.
     if in_groups or quantisation == "file":
         return Int8Weight
