@@ -71,7 +71,8 @@ class _Place:
     """Where a reader stands in one generation of a store."""
 
     automaton: SuffixAutomaton
-    match: Match
+    match: Match | None = None
+    """None before anything was read."""
 
 
 @dataclass(slots=True)
@@ -93,26 +94,29 @@ class _Reader:
         new = sequence.token_ids[self.num_read :]
         self._read_prediction(sequence)
         new_ids = np.array(new[-_INDEXED:], np.int32)
-        num_new = self._index(sequence.token_ids, room)
+        num_new = self._index(sequence.token_ids, new_ids, room)
         self.num_read += len(new)
         if store or self.places:
             self._read_store(sequence, store, new_ids)
         return num_new
 
     def _read_store(self, sequence: Sequence, store: Ordered[SuffixAutomaton], new_ids: Int32s) -> None:
-        known = {id(place.automaton): place.match for place in self.places}
-        self.places = []
-        for automaton in store:
-            match, unread = known.get(id(automaton)), new_ids
-            if match is None:
-                match, unread = Match(), np.array(sequence.token_ids[-_LOOKED_BACK:], np.int32)
-            self.places.append(_Place(automaton, automaton.read(match, unread)))
+        if [place.automaton for place in self.places] != [*store]:  # seldom: a generation begins or ends
+            known = {id(place.automaton): place for place in self.places}
+            self.places = [known.get(id(automaton)) or _Place(automaton) for automaton in store]
+        for place in self.places:
+            unread = new_ids
+            if place.match is None:
+                place.match, unread = Match(), np.array(sequence.token_ids[-_LOOKED_BACK:], np.int32)
+            place.match = place.automaton.read(place.match, unread)
 
-    def _index(self, token_ids: list[int], room: int) -> int:
+    def _index(self, token_ids: list[int], new_ids: Int32s, room: int) -> int:
         if not self.num_indexed:
             self.num_indexed = max(0, len(token_ids) - _INDEXED)
-        piece = token_ids[self.num_indexed : self.num_indexed + max(_INDEXED_ALWAYS, room)]
-        self._seen = self.own.append(np.array(piece, np.int32))
+        piece, first, most = new_ids, self.num_indexed, max(_INDEXED_ALWAYS, room)
+        if not len(token_ids) - first == len(new_ids) <= most:
+            piece = np.array(token_ids[first : first + most], np.int32)
+        self._seen = self.own.append(piece)
         self.num_indexed += len(piece)
         return len(piece)
 
@@ -132,7 +136,7 @@ class _Reader:
         # Where the index ends before the sequence does, what follows there does not follow here.
         indexed = self.num_indexed == self.num_read
         drafts = [_written("suffix", self.own, self._seen, depth) if indexed else NOTHING]
-        drafts += [_written("store", place.automaton, place.match, depth) for place in self.places]
+        drafts += [_written("store", place.automaton, place.match, depth) for place in self.places if place.match]
         if self.prediction is not None:
             token_ids, confidences = np.empty(depth, np.int32), np.empty(depth, np.float32)
             count = self.prediction.follow(token_ids, confidences)
