@@ -206,7 +206,7 @@ def test_a_line_on_a_narrow_terminal_ends_with_a_whole_word(monkeypatch):
     monkeypatch.setenv("COLUMNS", "55")
     activity = environment.Activity("Installing Helix")
     monkeypatch.setattr(activity, "_show", lambda line, end: shown.append(line))
-    monkeypatch.setattr(activity, "_elapsed", lambda: "12 min 7 s")
+    monkeypatch.setattr(activity, "_elapsed", lambda: "12 min 7 s")  # it has not begun, and the line's length counts
     activity.detail = "Collecting numba numpy numexpr"
     activity._redraw(0)
     assert shown[0].endswith("Collecting numba ...")

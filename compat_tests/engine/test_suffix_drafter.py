@@ -63,6 +63,42 @@ def test_a_sequence_that_ended_is_forgotten():
     assert not drafter._readers
 
 
+def test_who_reads_step_by_step_finds_what_one_finds_who_reads_all_at_once_whatever_the_store_forgets():
+    dice = np.random.default_rng(3)
+    drafter, one = SuffixDrafter(store_tokens=100), sequence("a", dice.integers(0, 5, 40).tolist())
+    sources = set()
+    for step in range(300):
+        one.token_ids += dice.integers(0, 5, dice.integers(0, 4)).tolist()
+        if step % 4 == 0:
+            answer = dice.integers(0, 5, 30).tolist()
+            drafter.retire(sequence(f"old{step}", [1], answer, finish_reason="stop"))
+        step_by_step = drafter.propose([one], [6])[0]
+        reader = drafter._readers.pop(one.key)
+        at_once = drafter.propose([one], [6])[0]
+        drafter._readers[one.key] = reader
+        assert step_by_step.source == at_once.source
+        assert step_by_step.token_ids.tolist() == at_once.token_ids.tolist()
+        assert step_by_step.confidences.tolist() == at_once.confidences.tolist()
+        sources.add(step_by_step.source)
+    assert sources == {"suffix", "store"}
+
+
+def test_a_store_that_fails_while_it_is_read_is_read_anew():
+    drafter, one = SuffixDrafter(), sequence("a", [9, 21, 22])
+    drafter.retire(sequence("first", [1], [21, 22, 23, 24, 25], finish_reason="stop"))
+    assert draft(drafter, one, 2) == ("store", [23, 24])
+    one.token_ids.append(23)
+    (store,) = drafter._stores.generations("")
+    with pytest.MonkeyPatch.context() as broken, pytest.raises(MemoryError):
+        broken.setattr(type(store), "read", full)
+        drafter.propose([one], [2])
+    assert draft(drafter, one, 2) == ("store", [24, 25])
+
+
+def full(*_):
+    raise MemoryError
+
+
 def test_a_store_keeps_the_newest_answers_and_no_more_than_it_may():
     store = OutputStore(100)
     for start in range(0, 2000, 20):

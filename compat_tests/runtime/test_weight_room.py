@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from helix_gateway.runtime.checkpoints.safetensors_file import SafetensorsTensor
 from helix_gateway.runtime.compiled_runner import CompiledRunner
 from helix_gateway.runtime.cpu.attention import CpuPagedAttention
 from helix_gateway.runtime.cpu.linear import PackedEmbedding, PackedLinear
+from helix_gateway.runtime.cpu.quantised_weights import Int8Weight
 from helix_gateway.runtime.description import Form
 from helix_gateway.runtime.factory import load_runner, load_runners
 from helix_gateway.runtime.loading import stored_sizes, unused_names
@@ -96,6 +98,13 @@ def test_of_no_model_it_is_more(family, quantization, tmp_path):
     path = saved(TINY_MODELS[family](0)[1], tmp_path / "model")
     form = Form("float32", None if quantization == "none" else quantization)
     assert 0 < held_bytes(stored_sizes(path), form) <= held(load(path, quantization=quantization))
+
+
+def test_in_int8_inputs_that_are_no_pairs_of_groups_count_by_groups():
+    table, matrix = (SimpleNamespace(shape=shape, block_kind=None) for shape in ((512, 96), (64, 96)))
+    form = Form("float32", "int8")
+    packed = Int8Weight.from_float(torch.zeros(64, 96)).tiles.nbytes
+    assert held_bytes({"table": table, "matrix": matrix}, form) - held_bytes({"table": table}, form) == packed
 
 
 def test_a_tied_table_that_is_stored_twice_counts_once(tmp_path):

@@ -273,9 +273,8 @@ def test_what_is_read_in_vain_is_gone_before_it_is_read_in_int8(path, monkeypatc
         heads.append(weakref.ref(parts.head))
         return parts
 
-    # A file whose matrices are stored in several ways is played: no more than what it would be read as.
+    # The folder stands in for a GGUF that stores its matrices in several ways.
     monkeypatch.setattr(fewer_bits, "_read", watched)
-    monkeypatch.setattr(fewer_bits, "quantisation_of", lambda path, quantisation: quantisation)
     monkeypatch.setattr(fewer_bits, "is_quantised_alike", lambda parts: False)
     assert fewer_bits.at_fewer_bits(path, runner).is_quantised
     assert len(heads) == 2

@@ -35,11 +35,9 @@ def at_fewer_bits(path: str, runner: PagedRunner) -> PagedRunner:
         raise ModelLoadError("its weights are quantised already")
     if parts is None or description is None:
         raise ModelLoadError("there is no compiled step of it")
-    own = quantisation_of(path, "file")
-    read = _read(path, description, own)
-    if own == "file" and not is_quantised_alike(
-        read
-    ):  # a file may store in several ways what is computed as one matrix
+    read = _read(path, description, quantisation_of(path, "file"))
+    # A file may store in several ways what is computed as one matrix.
+    if not is_quantised_alike(read):
         del read  # there is not room for both
         read = _read(path, description, "int8")
     quantised = replace(read, rotary=parts.rotary)

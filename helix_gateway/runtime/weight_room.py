@@ -2,7 +2,7 @@
 
 What is counted is a lower bound: matrices alone, a table of tokens once where a file holds two that may be one, and nothing
 for keys and values, activations or what loading takes besides.  So whoever is refused could not have been served; who is
-not may still run out of memory later.  Knows nothing about how weights are read.
+not may still run out of memory later.  Of how weights are read it knows what each becomes, no more.
 """
 
 import gc

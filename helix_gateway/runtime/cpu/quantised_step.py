@@ -3,10 +3,9 @@
 The residual stream, attention and all sums are float32; what goes into a product is rounded to int8, row by row, so a
 row's bits depend on its own sequence alone.  A step is a row of stages (`NORM_QKV` to `DOWN` for each layer, then
 `NORM_HEAD` and `HEAD`), a stage some items (rows, tiles of a product, items of attention), and `_do_items` says what each
-is; how threads share them out is `work_sharing.py`'s affair.  Of the last layer only its keys and values are computed for
-all rows, the rest for those whose logits are wanted.  Nothing is allocated on the way.  What a family has that
-others lack (norms, factors, caps) is data of its layers or of the model: one compiled step serves all, and asks once a row
-or an item.  Which models this fits is `structures.py`'s affair.
+is; how threads share them out is `work_sharing.py`'s affair.  What follows the last layer's attention is computed only
+for rows whose logits are wanted.  Nothing is allocated on the way.  What a family has that others lack (norms, factors,
+caps) is data of its layers or of the model: one compiled step serves all, and asks once a row or an item.  Which models this fits is `structures.py`'s affair.
 """
 
 from typing import NamedTuple
@@ -108,11 +107,18 @@ class Scratch(NamedTuple):
 
 @njit(inline="always")
 def _is_of_chosen(stage, number, num_layers):  # type: ignore[no-untyped-def]
-    """Whether a stage is about the rows whose logits are wanted, one after another, and not about all.
+    """Whether a stage is about the rows whose logits are wanted, one after another, and not about all."""
+    return stage > ATTEND and number >= num_layers - 1
 
-    The last layer attends for all rows, but for none where none is wanted.
-    """
-    return stage >= ATTEND and number >= num_layers - 1
+
+@njit(cache=True)
+def _num_rows(stage, number, num_layers, rows):  # type: ignore[no-untyped-def]
+    """How many rows a stage is about; where no logits are wanted, the last layer ends with its keys and values."""
+    if _is_of_chosen(stage, number, num_layers):
+        return len(rows.wanted)
+    if stage == ATTEND and number == num_layers - 1 and len(rows.wanted) == 0:
+        return 0
+    return len(rows.tokens)
 
 
 @njit(cache=True)
@@ -288,7 +294,7 @@ def _do_items(thread, stage, number, first, last, model, plans, pages, rows, scr
     """The items first:last of one stage of a layer; the head is the layer after the last."""
     fields = model.head if number == len(model.layers) else model.layers[number]
     is_chosen = _is_of_chosen(stage, number, len(model.layers))
-    num_rows = len(rows.wanted) if is_chosen else len(rows.tokens)
+    num_rows = _num_rows(stage, number, len(model.layers), rows)
     if stage == ATTEND:
         _attend(thread, first, last, number, model, plans, pages, fields, scratch)
     elif stage == PLACE:
@@ -321,7 +327,7 @@ def _work(thread, threads, model, plans, pages, rows, scratch, angles):  # type:
         number = min(turn // LAYER_STAGES, num_layers)
         stage = turn - number * LAYER_STAGES if number < num_layers else turn - num_layers * LAYER_STAGES + NORM_HEAD
         fields = model.head if number == num_layers else model.layers[number]
-        num_rows = len(rows.wanted) if _is_of_chosen(stage, number, num_layers) else len(rows.tokens)
+        num_rows = _num_rows(stage, number, num_layers, rows)
         items = _count_items(stage, fields, num_rows, plans.bounds[fields[PLAN], -1])
         shares = min(items, threads * _SHARES_A_THREAD) if stage != ATTEND else items
         done = 0
