@@ -17,8 +17,8 @@ import torch
 from helix_gateway.core.errors import HelixError, ModelLoadError
 from helix_gateway.runtime.checkpoints.protocol import StoredSize
 from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS
-from helix_gateway.runtime.cpu.quantised_kernels import GROUP_INPUTS, INT4, groups_together, turn_bytes
-from helix_gateway.runtime.cpu.reading import kind_for
+from helix_gateway.runtime.cpu.quantised_kernels import GROUP_INPUTS, groups_together, turn_bytes
+from helix_gateway.runtime.cpu.reading import kind_for, kind_of_blocks
 from helix_gateway.runtime.description import Form
 from helix_gateway.runtime.device import obtainable_memory_bytes
 from helix_gateway.runtime.heap import return_freed_blocks
@@ -151,10 +151,11 @@ def _held_bytes(tensor: StoredSize, form: Form, *, is_table: bool) -> int:
     if len(tensor.shape) == 3:
         return numbers * _STACKED_BYTES
     channels, inputs = tensor.shape
-    in_file = form.quantisation == "file" and tensor.block_kind in ("Q4_0", "Q4_1")
-    # With int4 some get eight bits all the same: which, the model's structure tells.
-    in_groups = is_table and form.quantisation != "int4"
-    packed = INT4 if in_file else kind_for(inputs, form.quantisation, in_groups=in_groups).format
+    if form.quantisation == "file" and tensor.block_kind is not None:
+        packed = kind_of_blocks(tensor.block_kind).format
+    else:
+        # With int4 some get eight bits all the same: which, the model's structure tells, and a lower bound need not know.
+        packed = kind_for(inputs, form.quantisation, in_groups=is_table and form.quantisation != "int4").format
     together = GROUP_INPUTS * groups_together(packed)
     return channels * (inputs // together * turn_bytes(packed)) // TILE_CHANNELS
 

@@ -5,7 +5,8 @@ row's bits depend on its own sequence alone.  A step is a row of stages (`NORM_Q
 `NORM_HEAD` and `HEAD`), a stage some items (rows, tiles of a product, items of attention), and `_do_items` says what each
 is; how threads share them out is `work_sharing.py`'s affair.  What follows the last layer's attention is computed only
 for rows whose logits are wanted.  Nothing is allocated on the way.  What a family has that others lack (norms, factors,
-caps) is data of its layers or of the model: one compiled step serves all, and asks once a row or an item.  Which models this fits is `structures.py`'s affair.
+caps) is data of its layers or of the model: one compiled step serves all, and asks once a row or an item.  Which models
+this fits is `structures.py`'s affair.
 """
 
 from typing import NamedTuple
@@ -308,9 +309,7 @@ def _do_items(thread, stage, number, first, last, model, plans, pages, rows, scr
             to = (scratch.quantised, row, num_rows)
             if stage == QUANTISE:
                 attended, joined = scratch.attended[rows.wanted[row] if is_chosen else row], _is_joined(fields, 1)
-                quantise_row(
-                    attended.ctypes.data, scratch.quantised, row, num_rows, len(attended) // GROUP_INPUTS, joined
-                )
+                quantise_row(attended.ctypes.data, to[0], row, num_rows, len(attended) // GROUP_INPUTS, joined)
             elif stage == GATE:
                 _gate(model, fields, scratch, to)
             elif stage == NORM_HEAD:

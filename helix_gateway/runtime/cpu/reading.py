@@ -8,7 +8,7 @@ from typing import Literal
 import structlog
 import torch
 
-from helix_gateway.runtime.checkpoints.protocol import Blocks, StoredTensor
+from helix_gateway.runtime.checkpoints.protocol import BlockKind, Blocks, StoredTensor
 from helix_gateway.runtime.cpu.quantised_kernels import GROUP_INPUTS, JOINED_GROUPS
 from helix_gateway.runtime.cpu.quantised_weights import Int4Weight, Int8ChannelWeight, Int8Weight, QuantisedWeight
 
@@ -49,10 +49,15 @@ def kind_for(inputs: int, quantisation: Quantisation, *, in_groups: bool) -> typ
     return Int8Weight if inputs % (JOINED_GROUPS * GROUP_INPUTS) else Int8ChannelWeight
 
 
+def kind_of_blocks(kind: BlockKind) -> type[Int8Weight] | type[Int4Weight]:
+    """What holds the very numbers of a file's blocks."""
+    return Int8Weight if kind == "Q8_0" else Int4Weight
+
+
 def _from_blocks(blocks: Blocks) -> QuantisedWeight | None:
     """The very numbers of a matrix's blocks; None, and a line in the log, where no packed form holds them."""
     try:
-        return (Int8Weight if blocks.kind == "Q8_0" else Int4Weight).from_blocks(blocks.numbers)
+        return kind_of_blocks(blocks.kind).from_blocks(blocks.numbers)
     except ValueError as error:
         channels, groups, _ = blocks.numbers.shape
         log.warning("blocks_quantised_to_int8", stored=blocks.kind, channels=channels, groups=groups, reason=str(error))
