@@ -16,7 +16,7 @@ from helix_gateway.runtime.checkpoints.protocol import Checkpoint, StoredTensor
 from helix_gateway.runtime.cpu.linear import PackedEmbedding, PackedLinear, fits_in_place, pack_weight
 from helix_gateway.runtime.cpu.packed import PackedWeight
 from helix_gateway.runtime.cpu.parts import LayerNorms, LayerParts, Parts, Structure
-from helix_gateway.runtime.cpu.reading import Quantisation, read_quantised
+from helix_gateway.runtime.cpu.reading import Quantisation, of_tables, read_quantised
 from helix_gateway.runtime.groups import LayerUse
 from helix_gateway.runtime.loading import DTYPES
 from helix_gateway.runtime.progress import Report
@@ -137,7 +137,7 @@ class _Reader:
         self._done_bytes = 0
 
     def linear(self, name: str) -> PackedLinear:
-        return PackedLinear(self._matrix(name), self._bias(name))
+        return PackedLinear(self._matrix(name, self._form.quantisation), self._bias(name))
 
     def tables(self, embedding: str, head: str | None) -> tuple[nn.Module, PackedLinear]:
         """Embedding and head, which is the embedding's matrix where it has no name."""
@@ -164,12 +164,13 @@ class _Reader:
         return self._counted(name).read(self._form.torch_dtype)
 
     def _table(self, name: str) -> PackedWeight:
-        return self._matrix(name, in_groups=True)
+        layers = self._form.quantisation
+        return self._matrix(name, None if layers is None else of_tables(layers))
 
-    def _matrix(self, name: str, *, in_groups: bool = False) -> PackedWeight:
+    def _matrix(self, name: str, quantisation: Quantisation | None) -> PackedWeight:
         stored = self._counted(name)
-        if self._form.quantisation is not None:
-            return read_quantised(stored, self._form.quantisation, in_groups=in_groups)
+        if quantisation is not None:
+            return read_quantised(stored, quantisation)
         values = stored.read(self._form.torch_dtype)
         return pack_weight(values, in_place=fits_in_place(values))
 

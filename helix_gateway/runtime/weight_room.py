@@ -18,7 +18,7 @@ from helix_gateway.core.errors import HelixError, ModelLoadError
 from helix_gateway.runtime.checkpoints.protocol import StoredSize
 from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS
 from helix_gateway.runtime.cpu.quantised_kernels import GROUP_INPUTS, groups_together, turn_bytes
-from helix_gateway.runtime.cpu.reading import kind_for, kind_of_blocks
+from helix_gateway.runtime.cpu.reading import kind_for, kind_of_blocks, of_tables
 from helix_gateway.runtime.description import Form
 from helix_gateway.runtime.device import obtainable_memory_bytes
 from helix_gateway.runtime.heap import return_freed_blocks
@@ -155,7 +155,8 @@ def _held_bytes(tensor: StoredSize, form: Form, *, is_table: bool) -> int:
         packed = kind_of_blocks(tensor.block_kind).format
     else:
         # With int4 some get eight bits all the same: which, the model's structure tells, and a lower bound need not know.
-        packed = kind_for(inputs, form.quantisation, in_groups=is_table and form.quantisation != "int4").format
+        takes_more = is_table and form.quantisation != "int4"
+        packed = kind_for(inputs, of_tables(form.quantisation) if takes_more else form.quantisation).format
     together = GROUP_INPUTS * groups_together(packed)
     return channels * (inputs // together * turn_bytes(packed)) // TILE_CHANNELS
 

@@ -29,6 +29,7 @@ from helix_gateway.runtime.cpu.attention_int8_kernels import (
     quantise,
     score_units,
     split,
+    spread_bytes,
     top_score,
     weigh_scores,
     weigh_units,
@@ -86,9 +87,10 @@ def _write_key(kind, source, dim, place, unit, scale_at, buffer):  # type: ignor
 @njit(cache=True)
 def _write_value(kind, source, dim, place, scale_at, buffer):  # type: ignore[no-untyped-def]
     """One head's value of one token to its slot at ``place``, and its scale."""
-    top = largest(kind, source, dim)
+    top, numbers = largest(kind, source, dim), _padded(dim, QUAD)
     quantise(kind, source, dim, _inverse(top, _TOP), buffer.ctypes.data)
-    for number in range(_padded(dim, QUAD)):
+    spread_bytes(buffer.ctypes.data, place, numbers // LANES)
+    for number in range(numbers // LANES * LANES, numbers):
         copy_byte(buffer.ctypes.data + number, place + number * QUAD)
     store_element(_FLOATS, scale_at, top / _TOP)
 

@@ -28,6 +28,7 @@ from helix_gateway.runtime.cpu.emitter import (
     call,
     constant,
 )
+from helix_gateway.runtime.cpu.instruction_sets import target_features
 from helix_gateway.runtime.cpu.integer_dot import DOTS, host_dot, host_offset_left
 from helix_gateway.runtime.cpu.math import ROUND
 from helix_gateway.runtime.cpu.vector_math import exponential
@@ -467,6 +468,40 @@ def copy_word(typing_context, source, target):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp), emit
+
+
+@intrinsic
+def spread_bytes(typing_context, source, target, sixteens):  # type: ignore[no-untyped-def]
+    """``16 * sixteens`` bytes from an address to every fourth byte from another; no byte between those is touched."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        emitter, (source, target, sixteens) = Emitter(builder), args
+
+        def body(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            numbers = emitter.load(emitter.offset(source, index, LANES), BYTES, 1)
+            _store_spread(emitter, numbers, emitter.offset(target, index, VECTOR_BYTES))
+            return []
+
+        with builder.if_then(builder.icmp_signed(">", sixteens, ir.Constant(I64, 0))):
+            emitter.count(sixteens, [], body)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp), emit
+
+
+def _store_spread(emitter: Emitter, numbers: ir.Value, address: ir.Value) -> None:
+    """Sixteen bytes to every fourth byte: other threads write those between at the same time."""
+    builder = emitter.builder
+    if "avx512bw" not in target_features():
+        for lane in range(LANES):
+            number = builder.extract_element(numbers, ir.Constant(I32, lane))
+            emitter.store(number, emitter.offset(address, lane, _WORD), 1)
+        return
+    bytes_, mask = (ir.VectorType(kind, VECTOR_BYTES) for kind in (I8, ir.IntType(1)))
+    words = builder.bitcast(builder.zext(numbers, I32S), bytes_)
+    chosen = ir.Constant(mask, [int(place % _WORD == 0) for place in range(VECTOR_BYTES)])
+    pointer = builder.inttoptr(address, bytes_.as_pointer())
+    call(builder, f"llvm.masked.store.v{VECTOR_BYTES}i8.p0", ir.VoidType(), words, pointer, ir.Constant(I32, 1), chosen)
 
 
 @intrinsic

@@ -44,11 +44,16 @@ def _element_bytes(kind: types.Array) -> int:
     return int(kind.dtype.bitwidth) // 8
 
 
-def _load_vector(emitter: Emitter, kind: types.Array, address: ir.Value) -> ir.Value:
+def load_vector(emitter: Emitter, kind: types.Array, address: ir.Value) -> ir.Value:
     """Sixteen stored elements as float32."""
     if _element_bytes(kind) == F32_BYTES:
         return emitter.load(address, F32S)
     return emitter.widened(emitter.load(address, I16S, _HALF_BYTES))
+
+
+def store_vector(emitter: Emitter, kind: types.Array, vector: ir.Value, address: ir.Value) -> None:
+    """Sixteen float32 as stored elements, rounded as `store_element` rounds."""
+    emitter.store(vector if _element_bytes(kind) == F32_BYTES else emitter.rounded(vector), address, _HALF_BYTES)
 
 
 @intrinsic
@@ -96,7 +101,7 @@ def dot_keys(typing_context, kind, rows, q, q_step, keys, key_step, depth, out, 
             offset = builder.mul(index, key_step)
             if count < _MANY_ROWS:
                 emitter.prefetch(builder.add(keys, builder.add(ahead, offset)))
-            key = _load_vector(emitter, kind, builder.add(keys, offset))
+            key = load_vector(emitter, kind, builder.add(keys, offset))
             values = [emitter.load(emitter.offset(row, index, F32_BYTES), F32) for row in q_rows]
             return [emitter.fma(key, emitter.splat(value), total) for value, total in zip(values, sums)]
 
@@ -163,7 +168,7 @@ def _emit_values(emitter: Emitter, span: _Span, first: ir.Value, width: int) -> 
         if span.rows < _MANY_ROWS:
             for address in addresses:
                 emitter.prefetch(builder.add(span.ahead, address))
-        vectors = [_load_vector(emitter, span.kind, address) for address in addresses]
+        vectors = [load_vector(emitter, span.kind, address) for address in addresses]
         spread = [emitter.splat(emitter.load(emitter.offset(row, index, F32_BYTES), F32)) for row in weights]
         pairs = [(weight, vector) for weight in spread for vector in vectors]
         return [emitter.fma(vector, weight, total) for (weight, vector), total in zip(pairs, totals)]

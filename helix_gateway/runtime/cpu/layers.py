@@ -15,11 +15,12 @@ from numba import carray, njit, prange
 from helix_gateway.core.step import Float32s
 from helix_gateway.runtime.cpu.attention import NO_SOFTCAP, UniformLayers
 from helix_gateway.runtime.cpu.attention_items import attend_item, write_rows
-from helix_gateway.runtime.cpu.attention_kernels import load_element, store_element
+from helix_gateway.runtime.cpu.attention_kernels import load_element
 from helix_gateway.runtime.cpu.attention_shape import GROUP, KEY_DIM, KV_HEADS, Plan
 from helix_gateway.runtime.cpu.math import exp_f32
 from helix_gateway.runtime.cpu.microkernels import float32s_at
 from helix_gateway.runtime.cpu.products import BlockShape, multiply_share
+from helix_gateway.runtime.cpu.rotating import rotate_rows
 from helix_gateway.runtime.pages import Int64s
 
 QKV, OUT, GATE_UP, DOWN = range(4)
@@ -88,31 +89,12 @@ def _prepare(kind, stage, number, first, last, layer, eps, hidden, wide, product
 
 
 @njit(cache=True)
-def _rotate_rows(kind, first, last, product, channels, heads, dim, positions, cosines, sines):  # type: ignore[no-untyped-def]
-    """Rotary embedding of queries and keys, in place (Su et al. 2021, halves as transformers pairs them).
-
-    Tables narrower than a head turn its first dimensions only.
-    """
-    half, size = cosines.shape[1] // 2, kind.itemsize
-    for row in range(first, last):
-        position = positions[row]
-        for head in range(heads):
-            low = product + (row * channels + head * dim) * size
-            high = low + half * size
-            for i in range(half):
-                a, b = load_element(kind, low + i * size), load_element(kind, high + i * size)
-                store_element(kind, low + i * size, a * cosines[position, i] - b * sines[position, i])
-                rotated = b * cosines[position, half + i] + a * sines[position, half + i]
-                store_element(kind, high + i * size, rotated)
-
-
-@njit(cache=True)
 def place_rows(kind, first, last, plan, pages, number, product, channels, cosines, sines):  # type: ignore[no-untyped-def]
     """Of the rows first:last, queries and keys rotated in place, keys and values written into a layer's pages."""
     shape = pages.shape
     kv_heads, dim, size = shape[KV_HEADS], shape[KEY_DIM], kind.itemsize
     heads = kv_heads * shape[GROUP]
-    _rotate_rows(kind, first, last, product, channels, heads + kv_heads, dim, plan.positions, cosines, sines)
+    rotate_rows(kind, first, last, product, channels, heads + kv_heads, dim, plan.positions, cosines, sines)
     key = (product + heads * dim * size, channels, dim)
     value = (product + (heads + kv_heads) * dim * size, channels, dim)
     write_rows(kind, pages.stored, shape, pages.offsets[number], plan, first, last, key, value)

@@ -17,7 +17,7 @@ from helix_gateway.runtime.cpu.linear import PackedEmbedding, PackedLinear, pack
 from helix_gateway.runtime.cpu.packed import PackedWeight
 from helix_gateway.runtime.cpu.packing import Holder, is_holder, matrices, replace_modules, stand_ins
 from helix_gateway.runtime.cpu.quantised_weights import QuantisedWeight
-from helix_gateway.runtime.cpu.reading import Quantisation, quantised, read_quantised
+from helix_gateway.runtime.cpu.reading import Quantisation, of_tables, quantised, read_quantised
 from helix_gateway.runtime.promises import Promises
 
 
@@ -32,14 +32,17 @@ def quantise_model(model: Any, quantisation: Quantisation, promises: Promises) -
     Raises:
         ModelLoadError: a matrix cannot be read.
     """
-    _quantise(model, _all_matrices(model), quantisation, promises, in_groups=lambda holders: is_table(holders, model))
+    tables = of_tables(quantisation)
+    _quantise(
+        model, _all_matrices(model), promises, lambda holders: tables if is_table(holders, model) else quantisation
+    )
     promises.fulfil(model)
 
 
 def quantise_some(model: Any, wanted: Callable[[list[Holder]], bool], promises: Promises) -> None:
     """Quantise to int8 in groups what the wanted matrices are, by the modules that hold each; all others stay."""
     groups = [holders for holders in _all_matrices(model) if wanted(holders)]
-    _quantise(model, groups, "int8", promises, in_groups=lambda _: True)
+    _quantise(model, groups, promises, lambda _: "grouped_int8")
 
 
 def _all_matrices(model: Any) -> list[list[Holder]]:
@@ -53,14 +56,12 @@ def _all_matrices(model: Any) -> list[list[Holder]]:
 def _quantise(
     model: Any,
     groups: list[list[Holder]],
-    quantisation: Quantisation,
     promises: Promises,
-    *,
-    in_groups: Callable[[list[Holder]], bool],
+    quantisation_of: Callable[[list[Holder]], Quantisation],
 ) -> None:
     replacements: dict[nn.Module, nn.Module] = {}
     for holders in groups:
-        weight = _quantised(holders, quantisation, promises, in_groups=in_groups(holders))
+        weight = _quantised(holders, quantisation_of(holders), promises)
         replacements.update(stand_ins(holders, weight))
     replace_modules(model, replacements)
 
@@ -71,15 +72,13 @@ def is_table(holders: list[Holder], model: Any) -> bool:
     return any(module is head or isinstance(module, nn.Embedding) for module in holders)
 
 
-def _quantised(
-    holders: list[Holder], quantisation: Quantisation, promises: Promises, *, in_groups: bool
-) -> QuantisedWeight:
+def _quantised(holders: list[Holder], quantisation: Quantisation, promises: Promises) -> QuantisedWeight:
     parameter = holders[0].weight.detach()
     stored, is_turned = promises.stored(parameter), type(holders[0]) is Conv1D
     if stored is not None and not is_turned:
-        return read_quantised(stored, quantisation, in_groups=in_groups)
+        return read_quantised(stored, quantisation)
     matrix = parameter if stored is None else stored.read(None)
-    return quantised(matrix.T if is_turned else matrix, quantisation, in_groups=in_groups)
+    return quantised(matrix.T if is_turned else matrix, quantisation)
 
 
 class _Exact(PackedWeight):

@@ -14,12 +14,17 @@ from helix_gateway.runtime.cpu.quantised_weights import Int4Weight, Int8ChannelW
 
 log = structlog.get_logger(__name__)
 
-Quantisation = Literal["file", "int8", "int4"]
+Quantisation = Literal["file", "int8", "int4", "grouped_int8"]
 """``file``: a GGUF's own blocks where there are kernels that hold their numbers, else eight bits in such groups; ``int8``: a
-scale a channel, where its inputs are whole pairs of groups."""
+scale a channel, where its inputs are whole pairs of groups; ``grouped_int8``: eight bits in groups."""
 
 
-def read_quantised(stored: StoredTensor, quantisation: Quantisation, *, in_groups: bool) -> QuantisedWeight:
+def of_tables(quantisation: Quantisation) -> Quantisation:
+    """What tables of tokens and output embeddings get beside such layers: what decides between tokens has eight bits, in groups."""
+    return "file" if quantisation == "file" else "grouped_int8"
+
+
+def read_quantised(stored: StoredTensor, quantisation: Quantisation) -> QuantisedWeight:
     """A stored matrix [channels, inputs], quantised.
 
     Raises:
@@ -27,26 +32,22 @@ def read_quantised(stored: StoredTensor, quantisation: Quantisation, *, in_group
     """
     blocks = stored.blocks() if quantisation == "file" else None
     packed = None if blocks is None else _from_blocks(blocks)
-    return quantised(stored.read(None), quantisation, in_groups=in_groups) if packed is None else packed
+    return quantised(stored.read(None), quantisation) if packed is None else packed
 
 
-def quantised(matrix: torch.Tensor, quantisation: Quantisation, *, in_groups: bool) -> QuantisedWeight:
-    """A matrix [channels, inputs], quantised.
-
-    Args:
-        in_groups: it gets eight bits at least, and groups: what decides between tokens, or loses more than others.
-    """
-    return kind_for(matrix.shape[1], quantisation, in_groups=in_groups).from_float(matrix)
+def quantised(matrix: torch.Tensor, quantisation: Quantisation) -> QuantisedWeight:
+    """A matrix [channels, inputs], quantised."""
+    return kind_for(matrix.shape[1], quantisation).from_float(matrix)
 
 
-def kind_for(inputs: int, quantisation: Quantisation, *, in_groups: bool) -> type[QuantisedWeight]:
+def kind_for(inputs: int, quantisation: Quantisation) -> type[QuantisedWeight]:
     """What `quantised` makes of a matrix of so many inputs."""
-    # Beside blocks of a file, with which it may be computed as one matrix, is what has their groups.
-    if in_groups or quantisation == "file":
-        return Int8Weight
     if quantisation == "int4":
         return Int4Weight
-    return Int8Weight if inputs % (JOINED_GROUPS * GROUP_INPUTS) else Int8ChannelWeight
+    if quantisation == "int8" and not inputs % (JOINED_GROUPS * GROUP_INPUTS):
+        return Int8ChannelWeight
+    # Beside blocks of a file, with which it may be computed as one matrix, too.
+    return Int8Weight
 
 
 def kind_of_blocks(kind: BlockKind) -> type[Int8Weight] | type[Int4Weight]:
