@@ -389,9 +389,20 @@ def test_the_step_grows_again_after_memory_was_short():
     engine = make_engine(runner=runner, budget=16)
     engine.submit(request("small", [1, 2], ignore_eos=True, max_tokens=8))
     drain(engine)
-    engine.submit(request("large", range(1, 40), ignore_eos=True))
+    engine.submit(request("large", range(1, 33), ignore_eos=True))
     engine.step()
     assert len(runner.batches[-1].token_ids) == 16
+
+
+@pytest.mark.parametrize("length, chunks", [(16, [16]), (17, [9, 8]), (35, [12, 12, 11]), (48, [16, 16, 16])])
+def test_a_prompt_takes_as_few_steps_as_will_do_of_like_size(length, chunks):
+    engine = make_engine(budget=16)
+    engine.submit(request("long", [1 + i % 40 for i in range(length)], max_tokens=1, ignore_eos=True))
+    computed = []
+    while engine.has_work():
+        engine.step()
+        computed.append(engine.last_output.step.outputs[0].scheduled.num_tokens)
+    assert computed == chunks
 
 
 def test_a_long_prompt_does_not_keep_arrivals_waiting():

@@ -290,7 +290,7 @@ def test_who_never_drafts_leaves_a_long_prompt_all_of_a_step():
     engine = make_engine(400, drafter=NoDrafter(), depth_policy=FixedDepth(0), budget=40, max_num_seqs=8)
     engine.submit(request("short", [1, 2, 3], max_tokens=100, ignore_eos=True))
     engine.step()
-    engine.submit(request("long", [1, 2, 3, 4] * 40, max_tokens=4))
+    engine.submit(request("long", [1, 2, 3, 4] * 39, max_tokens=4))
     engine.step()
     assert [computed for _, computed, _ in windows_of(engine)] == [1, 39]
 

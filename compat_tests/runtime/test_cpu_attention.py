@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from llvmlite import binding
+from numba import njit
 
 from compat_tests.effort import usually
 from helix_gateway.core.step import StepBatch
+from helix_gateway.runtime.cpu import attention_int8_kernels
 from helix_gateway.runtime.cpu.attention import CpuPagedAttention
 from helix_gateway.runtime.groups import LayerShape, group_layers
 from helix_gateway.runtime.pages import Arena, lay_out_pages
@@ -171,6 +173,25 @@ def test_scores_that_overflow_an_exponential_do_no_harm(stored, factor):
     case.rows[0] = [rows * factor for rows in case.rows[0]]  # int8: queries of 16 bits, so scores keep four digits
     for mine, theirs in zip(case.attend(16, 30), case.wanted()):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-2, atol=1e-2)  # scores of thousands keep three digits
+
+
+@pytest.mark.parametrize("features", [frozenset(), None], ids=["any processor", "this one"])
+@pytest.mark.parametrize("slot", range(4))
+@pytest.mark.parametrize("sixteens", [1, 3])
+def test_bytes_go_to_every_fourth_place_and_nowhere_else(features, slot, sixteens, monkeypatch):
+    if features is not None:
+        monkeypatch.setattr(attention_int8_kernels, "target_features", lambda: features)
+
+    @njit
+    def spread(source, target, count):
+        attention_int8_kernels.spread_bytes(source, target, count)
+
+    numbers = np.arange(100, 100 + 16 * sixteens, dtype=np.uint8)
+    room = np.full(64 * sixteens + 64, 77, np.uint8)
+    spread(numbers.ctypes.data, room.ctypes.data + slot, sixteens)
+    assert np.array_equal(room[slot : 64 * sixteens : 4], numbers)
+    room[slot : 64 * sixteens : 4] = 77
+    assert (room == 77).all()
 
 
 OTHER_PROCESSOR = """

@@ -21,7 +21,7 @@ from helix_gateway.runtime.cpu.attention import CpuPagedAttention
 from helix_gateway.runtime.cpu.attention_shape import WINDOW
 from helix_gateway.runtime.cpu.linear import PackedEmbedding, PackedLinear
 from helix_gateway.runtime.cpu.quantised_llama import QuantisedLlamaStep
-from helix_gateway.runtime.cpu.quantised_weights import Int4Weight, Int8Weight, QuantisedWeight
+from helix_gateway.runtime.cpu.quantised_weights import Int4Weight, Int8ChannelWeight, Int8Weight, QuantisedWeight
 from helix_gateway.runtime.cpu.quantising import computing_exactly, is_quantised, quantise_model
 from helix_gateway.runtime.cpu.weight_memory import WeightMemory
 from helix_gateway.runtime.factory import load_runner, resolve_quantisation
@@ -517,6 +517,14 @@ def test_the_shipped_model_keeps_its_files_numbers_and_no_others(smollm2, smollm
         assert type(part.weight_tiles) is kind
         assert np.array_equal(part.weight_tiles.unpacked().numpy(), exact)
     assert smollm2._model.base_model.embed_tokens.weight_tiles is smollm2._model.lm_head.weight_tiles
+
+
+@pytest.mark.parametrize("quantisation, layers", [("int8", Int8ChannelWeight), ("int4", Int4Weight)])
+def test_tables_have_eight_bits_in_groups_whatever_layers_have(quantisation, layers):
+    model = make_runner("llama", quantisation)._model
+    assert type(model.base_model.layers[0].mlp.down_proj.weight_tiles) is layers
+    assert type(model.lm_head.weight_tiles) is Int8Weight
+    assert type(model.base_model.embed_tokens.weight_tiles) is Int8Weight
 
 
 def test_the_shipped_model_answers_what_its_weights_answer(smollm2, smollm2_path):

@@ -29,7 +29,7 @@ def test_rows_are_turned_to_the_bit(dim, rotated, dtype):
     dice = np.random.default_rng(dim + rotated)
     channels = HEADS * dim + BEHIND
     rows = torch.from_numpy(dice.standard_normal((ROWS, channels), np.float32)).to(dtype)
-    # The halves of these tables differ, as longrope's do not; who mixes them up is found out.
+    # The halves of these tables differ, as no model's do: who mixes them up is found out.
     cosines, sines = (dice.standard_normal((10, rotated), np.float32) for _ in range(2))
     wanted = torch.from_numpy(turned(rows.float().numpy(), dim, cosines, sines)).to(dtype)
 

@@ -156,7 +156,9 @@ class Scheduler:
         if num_pending == 1:
             return min(1, step.budget)
         # While others wait, nobody's prompt takes more than half of what is left: they join at this very step.
-        return -(-step.left_for_prompts // 2) if self.waiting else step.left_for_prompts
+        most = -(-step.left_for_prompts // 2) if self.waiting else step.left_for_prompts
+        # As many steps as it takes, evenly: a short last one would read all weights for few tokens (docs/log.md).
+        return -(-num_pending // -(-num_pending // most)) if most > 0 else most
 
     def _deepen(self, step: "_StepInMaking") -> None:
         """Share what is left of the step among those that may have drafts; nobody gives way for them."""

@@ -16,7 +16,7 @@ from helix_gateway.runtime.checkpoints.protocol import Checkpoint, StoredTensor
 from helix_gateway.runtime.cpu.linear import PackedEmbedding, PackedLinear, fits_in_place, pack_weight
 from helix_gateway.runtime.cpu.packed import PackedWeight
 from helix_gateway.runtime.cpu.parts import LayerNorms, LayerParts, Parts, Structure
-from helix_gateway.runtime.cpu.reading import Quantisation, of_tables, read_quantised
+from helix_gateway.runtime.cpu.reading import MatrixQuantisation, Quantisation, of_tables, read_quantised
 from helix_gateway.runtime.groups import LayerUse
 from helix_gateway.runtime.loading import DTYPES
 from helix_gateway.runtime.progress import Report
@@ -167,7 +167,7 @@ class _Reader:
         layers = self._form.quantisation
         return self._matrix(name, None if layers is None else of_tables(layers))
 
-    def _matrix(self, name: str, quantisation: Quantisation | None) -> PackedWeight:
+    def _matrix(self, name: str, quantisation: MatrixQuantisation | None) -> PackedWeight:
         stored = self._counted(name)
         if quantisation is not None:
             return read_quantised(stored, quantisation)

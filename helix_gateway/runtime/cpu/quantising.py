@@ -17,7 +17,7 @@ from helix_gateway.runtime.cpu.linear import PackedEmbedding, PackedLinear, pack
 from helix_gateway.runtime.cpu.packed import PackedWeight
 from helix_gateway.runtime.cpu.packing import Holder, is_holder, matrices, replace_modules, stand_ins
 from helix_gateway.runtime.cpu.quantised_weights import QuantisedWeight
-from helix_gateway.runtime.cpu.reading import Quantisation, of_tables, quantised, read_quantised
+from helix_gateway.runtime.cpu.reading import MatrixQuantisation, Quantisation, of_tables, quantised, read_quantised
 from helix_gateway.runtime.promises import Promises
 
 
@@ -57,7 +57,7 @@ def _quantise(
     model: Any,
     groups: list[list[Holder]],
     promises: Promises,
-    quantisation_of: Callable[[list[Holder]], Quantisation],
+    quantisation_of: Callable[[list[Holder]], MatrixQuantisation],
 ) -> None:
     replacements: dict[nn.Module, nn.Module] = {}
     for holders in groups:
@@ -72,7 +72,7 @@ def is_table(holders: list[Holder], model: Any) -> bool:
     return any(module is head or isinstance(module, nn.Embedding) for module in holders)
 
 
-def _quantised(holders: list[Holder], quantisation: Quantisation, promises: Promises) -> QuantisedWeight:
+def _quantised(holders: list[Holder], quantisation: MatrixQuantisation, promises: Promises) -> QuantisedWeight:
     parameter = holders[0].weight.detach()
     stored, is_turned = promises.stored(parameter), type(holders[0]) is Conv1D
     if stored is not None and not is_turned:

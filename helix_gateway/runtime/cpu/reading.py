@@ -14,17 +14,23 @@ from helix_gateway.runtime.cpu.quantised_weights import Int4Weight, Int8ChannelW
 
 log = structlog.get_logger(__name__)
 
-Quantisation = Literal["file", "int8", "int4", "grouped_int8"]
+Quantisation = Literal["file", "int8", "int4"]
 """``file``: a GGUF's own blocks where there are kernels that hold their numbers, else eight bits in such groups; ``int8``: a
-scale a channel, where its inputs are whole pairs of groups; ``grouped_int8``: eight bits in groups."""
+scale a channel, where its inputs are whole pairs of groups."""
+
+MatrixQuantisation = Quantisation | Literal["grouped_int8"]
+"""What one matrix of a model gets; ``grouped_int8``: eight bits in groups, whatever the others have."""
 
 
-def of_tables(quantisation: Quantisation) -> Quantisation:
-    """What tables of tokens and output embeddings get beside such layers: what decides between tokens has eight bits, in groups."""
+def of_tables(quantisation: Quantisation) -> MatrixQuantisation:
+    """What tables of tokens and output embeddings get beside such layers.
+
+    What decides between tokens is rounded to eight bits, in groups; a file's own blocks stay what they are.
+    """
     return "file" if quantisation == "file" else "grouped_int8"
 
 
-def read_quantised(stored: StoredTensor, quantisation: Quantisation) -> QuantisedWeight:
+def read_quantised(stored: StoredTensor, quantisation: MatrixQuantisation) -> QuantisedWeight:
     """A stored matrix [channels, inputs], quantised.
 
     Raises:
@@ -35,12 +41,12 @@ def read_quantised(stored: StoredTensor, quantisation: Quantisation) -> Quantise
     return quantised(stored.read(None), quantisation) if packed is None else packed
 
 
-def quantised(matrix: torch.Tensor, quantisation: Quantisation) -> QuantisedWeight:
+def quantised(matrix: torch.Tensor, quantisation: MatrixQuantisation) -> QuantisedWeight:
     """A matrix [channels, inputs], quantised."""
     return kind_for(matrix.shape[1], quantisation).from_float(matrix)
 
 
-def kind_for(inputs: int, quantisation: Quantisation) -> type[QuantisedWeight]:
+def kind_for(inputs: int, quantisation: MatrixQuantisation) -> type[QuantisedWeight]:
     """What `quantised` makes of a matrix of so many inputs."""
     if quantisation == "int4":
         return Int4Weight
