@@ -34,7 +34,7 @@ from helix_gateway.runtime.cpu.attention_int8_kernels import (
     weigh_scores,
     weigh_units,
 )
-from helix_gateway.runtime.cpu.attention_kernels import load_element, store_element
+from helix_gateway.runtime.cpu.attention_kernels import FLOATS, load_element, store_element
 from helix_gateway.runtime.cpu.attention_shape import (
     GROUP,
     KEY_DIM,
@@ -59,8 +59,6 @@ _HIGH = 256
 # Tokens whose weighted sum 32 bits hold, values with their offset: 127 * 255 * 2**16 < 2**31.
 _SUM_TOKENS = 1 << 16
 _PARTS = 2
-# Tells that elements are float32.
-_FLOATS = np.empty(0, np.float32)
 
 
 @njit(cache=True)
@@ -81,7 +79,7 @@ def _write_key(kind, source, dim, place, unit, scale_at, buffer):  # type: ignor
     quantise(kind, source, dim, _inverse(top, _TOP), buffer.ctypes.data)
     for word in range(words):
         copy_word(buffer.ctypes.data + word * QUAD, place + word * unit * QUAD)
-    store_element(_FLOATS, scale_at, top / _TOP)
+    store_element(FLOATS, scale_at, top / _TOP)
 
 
 @njit(cache=True)
@@ -92,7 +90,7 @@ def _write_value(kind, source, dim, place, scale_at, buffer):  # type: ignore[no
     spread_bytes(buffer.ctypes.data, place, numbers // LANES)
     for number in range(numbers // LANES * LANES, numbers):
         copy_byte(buffer.ctypes.data + number, place + number * QUAD)
-    store_element(_FLOATS, scale_at, top / _TOP)
+    store_element(FLOATS, scale_at, top / _TOP)
 
 
 @njit(cache=True)
@@ -248,7 +246,7 @@ def _find_units(stored, shape, offsets, table, head, begin, column, count, at, w
         places[number], places[values_at + number] = place, place + keys * unit
         source = place + (keys + values + SCALE_BYTES) * unit
         for lane in range(unit):
-            scale = load_element(_FLOATS, source + lane * SCALE_BYTES)
+            scale = load_element(FLOATS, source + lane * SCALE_BYTES)
             work[at.scales + column + number * unit + lane] = scale
 
 
@@ -310,7 +308,7 @@ def _weigh(shape, positions, member, rows, base, first, last, softcap, at, work)
         own, source = at.totals // 2 + i * dims, address + (at.scores + i * at.step + begin) * F32_BYTES
         high = address + at.weights * F32_BYTES + _PARTS * i * at.step + begin
         inverse = _inverse(np.float32(exact[own]), _TOP_16)
-        total, _ = split(_FLOATS, source, blocks * LANES, inverse, high, high + at.step)
+        total, _ = split(FLOATS, source, blocks * LANES, inverse, high, high + at.step)
         exact[own : own + dims] = -OFFSET_LEFT * np.float64(total)
 
 

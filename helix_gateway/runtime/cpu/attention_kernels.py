@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -36,6 +37,9 @@ WIDE_ROWS = 8 if "avx512f" in target_features() else 4
 _HALF_BYTES = 2
 _MANY_ROWS = 8
 """Rows from which on computing takes longer than loading, so that nothing need be fetched ahead."""
+
+FLOATS = np.empty(0, np.float32)
+"""A `kind` that tells that elements are float32."""
 
 Emit = Callable[[Any, ir.IRBuilder, Any, Any], ir.Value]
 

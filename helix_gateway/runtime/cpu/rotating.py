@@ -6,16 +6,12 @@ about where cosines and sines come from.
 
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from helix_gateway.runtime.cpu.attention_kernels import load_element, load_vector, store_element, store_vector
+from helix_gateway.runtime.cpu.attention_kernels import FLOATS, load_element, load_vector, store_element, store_vector
 from helix_gateway.runtime.cpu.emitter import F32_BYTES, F32S, LANES, VECTOR_BYTES, Emitter
-
-# Tells that elements are float32.
-_FLOATS = np.empty(0, np.float32)
 
 
 @intrinsic
@@ -36,7 +32,7 @@ def _rotate_lanes(typing_context, kind, low, high, cosines, sines, apart):  # ty
 
 @njit(cache=True)
 def _angles_at(cosines, sines, offset):  # type: ignore[no-untyped-def]
-    return load_element(_FLOATS, cosines + offset), load_element(_FLOATS, sines + offset)
+    return load_element(FLOATS, cosines + offset), load_element(FLOATS, sines + offset)
 
 
 @njit(cache=True)
