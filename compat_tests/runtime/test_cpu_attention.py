@@ -11,8 +11,9 @@ from llvmlite import binding
 from numba import njit
 
 from compat_tests.effort import usually
+from helix_gateway.core.errors import ModelLoadError
 from helix_gateway.core.step import StepBatch
-from helix_gateway.runtime.cpu import attention_int8_kernels
+from helix_gateway.runtime.cpu import attention_int8_kernels, wide_products
 from helix_gateway.runtime.cpu.attention import CpuPagedAttention
 from helix_gateway.runtime.groups import LayerShape, group_layers
 from helix_gateway.runtime.pages import Arena, lay_out_pages
@@ -47,13 +48,28 @@ class Case:
     """Random queries, keys and values of some sequences, attended in chunks over scattered pages."""
 
     def __init__(
-        self, heads, kv_heads, key_dim, value_dim, window=None, softcap=None, dtype=torch.float32, stored=None
+        self,
+        heads,
+        kv_heads,
+        key_dim,
+        value_dim,
+        window=None,
+        softcap=None,
+        dtype=torch.float32,
+        stored=None,
+        lengths=LENGTHS,
     ):
-        self.heads, self.softcap, self.dtype, self.stored = heads, softcap, dtype, stored or dtype
+        self.heads, self.softcap, self.dtype, self.stored, self.lengths = (
+            heads,
+            softcap,
+            dtype,
+            stored or dtype,
+            lengths,
+        )
         self.shape = LayerShape(kv_heads, key_dim, value_dim, window)
         source = torch.Generator().manual_seed(0)
         self.rows = [
-            [torch.randn(count, length, dim, generator=source).to(dtype) for length in LENGTHS]
+            [torch.randn(count, length, dim, generator=source).to(dtype) for length in lengths]
             for count, dim in ((heads, key_dim), (kv_heads, key_dim), (kv_heads, value_dim))
         ]
 
@@ -71,7 +87,7 @@ class Case:
 
     def attend(self, block_size, chunk, device_independent=False):
         layout = lay_out_pages(group_layers("m", [self.shape] * LAYERS), block_size, self.stored)
-        blocks = [-(-length // layout.groups[0].tokens_per_block) for length in LENGTHS]
+        blocks = [-(-length // layout.groups[0].tokens_per_block) for length in self.lengths]
         if device_independent:
             arena = Arena.page_major(layout, sum(blocks) + 1, CPU)
             attention = TorchPagedAttention(arena, layout.groups, [self.heads] * LAYERS)
@@ -80,12 +96,12 @@ class Case:
             attention = CpuPagedAttention(arena, layout.groups, [self.heads] * LAYERS)
             arena.memory.view(torch.uint8).fill_(255)  # NaN: what is not written must not be read
         pages = iter(np.random.default_rng(chunk).permutation(sum(blocks)) + 1)
-        table = np.zeros((len(LENGTHS), max(blocks)), np.int32)
+        table = np.zeros((len(self.lengths), max(blocks)), np.int32)
         for row, count in enumerate(blocks):
             table[row, :count] = [next(pages) for _ in range(count)]
-        outputs = [[] for _ in LENGTHS]
-        for first in range(0, max(LENGTHS), chunk):
-            spans = [(s, first, min(first + chunk, n)) for s, n in enumerate(LENGTHS) if first < n]
+        outputs = [[] for _ in self.lengths]
+        for first in range(0, max(self.lengths), chunk):
+            spans = [(s, first, min(first + chunk, n)) for s, n in enumerate(self.lengths) if first < n]
             attention.begin(step_of(spans, table))
             query, key, value = (torch.cat([rows[s][:, a:b] for s, a, b in spans], 1)[None] for rows in self.rows)
             for layer in range(LAYERS):
@@ -199,10 +215,18 @@ import sys
 from helix_gateway.runtime.cpu import integer_dot
 integer_dot.host_dot = lambda: sys.argv[1]
 import numpy as np
-from compat_tests.runtime.test_cpu_attention import CASES
-outputs = CASES["int8"].attend(16, 30)
-np.savez(sys.argv[2], *[output.numpy() for output in outputs])
+from compat_tests.runtime.test_cpu_attention import int8_outputs
+np.savez(sys.argv[2], *int8_outputs())
 """
+
+
+def int8_outputs():
+    """Of short rows, and of ones with more tokens, in pages and in a unit, than a sum of every kind of processor holds."""
+    long = Case(3, 1, 16, 16, stored=torch.int8, lengths=(600, 270))
+    outputs = [*CASES["int8"].attend(16, 30), *long.attend(16, 300), *long.attend(512, 300)]
+    for mine, theirs in zip(outputs[-2:], long.wanted()):
+        torch.testing.assert_close(mine.double(), theirs, rtol=long.tolerance, atol=long.tolerance)
+    return [output.numpy() for output in outputs]
 
 
 @pytest.mark.parametrize("instructions", [usually("avx2", False), usually("portable", False)])
@@ -212,5 +236,13 @@ def test_int8_pages_give_the_same_bits_with_older_instructions(instructions, tmp
     code = [sys.executable, "-c", OTHER_PROCESSOR, instructions, str(tmp_path / "outputs.npz")]
     subprocess.run(code, check=True, env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)})
     with np.load(tmp_path / "outputs.npz") as outputs:
-        for mine, name in zip(CASES["int8"].attend(16, 30), outputs.files):
-            assert np.array_equal(mine.numpy(), outputs[name])
+        for mine, name in zip(int8_outputs(), outputs.files, strict=True):
+            assert np.array_equal(mine, outputs[name])
+
+
+def test_keys_that_sums_cannot_hold_are_refused(monkeypatch):
+    monkeypatch.setattr(wide_products.HOST_WIDE, "most_dims", 64)
+    Case(2, 1, 64, 16, stored=torch.int8).attend(16, 30)
+    Case(2, 1, 80, 16).attend(16, 30)
+    with pytest.raises(ModelLoadError, match=r"80 dimensions.*--kv-cache-dtype bfloat16"):
+        Case(2, 1, 80, 16, stored=torch.int8).attend(16, 30)

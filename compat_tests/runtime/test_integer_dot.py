@@ -61,22 +61,22 @@ def test_four_products_a_lane_are_added_exactly(name):
 
 CHOICE = """
 from compat_tests.runtime.test_integer_dot import compiled
-from helix_gateway.runtime.cpu import attention_int8_kernels, attention_kernels, integer_dot, products
+from helix_gateway.runtime.cpu import attention_int8_items, attention_kernels, integer_dot, products
 import numpy as np
 dot, sums = compiled(integer_dot.host_dot()), np.zeros(16, np.int32)
 dot(sums, np.full(64, 255, np.uint8), np.full(64, -128, np.int8))
 assert sums.tolist() == [4 * (255 - integer_dot.OFFSETS[integer_dot.host_dot()]) * -128] * 16
 print(
     integer_dot.host_dot(),
-    attention_int8_kernels.MANY_ROWS,
+    attention_int8_items.MANY_ROWS,
     attention_kernels.WIDE_ROWS,
     products.host_shape().registers,
 )
 """
 TOLD = {
     "vnni512": ("cascadelake", "+avx,+avx2,+fma,+avx512f,+avx512vnni", "vnni512 6 8 32"),
-    "avx512f": ("skylake-avx512", "+avx,+avx2,+fma,+avx512f", "avx2 2 8 32"),
-    "avx2": ("znver3", "+avx,+avx2,+fma", "avx2 2 4 8"),
+    "avx512f": ("skylake-avx512", "+avx,+avx2,+fma,+avx512f", "avx2 4 8 32"),
+    "avx2": ("znver3", "+avx,+avx2,+fma", "avx2 4 4 8"),
     "nothing": ("generic", "", "portable 2 4 8"),
 }
 

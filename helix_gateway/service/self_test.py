@@ -196,7 +196,7 @@ def _compiled_kernels() -> Iterator[Finding]:
 
 def _kernels() -> Finding:
     """Which instructions multiply bytes, and how many rows share one reading of what they are multiplied with."""
-    from helix_gateway.runtime.cpu.attention_int8_kernels import MANY_ROWS
+    from helix_gateway.runtime.cpu.attention_int8_items import MANY_ROWS
     from helix_gateway.runtime.cpu.quantised_products import FEW_ROWS
 
     rows = f"products read their weights once for up to {FEW_ROWS} rows, attention its keys for up to {MANY_ROWS}"

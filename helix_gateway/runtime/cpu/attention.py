@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numba import njit, prange
 
+from helix_gateway.core.errors import ModelLoadError
 from helix_gateway.core.step import Float32s, Int32s, StepBatch
 from helix_gateway.runtime.cpu.attention_float_items import float_scratch
 from helix_gateway.runtime.cpu.attention_int8_items import int8_scratch
@@ -29,6 +30,7 @@ from helix_gateway.runtime.cpu.attention_shape import (
 )
 from helix_gateway.runtime.cpu.emitter import LANES
 from helix_gateway.runtime.cpu.threads import configure_threads
+from helix_gateway.runtime.cpu.wide_products import HOST_WIDE
 from helix_gateway.runtime.pages import Arena, GroupLayout, Int64s
 
 CPU_KV_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
@@ -104,11 +106,16 @@ def _deal(costs: Int64s, parts: int, threads: int) -> Int64s:
 
 def _describe(arena: Arena, layout: GroupLayout, heads: int) -> Int64s:
     """A layer's shape for compiled code, in the order of its field numbers."""
-    shape = layout.group.shape
+    shape, is_quantised = layout.group.shape, layout.dtype == torch.int8
+    if is_quantised and shape.key_dim > HOST_WIDE.most_dims:
+        raise ModelLoadError(
+            f"Keys of {shape.key_dim} dimensions in int8 are more than this processor's products hold"
+            f" ({HOST_WIDE.most_dims}): use --kv-cache-dtype bfloat16."
+        )
     window = _UNBOUNDED if shape.window is None else shape.window
     group = heads // shape.kv_heads
     fields = (arena.page_stride, layout.unit_tokens, layout.runs, shape.kv_heads, group)
-    return np.array([*fields, shape.key_dim, shape.value_dim, window, layout.dtype == torch.int8], np.int64)
+    return np.array([*fields, shape.key_dim, shape.value_dim, window, is_quantised], np.int64)
 
 
 class _Layer(NamedTuple):
@@ -145,7 +152,11 @@ class Layers(NamedTuple):
 
 
 class CpuPagedAttention:
-    """`PagedAttention` over a slice-major arena in float32, bfloat16 or int8."""
+    """`PagedAttention` over a slice-major arena in float32, bfloat16 or int8.
+
+    Raises:
+        ModelLoadError: keys have more dimensions than the processor's sums hold (`wide_products.py`).
+    """
 
     new_arena = staticmethod(Arena.slice_major)
 

@@ -5,7 +5,7 @@ Within a unit each KV head has, one after another: keys [key_dim / 4, unit_token
 [unit_tokens / 4, value_dim, 4], so that lanes are dimensions; the keys' scales and the values' scales, float32
 [unit_tokens] each.  A byte is the quantised number plus 128.
 
-Queries are quantised to 16 bits for each row and head.  So are attention weights, times their values' scales, for each row
+Queries are quantised to 16 bits for each row and head, kept in two planes (`wide_products.py`).  So are attention weights, times their values' scales, for each row
 and head: relative to the largest of them, which a second pass over a row's scores can know, and an online softmax
 cannot.  Both products are sums of integers and therefore exact, whatever their order; what is left of floating point (the
 scores' factors, exponentials and their sum) is done in an order that positions alone decide.  So a row's bits depend on
@@ -19,8 +19,6 @@ import numpy as np
 from numba import njit
 
 from helix_gateway.runtime.cpu.attention_int8_kernels import (
-    MANY_ROWS,
-    OFFSET_LEFT,
     add_parts,
     copy_byte,
     copy_word,
@@ -47,17 +45,20 @@ from helix_gateway.runtime.cpu.attention_shape import (
     unit_at,
 )
 from helix_gateway.runtime.cpu.emitter import F32_BYTES, LANES
+from helix_gateway.runtime.cpu.wide_products import HOST_WIDE, TOP_16
 from helix_gateway.runtime.kv_format import QUAD, SCALE_BYTES, TOP
 
-_WIDE = MANY_ROWS >= 6
+MANY_ROWS = HOST_WIDE.rows
+"""Most rows of queries that share one reading of keys and values."""
+
+_FOURS, _SIXES = MANY_ROWS >= 4, MANY_ROWS >= 6
+_OFFSET_LEFT, _FIRST_WORTH = HOST_WIDE.offset_left, HOST_WIDE.first_worth
 _TOP = np.float32(TOP)
-# The largest number of two signed bytes, 256 * high + low, whose high byte is at most 127 whatever the low one.
-_TOP_16 = np.float32(127 * 256)
+_TOP_16 = np.float32(TOP_16)
 # Below this a largest number counts as zero: its inverse would be infinite.
 _LEAST = np.float32(1e-35)
-_HIGH = 256
-# Tokens whose weighted sum 32 bits hold, values with their offset: 127 * 255 * 2**16 < 2**31.
-_SUM_TOKENS = 1 << 16
+# Tokens whose weighted sum 32 bits hold, values with their offset.
+_SUM_TOKENS = HOST_WIDE.most_tokens
 _PARTS = 2
 
 
@@ -182,10 +183,10 @@ def _row_dims(shape):  # type: ignore[no-untyped-def]
 def _take_query(kind, source, dim, scaling, work, query, factor_at, start_at):  # type: ignore[no-untyped-def]
     """One row's query as two bytes a dimension, what its scores are multiplied by, and what its sums begin with."""
     ints, top, width = work.view(np.int32), largest(kind, source, dim), _padded(dim, LANES)
-    high = work.ctypes.data + query * F32_BYTES
-    total, low = split(kind, source, dim, _inverse(top, _TOP_16), high, high + width)
+    first = work.ctypes.data + query * F32_BYTES
+    total, second = split(kind, source, dim, _inverse(top, _TOP_16), first, first + width)
     work[factor_at] = top / _TOP_16 * np.float32(scaling)
-    ints[start_at], ints[start_at + 1] = -OFFSET_LEFT * ((total - low) // _HIGH), -OFFSET_LEFT * low
+    ints[start_at], ints[start_at + 1] = -_OFFSET_LEFT * ((total - second) // _FIRST_WORTH), -_OFFSET_LEFT * second
 
 
 @njit(cache=True)
@@ -195,13 +196,13 @@ def _score_rows(rows, q, q_step, factors, starts, places, count, unit, words, sc
     while row < rows:
         left = rows - row
         a, b, c, d = q + row * q_step, factors + row * F32_BYTES, starts + row * 2 * F32_BYTES, out + row * out_step
-        if _WIDE and left >= 6:
+        if _SIXES and left >= 6:
             score_units(6, a, b, c, places, count, unit, words, scales, d, out_step)
             row += 6
-        elif _WIDE and left >= 4:
+        elif _FOURS and left >= 4:
             score_units(4, a, b, c, places, count, unit, words, scales, d, out_step)
             row += 4
-        elif _WIDE and left == 3:
+        elif _FOURS and left == 3:
             score_units(3, a, b, c, places, count, unit, words, scales, d, out_step)
             row += 3
         elif left >= 2:
@@ -213,26 +214,26 @@ def _score_rows(rows, q, q_step, factors, starts, places, count, unit, words, sc
 
 
 @njit(cache=True)
-def _weigh_rows(rows, weights, weight_step, low, places, count, words, dims, sums, sum_step):  # type: ignore[no-untyped-def]
+def _weigh_rows(rows, weights, weight_step, plane_step, places, skip, count, words, dims, sums, sum_step):  # type: ignore[no-untyped-def]
     """`weigh_units` for any number of rows."""
     row = 0
     while row < rows:
         left = rows - row
         a, b = weights + row * weight_step, sums + row * sum_step
-        if _WIDE and left >= 6:
-            weigh_units(6, a, weight_step, low, places, count, words, dims, b, sum_step)
+        if _SIXES and left >= 6:
+            weigh_units(6, a, weight_step, plane_step, places, skip, count, words, dims, b, sum_step)
             row += 6
-        elif _WIDE and left >= 4:
-            weigh_units(4, a, weight_step, low, places, count, words, dims, b, sum_step)
+        elif _FOURS and left >= 4:
+            weigh_units(4, a, weight_step, plane_step, places, skip, count, words, dims, b, sum_step)
             row += 4
-        elif _WIDE and left == 3:
-            weigh_units(3, a, weight_step, low, places, count, words, dims, b, sum_step)
+        elif _FOURS and left == 3:
+            weigh_units(3, a, weight_step, plane_step, places, skip, count, words, dims, b, sum_step)
             row += 3
         elif left >= 2:
-            weigh_units(2, a, weight_step, low, places, count, words, dims, b, sum_step)
+            weigh_units(2, a, weight_step, plane_step, places, skip, count, words, dims, b, sum_step)
             row += 2
         else:
-            weigh_units(1, a, weight_step, low, places, count, words, dims, b, sum_step)
+            weigh_units(1, a, weight_step, plane_step, places, skip, count, words, dims, b, sum_step)
             row += 1
 
 
@@ -306,27 +307,31 @@ def _weigh(shape, positions, member, rows, base, first, last, softcap, at, work)
         work[at.factors + i], exact[at.totals // 2 + i * dims] = most / _TOP_16 / total, most
     for i in range(rows):
         own, source = at.totals // 2 + i * dims, address + (at.scores + i * at.step + begin) * F32_BYTES
-        high = address + at.weights * F32_BYTES + _PARTS * i * at.step + begin
+        plane = address + at.weights * F32_BYTES + _PARTS * i * at.step + begin
         inverse = _inverse(np.float32(exact[own]), _TOP_16)
-        total, _ = split(FLOATS, source, blocks * LANES, inverse, high, high + at.step)
-        exact[own : own + dims] = -OFFSET_LEFT * np.float64(total)
+        total, _ = split(FLOATS, source, blocks * LANES, inverse, plane, plane + at.step)
+        exact[own : own + dims] = -_OFFSET_LEFT * np.float64(total)
 
 
 @njit(cache=True)
 def _add_values(shape, rows, first, count, at, work):  # type: ignore[no-untyped-def]
     """The weighted values of ``count`` units, whose columns begin at ``first``."""
     unit, dims, address, ints = shape[UNIT], _row_dims(shape), work.ctypes.data, work.view(np.int32)
-    values, most = _padded(shape[VALUE_DIM], QUAD), _SUM_TOKENS // unit
-    sums = address + at.sums * F32_BYTES
+    values, sums, sum_step = _padded(shape[VALUE_DIM], QUAD), address + at.sums * F32_BYTES, _PARTS * dims * F32_BYTES
+    # So many tokens at a time as a sum holds: some units, or a part of one.
+    most, together = max(1, _SUM_TOKENS // unit), min(unit, _SUM_TOKENS)
     for begin in range(0, count, most):
-        now = min(most, count - begin)
-        ints[at.sums : at.sums + _PARTS * rows * dims] = 0
-        weights = address + at.weights * F32_BYTES + first + begin * unit
-        units, sum_step = address + (at.values + 2 * begin) * F32_BYTES, _PARTS * dims * F32_BYTES
-        _weigh_rows(rows, weights, _PARTS * at.step, at.step, units, now, unit // QUAD, values, sums, sum_step)
-        for row in range(rows):
-            high, into = sums + row * sum_step, address + (at.totals + 2 * row * dims) * F32_BYTES
-            add_parts(high, high + dims * F32_BYTES, into, dims // LANES)
+        for token in range(0, unit, together):
+            now, tokens = min(most, count - begin), min(together, unit - token)
+            ints[at.sums : at.sums + _PARTS * rows * dims] = 0
+            weights = address + at.weights * F32_BYTES + first + begin * unit + token
+            units, step = address + (at.values + 2 * begin) * F32_BYTES, at.step
+            _weigh_rows(
+                rows, weights, _PARTS * step, step, units, token * values, now, tokens // QUAD, values, sums, sum_step
+            )
+            for row in range(rows):
+                into = address + (at.totals + 2 * row * dims) * F32_BYTES
+                add_parts(sums + row * sum_step, dims * F32_BYTES, into, dims // LANES)
 
 
 @njit(cache=True)

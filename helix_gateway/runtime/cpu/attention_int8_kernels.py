@@ -1,7 +1,8 @@
 """The inner loops of attention over int8 pages: integer scores of 16 keys, and integer weighted sums of values.
 
-Queries and attention weights have two signed bytes a number, ``256 * high + low``; keys and values are one unsigned byte,
-the quantised number plus 128, which the start of each sum takes off again where the instructions have not.  Sums are exact, so no order of them matters.
+Queries and attention weights have 16 bits a number, kept in two planes (`wide_products.py`); keys and values are one
+unsigned byte, the quantised number plus 128, which the start of each sum takes off again where the instructions have not.
+Sums are exact, so no order of them matters.
 Each kernel is a numba intrinsic over raw addresses that walks a list of units.  Knows nothing about heads or threads.
 """
 
@@ -29,15 +30,9 @@ from helix_gateway.runtime.cpu.emitter import (
     constant,
 )
 from helix_gateway.runtime.cpu.instruction_sets import target_features
-from helix_gateway.runtime.cpu.integer_dot import DOTS, host_dot, host_offset_left
 from helix_gateway.runtime.cpu.math import ROUND
 from helix_gateway.runtime.cpu.vector_math import exponential
-
-MANY_ROWS, MANY_SUMS = (6, 24) if host_dot() == "vnni512" else (2, 6)
-"""Most rows of one call, and most vectors of sums that registers hold."""
-
-OFFSET_LEFT = host_offset_left()
-"""What the start of a sum has to take off every stored byte."""
+from helix_gateway.runtime.cpu.wide_products import HOST_WIDE, PLANES
 
 BYTES = ir.VectorType(I8, LANES)
 I64S, F64S = ir.VectorType(I64, LANES), ir.VectorType(ir.DoubleType(), LANES)
@@ -45,10 +40,8 @@ I64S, F64S = ir.VectorType(I64, LANES), ir.VectorType(ir.DoubleType(), LANES)
 _MAGNITUDE = 0x7FFFFFFF
 _ADDRESS_BYTES = 8
 _WORD = 4
-_PARTS = 2
-"""High and low byte of a number."""
-_HIGH = 256.0
 _F64_BYTES = 8
+_WORTH, _NUM_SUMS = float(HOST_WIDE.first_worth), HOST_WIDE.num_sums
 
 
 def _word(emitter: Emitter, address: ir.Value) -> ir.Value:
@@ -56,10 +49,10 @@ def _word(emitter: Emitter, address: ir.Value) -> ir.Value:
     return emitter.splat(emitter.load(address, I32))
 
 
-def _joined(emitter: Emitter, high: ir.Value, low: ir.Value) -> ir.Value:
-    """``256 * high + low`` as float32."""
-    wide = [emitter.builder.sitofp(part, F32S) for part in (high, low)]
-    return emitter.fma(wide[0], constant(F32S, _HIGH), wide[1])
+def _joined(emitter: Emitter, sums: list[ir.Value]) -> ir.Value:
+    """What a row's sums come to, as float32; both are exact in it, so it is rounded once whatever they are."""
+    first, *second = (emitter.builder.sitofp(part, F32S) for part in sums)
+    return emitter.fma(first, constant(F32S, _WORTH), *second) if second else first
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +76,9 @@ def score_units(typing_context, rows, query, factors, starts, places, count, uni
     """Scores of ``rows`` (a literal) queries against the keys of ``count`` units.
 
     Args:
-        query: bytes [rows, 2, words up to a multiple of 4, 4], high bytes first.
+        query: bytes [rows, planes, words up to a multiple of 4, 4].
         factors: float32 [rows], of each row's scores.
-        starts: int32 [rows, 2], what the sums of high and of low bytes begin with.
+        starts: int32 [rows, 2], what a row's sums begin with.
         places: addresses [count], of each unit's keys [words, unit, 4].
         unit: tokens of a unit.
         words: dimensions of a key, in fours.
@@ -116,24 +109,30 @@ def score_units(typing_context, rows, query, factors, starts, places, count, uni
 
 def _score_block(emitter: Emitter, rows: int, keys: _Keys, place: ir.Value, first: ir.Value, lane: ir.Value) -> None:
     """Scores of 16 keys of the unit at ``place``, from ``lane`` on; the unit's first has the number ``first``."""
-    builder, dot = emitter.builder, DOTS[host_dot()]
+    builder = emitter.builder
     at, row_step = emitter.offset(place, lane, _WORD), builder.mul(keys.unit, ir.Constant(I64, _WORD))
     sixteens = builder.udiv(builder.add(keys.words, ir.Constant(I64, 3)), ir.Constant(I64, 4))
     half = builder.mul(sixteens, ir.Constant(I64, LANES))
-    chains = [emitter.offset(keys.query, part, half) for part in range(_PARTS * rows)]
-    starts = [_word(emitter, emitter.offset(keys.starts, part, _WORD)) for part in range(_PARTS * rows)]
+    planes = [
+        [emitter.offset(keys.query, PLANES * row + plane, half) for plane in range(PLANES)] for row in range(rows)
+    ]
+    starts = [PLANES * row + number for row in range(rows) for number in range(_NUM_SUMS)]
 
     def one_word(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-        key = emitter.load(emitter.offset(at, index, row_step), I32S)
-        numbers = [_word(emitter, emitter.offset(chain, index, _WORD)) for chain in chains]
-        return [dot(emitter, total, key, number) for total, number in zip(sums, numbers)]
+        key = HOST_WIDE.taken(emitter, emitter.load(emitter.offset(at, index, row_step), I32S))
+        following: list[ir.Value] = []
+        for row, own in enumerate(planes):
+            words = [_word(emitter, emitter.offset(plane, index, _WORD)) for plane in own]
+            following += HOST_WIDE.add(emitter, sums[_NUM_SUMS * row : _NUM_SUMS * (row + 1)], key, words)
+        return following
 
-    sums = emitter.count(keys.words, starts, one_word)
+    first_sums = [_word(emitter, emitter.offset(keys.starts, start, _WORD)) for start in starts]
+    sums = emitter.count(keys.words, first_sums, one_word)
     scale = emitter.load(builder.add(emitter.offset(place, lane, F32_BYTES), keys.scales), F32S)
     column = emitter.offset(keys.out, builder.add(first, lane), F32_BYTES)
     for row in range(rows):
         factor = emitter.splat(emitter.load(emitter.offset(keys.factors, row, F32_BYTES), F32))
-        score = _joined(emitter, sums[_PARTS * row], sums[_PARTS * row + 1])
+        score = _joined(emitter, sums[_NUM_SUMS * row : _NUM_SUMS * (row + 1)])
         emitter.store(builder.fmul(score, builder.fmul(factor, scale)), emitter.offset(column, row, keys.out_step))
 
 
@@ -143,8 +142,9 @@ class _Values:
 
     weights: ir.Value
     weight_step: ir.Value
-    low: ir.Value
+    plane_step: ir.Value
     places: ir.Value
+    skip: ir.Value
     count: ir.Value
     words: ir.Value
     dims: ir.Value
@@ -153,18 +153,19 @@ class _Values:
 
 
 @intrinsic(prefer_literal=True)
-def weigh_units(typing_context, rows, weights, weight_step, low, places, count, words, dims, sums, sum_step):  # type: ignore[no-untyped-def]
+def weigh_units(typing_context, rows, weights, weight_step, plane_step, places, skip, count, words, dims, sums, sum_step):  # type: ignore[no-untyped-def]
     """Add the weighted values of ``count`` units to the sums of ``rows`` (a literal) rows.
 
     Args:
-        weights: signed bytes [rows, tokens], high ones, ``weight_step`` bytes a row; the low ones ``low`` bytes behind.
+        weights: bytes [rows, tokens] of the first plane, ``weight_step`` bytes a row; the second ``plane_step`` bytes behind.
         places: addresses [count], of each unit's values [words, dims, 4].
-        words: tokens of a unit, in fours.
+        skip: bytes of a unit's values that are left out, those of its first tokens.
+        words: tokens of a unit that are taken, in fours.
         dims: dimensions of a value; so many that are no multiple of 16 are read as if they were.
-        sums: int32 [rows, 2, dims up to a multiple of 16], ``sum_step`` bytes a row, high ones first.
+        sums: int32 [rows, 2, dims up to a multiple of 16], ``sum_step`` bytes a row.
     """
     number = rows.literal_value
-    width = max(1, min(4, MANY_SUMS // (_PARTS * number)))
+    width = max(1, min(4, HOST_WIDE.sums // (_NUM_SUMS * number)))
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         emitter, values = Emitter(builder), _Values(*args[1:])
@@ -186,38 +187,42 @@ def weigh_units(typing_context, rows, weights, weight_step, low, places, count, 
             )
         return context.get_dummy_value()
 
-    return types.void(rows, *[types.intp] * 9), emit
+    return types.void(rows, *[types.intp] * 10), emit
 
 
 def _weigh(
     emitter: Emitter, rows: int, values: _Values, vectors: ir.Value, first: ir.Value, width: int
 ) -> list[ir.Value]:
     """All rows' sums over ``width`` vectors of dimensions from vector ``first`` on, in registers over all units."""
-    builder, dot = emitter.builder, DOTS[host_dot()]
+    builder = emitter.builder
     columns = [builder.add(first, ir.Constant(I64, vector)) for vector in range(width)]
     part_step = builder.mul(vectors, ir.Constant(I64, VECTOR_BYTES))
-    chains, homes = [], []
+    planes, homes = [], []
     for row in range(rows):
         weights, sums = (
             emitter.offset(values.weights, row, values.weight_step),
             emitter.offset(values.sums, row, values.sum_step),
         )
-        chains += [weights, builder.add(weights, values.low)]
-        parts = [sums, builder.add(sums, part_step)]
-        homes += [emitter.offset(part, column, VECTOR_BYTES) for part in parts for column in columns]
+        planes.append([weights, builder.add(weights, values.plane_step)])
+        parts = [sums, builder.add(sums, part_step)][:_NUM_SUMS]
+        homes += [emitter.offset(part, column, VECTOR_BYTES) for column in columns for part in parts]
     line = builder.mul(values.dims, ir.Constant(I64, _WORD))
 
     def one_unit(unit: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
-        place = emitter.load(emitter.offset(values.places, unit, _ADDRESS_BYTES), I64)
+        place = builder.add(emitter.load(emitter.offset(values.places, unit, _ADDRESS_BYTES), I64), values.skip)
         before = builder.mul(unit, values.words)
 
         def one_word(index: ir.Value, inner: list[ir.Value]) -> list[ir.Value]:
             at = emitter.offset(place, index, line)
             loaded = [emitter.load(emitter.offset(at, column, VECTOR_BYTES), I32S) for column in columns]
-            token = builder.add(before, index)
-            spread = [_word(emitter, emitter.offset(chain, token, _WORD)) for chain in chains]
-            pairs = [(weight, vector) for weight in spread for vector in loaded]
-            return [dot(emitter, total, vector, weight) for total, (weight, vector) in zip(inner, pairs)]
+            taken, token = [HOST_WIDE.taken(emitter, vector) for vector in loaded], builder.add(before, index)
+            following: list[ir.Value] = []
+            for own in planes:
+                words = [_word(emitter, emitter.offset(plane, token, _WORD)) for plane in own]
+                for vector in taken:
+                    sums = inner[len(following) : len(following) + _NUM_SUMS]
+                    following += HOST_WIDE.add(emitter, sums, vector, words)
+            return following
 
         return emitter.count(values.words, totals, one_word)
 
@@ -275,17 +280,6 @@ def _nearest(emitter: Emitter, values: ir.Value) -> ir.Value:
     return builder.sub(bits, builder.bitcast(shift, I32S))
 
 
-def _store_split(emitter: Emitter, numbers: ir.Value, high: ir.Value, low: ir.Value) -> ir.Value:
-    """Numbers as ``256 * high + low``, two signed bytes each; returns the low ones, as int32."""
-    builder = emitter.builder
-    bottom = builder.trunc(numbers, BYTES)
-    below = builder.sext(bottom, I32S)
-    above = builder.ashr(builder.sub(numbers, below), constant(I32S, 8))
-    emitter.store(builder.trunc(above, BYTES), high, 1)
-    emitter.store(bottom, low, 1)
-    return below
-
-
 @intrinsic
 def largest(typing_context, kind, source, count):  # type: ignore[no-untyped-def]
     """The greatest magnitude among ``count`` elements of the dtype of ``kind``; NaN if one is NaN."""
@@ -321,22 +315,24 @@ def quantise(typing_context, kind, source, count, inverse, out):  # type: ignore
 
 
 @intrinsic
-def split(typing_context, kind, source, count, inverse, high, low):  # type: ignore[no-untyped-def]
-    """``count`` elements times ``inverse``, rounded, as two bytes each; both have room for a multiple of 16.
+def split(typing_context, kind, source, count, inverse, first, second):  # type: ignore[no-untyped-def]
+    """``count`` elements times ``inverse``, rounded, in two planes; both have room for a multiple of 16 bytes.
 
     Returns:
-        the sum of the rounded numbers, and that of their low bytes; of up to a million elements.
+        the sum of the rounded numbers, and that of what belongs to the second sum; of up to a million elements.
     """
     result = types.UniTuple(types.int64, 2)
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        emitter, (_, source, count, inverse, high, low) = Emitter(builder), args
+        emitter, (_, source, count, inverse, *places) = Emitter(builder), args
         factor = emitter.splat(inverse)
 
         def body(first: ir.Value, values: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             numbers = _nearest(emitter, builder.fmul(values, factor))
-            bottom = _store_split(emitter, numbers, builder.add(high, first), builder.add(low, first))
-            return [builder.add(sums[0], numbers), builder.add(sums[1], bottom)]
+            *planes, below = HOST_WIDE.planes(emitter, numbers)
+            for plane, place in zip(planes, places):
+                emitter.store(plane, builder.add(place, first), 1)
+            return [builder.add(sums[0], numbers), builder.add(sums[1], below)]
 
         sums = _over_elements(emitter, kind, source, count, [constant(I32S, 0)] * 2, body)
         # Joined as 64 bits, which the sum of many lanes may need.
@@ -347,16 +343,18 @@ def split(typing_context, kind, source, count, inverse, high, low):  # type: ign
 
 
 @intrinsic
-def add_parts(typing_context, high, low, totals, blocks):  # type: ignore[no-untyped-def]
-    """Add ``256 * high + low`` of ``16 * blocks`` int32 each to as many float64."""
+def add_parts(typing_context, sums, part_step, totals, blocks):  # type: ignore[no-untyped-def]
+    """Add what ``16 * blocks`` sums come to, int32, the second ones ``part_step`` bytes behind, to as many float64."""
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        emitter, (high, low, totals, blocks) = Emitter(builder), args
+        emitter, (sums, part_step, totals, blocks) = Emitter(builder), args
+        parts = [sums, builder.add(sums, part_step)][:_NUM_SUMS]
 
         def body(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            parts = [emitter.load(emitter.offset(part, index, VECTOR_BYTES), I32S) for part in (high, low)]
-            above, below = (builder.sitofp(part, F64S) for part in parts)
-            joined = builder.fadd(builder.fmul(above, constant(F64S, _HIGH)), below)
+            loaded = [emitter.load(emitter.offset(part, index, VECTOR_BYTES), I32S) for part in parts]
+            joined, *second = (builder.sitofp(part, F64S) for part in loaded)
+            if second:
+                joined = builder.fadd(builder.fmul(joined, constant(F64S, _WORTH)), second[0])
             place = emitter.offset(totals, index, LANES * _F64_BYTES)
             emitter.store(builder.fadd(emitter.load(place, F64S, _F64_BYTES), joined), place, _F64_BYTES)
             return []

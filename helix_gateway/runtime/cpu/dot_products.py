@@ -1,7 +1,7 @@
 """Sums of four products of bytes in every lane, exact, in the instructions that a processor has.
 
 A lane of weights holds four unsigned bytes, a lane of activations the same four signed bytes everywhere, and what comes
-out is one int32 a lane.  Weights of eight bits are stored as ``w + 128`` and must come out as if they were signed; small
+out is one int32 a lane; an emitter says how many lanes there are.  Weights of eight bits are stored as ``w + 128`` and must come out as if they were signed; small
 ones (0 to 15) are what they are.  Activations lie in -127 .. 127.  All sums are exact, so which instructions made them
 cannot be seen in the result.  Knows nothing about tiles, scales or groups.
 """
@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from llvmlite import ir
 
-from helix_gateway.runtime.cpu.emitter import I8, I16, I32, I32S, LANES, Emitter, call, constant
+from helix_gateway.runtime.cpu.emitter import I8, I16, I32, LANES, Emitter, call, constant
 from helix_gateway.runtime.cpu.integer_dot import (
     DOTS,
     add_signed_bytes,
@@ -20,16 +20,19 @@ from helix_gateway.runtime.cpu.integer_dot import (
 )
 
 _HALF = LANES // 2
-_I32_HALF = ir.VectorType(I32, _HALF)
-_I16_HALF = ir.VectorType(I16, 2 * _HALF)
-_I8_HALF = ir.VectorType(I8, 4 * _HALF)
+_I32S, _I16S, _I8S = (ir.VectorType(element, count * _HALF) for element, count in ((I32, 1), (I16, 2), (I8, 4)))
+"""What one register of AVX2 holds."""
 
 
 class DotProducts(ABC):
     """How one instruction set does it; values of Python are written into the code, values of LLVM are computed by it."""
 
-    registers: ClassVar[int]
-    """Vectors of 16 lanes that fit the registers."""
+    lanes: ClassVar[int] = LANES
+    """Of a vector: as many as a register has, where LLVM is not to choose in which order parts of one are computed."""
+    sums: ClassVar[int]
+    """Vectors of sums that stay in registers while the products of a group are added to them, others taking turns."""
+    few_rows: ClassVar[int]
+    """Most rows that share one reading of a tile which the nearest cache holds; up to ``sums``."""
 
     @abstractmethod
     def signed_start(self, emitter: Emitter, start: ir.Value) -> ir.Value:
@@ -37,14 +40,14 @@ class DotProducts(ABC):
 
     @abstractmethod
     def signed_weights(self, emitter: Emitter, stored: ir.Value) -> Any:
-        """Sixteen lanes of eight-bit weights, made ready for `add_signed`."""
+        """A vector of eight-bit weights, made ready for `add_signed`."""
 
     @abstractmethod
     def add_signed(self, emitter: Emitter, sums: ir.Value, weights: Any, x: ir.Value) -> ir.Value:
         """``sums`` and the products of four inputs; x: an int32 of four signed bytes."""
 
     @abstractmethod
-    def small_start(self) -> ir.Value:
+    def small_start(self, emitter: Emitter) -> ir.Value:
         """What a sum over small weights begins with."""
 
     @abstractmethod
@@ -59,9 +62,9 @@ class DotProducts(ABC):
 class _Alike(DotProducts):
     """Small weights are added as eight-bit ones are."""
 
-    def small_start(self) -> ir.Value:
+    def small_start(self, emitter: Emitter) -> ir.Value:
         """See `DotProducts`."""
-        return constant(I32S, 0)
+        return constant(emitter.vector(I32), 0)
 
     def add_small(self, emitter: Emitter, sums: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
         """See `DotProducts`."""
@@ -97,13 +100,13 @@ class _ByBytes(_Alike):
 class Avx512Vnni(_ByBytes):
     """``vpdpbusd`` on 512 bits; its activations come from memory, spread by the same instruction."""
 
-    dot, registers = "vnni512", 32
+    dot, sums, few_rows = "vnni512", 12, 6
 
 
 class AvxVnni(_ByBytes):
     """``vpdpbusd`` on 256 bits."""
 
-    dot, registers = "vnni256", 8
+    dot, lanes, sums, few_rows = "vnni256", _HALF, 8, 8
 
 
 class Avx2(DotProducts):
@@ -114,56 +117,36 @@ class Avx2(DotProducts):
     group of 32 inputs is summed in 16 bits.
     """
 
-    registers = 8
+    lanes, sums, few_rows = _HALF, 8, 8
 
     def signed_start(self, emitter: Emitter, start: ir.Value) -> ir.Value:
         """See `DotProducts`."""
-        return constant(I32S, 0)
+        return constant(_I32S, 0)
 
-    def signed_weights(self, emitter: Emitter, stored: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
+    def signed_weights(self, emitter: Emitter, stored: ir.Value) -> tuple[ir.Value, ir.Value]:
         """See `DotProducts`."""
-        builder, halves = emitter.builder, []
-        signed = without_offset(emitter, stored)
-        for number in range(2):
-            weights = builder.bitcast(_half(emitter, signed, number), _I8_HALF)
-            keep_least = ir.Constant(ir.IntType(1), 0)  # |-128| is 128, unsigned
-            halves.append((call(builder, "llvm.abs.v32i8", _I8_HALF, weights, keep_least), weights))
-        return halves
+        weights = emitter.builder.bitcast(without_offset(emitter, stored), _I8S)
+        keep_least = ir.Constant(ir.IntType(1), 0)  # |-128| is 128, unsigned
+        return call(emitter.builder, "llvm.abs.v32i8", _I8S, weights, keep_least), weights
 
     def add_signed(self, emitter: Emitter, sums: ir.Value, weights: Any, x: ir.Value) -> ir.Value:
         """See `DotProducts`."""
-        builder = emitter.builder
-        spread = builder.bitcast(_half(emitter, emitter.splat(x), 0), _I8_HALF)
-        halves = []
-        for number, (size, sign) in enumerate(weights):
-            signed = call(builder, "llvm.x86.avx2.psign.b", _I8_HALF, spread, sign)
-            pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", _I16_HALF, size, signed)
-            halves.append(builder.add(_half(emitter, sums, number), _pair_sums(emitter, pairs)))
-        return _joined(emitter, halves)
+        builder, (size, sign) = emitter.builder, weights
+        signed = call(builder, "llvm.x86.avx2.psign.b", _I8S, _spread(emitter, x), sign)
+        return builder.add(sums, _pair_sums(emitter, _pair_products(emitter, size, signed)))
 
-    def small_start(self) -> ir.Value:
+    def small_start(self, emitter: Emitter) -> ir.Value:
         """See `DotProducts`."""
-        return ir.Constant(ir.VectorType(I16, 2 * LANES), [0] * (2 * LANES))
+        return constant(_I16S, 0)
 
     def add_small(self, emitter: Emitter, sums: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
         """See `DotProducts`."""
-        builder = emitter.builder
-        spread = builder.bitcast(_half(emitter, emitter.splat(x), 0), _I8_HALF)
-        halves = [
-            call(
-                builder,
-                "llvm.x86.avx2.pmadd.ub.sw",
-                _I16_HALF,
-                builder.bitcast(_half(emitter, weights, number), _I8_HALF),
-                spread,
-            )
-            for number in range(2)
-        ]
-        return builder.add(sums, _joined(emitter, halves))
+        products = _pair_products(emitter, emitter.builder.bitcast(weights, _I8S), _spread(emitter, x))
+        return emitter.builder.add(sums, products)
 
     def small_sums(self, emitter: Emitter, sums: ir.Value) -> ir.Value:
         """See `DotProducts`."""
-        return _joined(emitter, [_pair_sums(emitter, _half(emitter, sums, number)) for number in range(2)])
+        return _pair_sums(emitter, sums)
 
 
 class ArmI8mm(_ByBytes):
@@ -173,17 +156,17 @@ class ArmI8mm(_ByBytes):
     would be neither rows nor lanes of channels, and one row, most of what a server computes, would waste half of them.
     """
 
-    dot, registers = "i8mm", 8
+    dot, sums, few_rows = "i8mm", 4, 4
 
 
 class ArmDotProduct(_Alike):
     """``sdot`` on 128 bits: signed bytes by signed ones, so eight-bit weights lose their offset first."""
 
-    registers = 8
+    sums, few_rows = 4, 4
 
     def signed_start(self, emitter: Emitter, start: ir.Value) -> ir.Value:
         """See `DotProducts`."""
-        return constant(I32S, 0)
+        return constant(emitter.vector(I32), 0)
 
     def signed_weights(self, emitter: Emitter, stored: ir.Value) -> ir.Value:
         """See `DotProducts`."""
@@ -197,25 +180,22 @@ class ArmDotProduct(_Alike):
 class Portable(_ByBytes):
     """Shifts, products and sums of 32 bits, which every processor has in some width."""
 
-    dot, registers = "portable", 8
+    dot, sums, few_rows = "portable", 4, 4
 
 
-def _half(emitter: Emitter, vector: ir.Value, number: int) -> ir.Value:
-    """The lower or upper half of a vector's elements."""
-    size = vector.type.count // 2
-    picks = ir.Constant(ir.VectorType(I32, size), list(range(number * size, (number + 1) * size)))
-    return emitter.builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), picks)
+def _spread(emitter: Emitter, x: ir.Value) -> ir.Value:
+    """Four bytes, in every lane of AVX2."""
+    return emitter.builder.bitcast(emitter.splat(x), _I8S)
 
 
-def _joined(emitter: Emitter, halves: list[ir.Value]) -> ir.Value:
-    size = 2 * halves[0].type.count
-    return emitter.builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(I32, size), list(range(size))))
+def _pair_products(emitter: Emitter, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
+    """Sums of the products of two neighbours, 16 int16; they saturate."""
+    return call(emitter.builder, "llvm.x86.avx2.pmadd.ub.sw", _I16S, unsigned, signed)
 
 
 def _pair_sums(emitter: Emitter, pairs: ir.Value) -> ir.Value:
     """Sums of neighbours of 16 int16, as 8 int32."""
-    ones = ir.Constant(_I16_HALF, [1] * (2 * _HALF))
-    return call(emitter.builder, "llvm.x86.avx2.pmadd.wd", _I32_HALF, pairs, ones)
+    return call(emitter.builder, "llvm.x86.avx2.pmadd.wd", _I32S, pairs, constant(_I16S, 1))
 
 
 DOT_PRODUCTS: tuple[DotProducts, ...] = (

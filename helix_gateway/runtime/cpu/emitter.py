@@ -18,7 +18,7 @@ VECTOR_BYTES = F32_BYTES * LANES
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F32, F16 = ir.FloatType(), ir.HalfType()
-F32S, I32S, I16S, F16S, I8S = (ir.VectorType(element, LANES) for element in (F32, I32, I16, F16, I8))
+F32S, I32S, I16S, I8S = (ir.VectorType(element, LANES) for element in (F32, I32, I16, I8))
 
 _HALF_FEATURES = frozenset({"f16c", "fullfp16", "neon"})
 """Any of these converts float16."""
@@ -36,7 +36,18 @@ def call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> 
 
 def constant(kind: ir.Type, number: float) -> ir.Constant:
     """A number, in every lane where ``kind`` is a vector."""
-    return ir.Constant(kind, [number] * LANES if isinstance(kind, ir.VectorType) else number)
+    return ir.Constant(kind, [number] * kind.count if isinstance(kind, ir.VectorType) else number)
+
+
+def _like(kind: ir.Type, element: ir.Type) -> ir.Type:
+    """A scalar of another type, or a vector where ``kind`` is one."""
+    return ir.VectorType(element, kind.count) if isinstance(kind, ir.VectorType) else element
+
+
+def _spread(builder: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
+    empty = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
+    one = builder.insert_element(empty, scalar, ir.Constant(I32, 0))
+    return builder.shuffle_vector(one, empty, constant(ir.VectorType(I32, lanes), 0))
 
 
 def _bytes_of(element: ir.Type) -> int:
@@ -52,10 +63,17 @@ def _either(builder: ir.IRBuilder, choices: list[tuple[ir.Value, ir.Block]]) -> 
 
 
 class Emitter:
-    """Writes vector code at the place where an IR builder stands; addresses are 64-bit integers, offsets bytes."""
+    """Writes vector code at the place where an IR builder stands; addresses are 64-bit integers, offsets bytes.
 
-    def __init__(self, builder: ir.IRBuilder) -> None:
-        self.builder = builder
+    Vectors that it makes itself have ``lanes`` lanes.
+    """
+
+    def __init__(self, builder: ir.IRBuilder, lanes: int = LANES) -> None:
+        self.builder, self.lanes = builder, lanes
+
+    def vector(self, element: ir.Type) -> ir.VectorType:
+        """The type of its vectors of such elements."""
+        return ir.VectorType(element, self.lanes)
 
     def offset(self, address: ir.Value, index: ir.Value | int, stride: ir.Value | int = 1) -> ir.Value:
         """``address + index * stride``."""
@@ -75,23 +93,31 @@ class Emitter:
         if not target_features() & _MASK_FEATURES:
             self._store_lanes_in_turn(value, address, count)
             return
-        name = f"llvm.masked.store.v{LANES}{value.type.element.intrinsic_name}.p0"
+        lanes = value.type.count
+        name = f"llvm.masked.store.v{lanes}{value.type.element.intrinsic_name}.p0"
         pointer = self.builder.inttoptr(address, value.type.as_pointer())
-        call(self.builder, name, ir.VoidType(), value, pointer, ir.Constant(I32, 2), self._first_lanes(count))
+        call(self.builder, name, ir.VoidType(), value, pointer, ir.Constant(I32, 2), self._first_lanes(lanes, count))
 
     def load_lanes(self, kind: ir.Type, address: ir.Value, count: ir.Value, align: int) -> ir.Value:
         """A vector of which only the first ``count`` lanes are read, and the others are zero."""
         if not target_features() & _MASK_FEATURES:
             return self._load_lanes_in_turn(kind, address, count, align)
-        name = f"llvm.masked.load.v{LANES}{kind.element.intrinsic_name}.p0"
+        lanes = kind.count
+        name = f"llvm.masked.load.v{lanes}{kind.element.intrinsic_name}.p0"
         pointer = self.builder.inttoptr(address, kind.as_pointer())
         return call(
-            self.builder, name, kind, pointer, ir.Constant(I32, align), self._first_lanes(count), constant(kind, 0)
+            self.builder,
+            name,
+            kind,
+            pointer,
+            ir.Constant(I32, align),
+            self._first_lanes(lanes, count),
+            constant(kind, 0),
         )
 
-    def _first_lanes(self, count: ir.Value) -> ir.Value:
-        lanes = ir.Constant(I32S, list(range(LANES)))
-        return self.builder.icmp_signed("<", lanes, self.splat(self.builder.trunc(count, I32)))
+    def _first_lanes(self, lanes: int, count: ir.Value) -> ir.Value:
+        numbers = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
+        return self.builder.icmp_signed("<", numbers, _spread(self.builder, self.builder.trunc(count, I32), lanes))
 
     def _store_lanes_in_turn(self, value: ir.Value, address: ir.Value, count: ir.Value) -> None:
         """Where LLVM would write a branch for each lane: all at once, or a loop over those that are wanted."""
@@ -101,7 +127,7 @@ class Emitter:
             self.store(builder.extract_element(value, lane), self.offset(address, lane, step), 2)
             return []
 
-        with builder.if_else(builder.icmp_signed(">=", count, ir.Constant(I64, LANES))) as (whole, part):
+        with builder.if_else(builder.icmp_signed(">=", count, ir.Constant(I64, value.type.count))) as (whole, part):
             with whole:
                 self.store(value, address, 2)
             with part, builder.if_then(builder.icmp_signed(">", count, ir.Constant(I64, 0))):
@@ -114,7 +140,7 @@ class Emitter:
             element = self.load(self.offset(address, lane, step), kind.element, align)
             return [builder.insert_element(loaded[0], element, lane)]
 
-        with builder.if_else(builder.icmp_signed(">=", count, ir.Constant(I64, LANES))) as (whole, part):
+        with builder.if_else(builder.icmp_signed(">=", count, ir.Constant(I64, kind.count))) as (whole, part):
             with whole:
                 choices = [(self.load(address, kind, align), builder.block)]
             with part:
@@ -127,13 +153,11 @@ class Emitter:
 
     def splat(self, scalar: ir.Value) -> ir.Value:
         """A vector of one scalar."""
-        empty = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
-        one = self.builder.insert_element(empty, scalar, ir.Constant(I32, 0))
-        return self.builder.shuffle_vector(one, empty, constant(I32S, 0))
+        return _spread(self.builder, scalar, self.lanes)
 
     def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
         """``a * b + c`` of vectors, rounded once."""
-        return call(self.builder, f"llvm.fma.v{LANES}f32", F32S, a, b, c)
+        return call(self.builder, f"llvm.fma.v{a.type.count}f32", a.type, a, b, c)
 
     def folded(self, vector: ir.Value, join: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
         """The lanes of a float32 vector joined pairwise, the upper half onto the lower, down to one."""
@@ -157,7 +181,7 @@ class Emitter:
 
     def from_half(self, bits: ir.Value) -> ir.Value:
         """Bits of finite float16 (int16, scalar or vector) as float32; exact."""
-        wide, half, single = (I32S, F16S, F32S) if isinstance(bits.type, ir.VectorType) else (I32, F16, F32)
+        wide, half, single = (_like(bits.type, element) for element in (I32, F16, F32))
         if target_features() & _HALF_FEATURES:
             return self.builder.fpext(self.builder.bitcast(bits, half), single)
         # Without such an instruction LLVM calls a library that may not be there.  Exponents differ by 112.

@@ -12,11 +12,11 @@ from functools import cache
 
 from llvmlite import ir
 
-from helix_gateway.runtime.cpu.emitter import I8, I16, I32, I32S, LANES, Emitter, call, constant
+from helix_gateway.runtime.cpu.emitter import I8, I16, I32, LANES, Emitter, call, constant
 from helix_gateway.runtime.cpu.instruction_sets import target_features
 
 Dot = Callable[[Emitter, ir.Value, ir.Value, ir.Value], ir.Value]
-"""``dot(emitter, sums, unsigned, signed)``: sums plus the products; 16 lanes of 32 bits each.
+"""``dot(emitter, sums, unsigned, signed)``: sums plus the products; 16 lanes of 32 bits each, or what an instruction takes.
 
 What is multiplied is each unsigned byte less the kind's number in `OFFSETS`.
 """
@@ -57,13 +57,15 @@ def _bytes_of(emitter: Emitter, words: ir.Value) -> ir.Value:
 
 def _vnni512(emitter: Emitter, sums: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
     pair = (_bytes_of(emitter, unsigned), _bytes_of(emitter, signed))
-    return call(emitter.builder, "llvm.x86.avx512.vpdpbusd.512", I32S, sums, *pair)
+    return call(emitter.builder, "llvm.x86.avx512.vpdpbusd.512", sums.type, sums, *pair)
 
 
-def _in_parts(emitter: Emitter, lanes: int, vectors: tuple[ir.Value, ...], join: Callable[..., ir.Value]) -> ir.Value:
+def in_parts(emitter: Emitter, lanes: int, vectors: tuple[ir.Value, ...], join: Callable[..., ir.Value]) -> ir.Value:
     """``join`` of the first ``lanes`` lanes of some vectors, of the next ones and so on, put together again."""
+    if vectors[0].type.count == lanes:
+        return join(*vectors)
     builder, parts = emitter.builder, []
-    for first in range(0, LANES, lanes):
+    for first in range(0, vectors[0].type.count, lanes):
         picks = ir.Constant(ir.VectorType(I32, lanes), list(range(first, first + lanes)))
         parts.append(join(*(builder.shuffle_vector(v, ir.Constant(v.type, ir.Undefined), picks) for v in vectors)))
     while len(parts) > 1:
@@ -79,7 +81,7 @@ def _vnni256(emitter: Emitter, sums: ir.Value, unsigned: ir.Value, signed: ir.Va
         pair = (_bytes_of(emitter, a), _bytes_of(emitter, b))
         return call(emitter.builder, "llvm.x86.avx512.vpdpbusd.256", total.type, total, *pair)
 
-    return _in_parts(emitter, _HALF, (sums, unsigned, signed), join)
+    return in_parts(emitter, _HALF, (sums, unsigned, signed), join)
 
 
 def _avx2(emitter: Emitter, sums: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
@@ -96,7 +98,7 @@ def _avx2(emitter: Emitter, sums: ir.Value, unsigned: ir.Value, signed: ir.Value
             total = builder.add(total, product)
         return total
 
-    return _in_parts(emitter, _HALF, (sums, unsigned, signed), join)
+    return in_parts(emitter, _HALF, (sums, unsigned, signed), join)
 
 
 def _by_neon(name: str, emitter: Emitter, sums: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -106,7 +108,7 @@ def _by_neon(name: str, emitter: Emitter, sums: ir.Value, a: ir.Value, b: ir.Val
         pair = (_bytes_of(emitter, x), _bytes_of(emitter, y))
         return call(emitter.builder, f"llvm.aarch64.neon.{name}.v{_QUARTER}i32.v16i8", total.type, total, *pair)
 
-    return _in_parts(emitter, _QUARTER, (sums, a, b), join)
+    return in_parts(emitter, _QUARTER, (sums, a, b), join)
 
 
 def _i8mm(emitter: Emitter, sums: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
@@ -120,7 +122,7 @@ def add_signed_bytes(emitter: Emitter, sums: ir.Value, a: ir.Value, b: ir.Value)
 
 def without_offset(emitter: Emitter, unsigned: ir.Value) -> ir.Value:
     """Unsigned bytes less `BYTE_OFFSET`, as signed ones."""
-    return emitter.builder.xor(unsigned, constant(I32S, 0x80808080))
+    return emitter.builder.xor(unsigned, constant(unsigned.type, 0x80808080))
 
 
 def _dotprod(emitter: Emitter, sums: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
@@ -128,9 +130,9 @@ def _dotprod(emitter: Emitter, sums: ir.Value, unsigned: ir.Value, signed: ir.Va
 
 
 def _portable(emitter: Emitter, sums: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
-    builder, top = emitter.builder, constant(I32S, 24)
+    builder, top = emitter.builder, constant(sums.type, 24)
     for byte in range(_BYTES):
-        up = constant(I32S, 24 - 8 * byte)
+        up = constant(sums.type, 24 - 8 * byte)
         a, b = builder.lshr(builder.shl(unsigned, up), top), builder.ashr(builder.shl(signed, up), top)
         sums = builder.add(sums, builder.mul(a, b))
     return sums
@@ -148,8 +150,3 @@ DOTS: dict[str, Dot] = {
 
 OFFSETS = {name: BYTE_OFFSET if name == "dotprod" else 0 for name in DOTS}
 """What each takes off the unsigned bytes before it multiplies them."""
-
-
-def host_offset_left() -> int:
-    """What `host_dot` leaves on bytes that were stored with `BYTE_OFFSET`, for the start of a sum to take off."""
-    return BYTE_OFFSET - OFFSETS[host_dot()]

@@ -17,7 +17,6 @@ about models.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,10 +28,8 @@ from helix_gateway.runtime.cpu.dot_products import DOT_PRODUCTS, DotProducts
 from helix_gateway.runtime.cpu.emitter import (
     F32,
     F32_BYTES,
-    F32S,
-    I16S,
+    I16,
     I32,
-    I32S,
     I64,
     LANES,
     VECTOR_BYTES,
@@ -51,7 +48,7 @@ GROUP_FIELDS = 3
 """Numbers of four bytes beside a group's int8 of a row: scale, start (-128 times their sum), and scale times sum."""
 
 _LINE_BYTES = 64
-_HALVES_BYTES = 2 * LANES
+_HALF_BYTES = 2
 _NIBBLES = 0x0F0F0F0F
 
 
@@ -106,8 +103,27 @@ class _Rows:
         return self._field(row, 2, F32)
 
 
+@dataclass(frozen=True, slots=True)
+class _Vectors:
+    """Some vectors, one after another, of a tile's channels; they are as wide as the emitter's."""
+
+    emitter: Emitter
+    numbers: range
+
+    def load(self, element: ir.Type, at: ir.Value, lane_bytes: int) -> list[ir.Value]:
+        """All of them, of those that lie side by side from ``at`` on."""
+        kind, step = self.emitter.vector(element), lane_bytes * self.emitter.lanes
+        return [self.emitter.load(self.emitter.offset(at, number, step), kind, step) for number in self.numbers]
+
+    def words(self, at: ir.Value, step: int) -> list[ir.Value]:
+        """Four bytes of each channel: those of 16 lie side by side, those of the next 16 ``step`` bytes further."""
+        kind, size, parts = self.emitter.vector(I32), F32_BYTES * self.emitter.lanes, LANES // self.emitter.lanes
+        places = [number // parts * step + number % parts * size for number in self.numbers]
+        return [self.emitter.load(self.emitter.offset(at, place), kind, size) for place in places]
+
+
 class _Format(ABC):
-    """How a tile is multiplied, a turn after the other; vectors are those that are wanted of it, each row's side by side."""
+    """How a tile is multiplied, a turn after the other."""
 
     groups: ClassVar[int] = 1
     """Of a turn: those that share their scales."""
@@ -119,19 +135,20 @@ class _Format(ABC):
     @staticmethod
     @abstractmethod
     def add_turn(
-        dot: DotProducts, rows: _Rows, at: ir.Value, vectors: Sequence[int], sums: list[ir.Value]
+        dot: DotProducts, rows: _Rows, at: ir.Value, vectors: _Vectors, sums: list[ir.Value]
     ) -> list[ir.Value]:
         """Sums after one turn more; ``at``: where its weights lie."""
 
     @staticmethod
-    def finished(emitter: Emitter, tail: ir.Value, vector: int, total: ir.Value, bias: ir.Value) -> ir.Value:
-        """What a sum over all turns comes to; ``tail``: where the last turn's weights end."""
-        return emitter.builder.fadd(total, bias)
+    def finished(vectors: _Vectors, tail: ir.Value, totals: list[ir.Value], biases: list[ir.Value]) -> list[ir.Value]:
+        """What a row's sums over all turns come to; ``tail``: where the last turn's weights end."""
+        return [vectors.emitter.builder.fadd(total, bias) for total, bias in zip(totals, biases)]
 
 
-def _halves_at(emitter: Emitter, address: ir.Value, byte: int) -> ir.Value:
-    """Sixteen float16 as float32."""
-    return emitter.from_half(emitter.load(emitter.offset(address, byte), I16S, _HALVES_BYTES))
+def _halves(vectors: _Vectors, at: ir.Value, byte: int) -> list[ir.Value]:
+    """A float16 of every channel, as float32."""
+    emitter = vectors.emitter
+    return [emitter.from_half(bits) for bits in vectors.load(I16, emitter.offset(at, byte), _HALF_BYTES)]
 
 
 def _add_scaled(rows: _Rows, parts: list[ir.Value], scales: list[ir.Value], sums: list[ir.Value]) -> list[ir.Value]:
@@ -139,20 +156,19 @@ def _add_scaled(rows: _Rows, parts: list[ir.Value], scales: list[ir.Value], sums
     emitter, following = rows.emitter, []
     for place, (part, total) in enumerate(zip(parts, sums)):
         row, vector = divmod(place, len(scales))
-        worth = emitter.builder.fmul(emitter.builder.sitofp(part, F32S), emitter.splat(rows.scale(row)))
+        numbers = emitter.builder.sitofp(part, emitter.vector(F32))
+        worth = emitter.builder.fmul(numbers, emitter.splat(rows.scale(row)))
         following.append(emitter.fma(scales[vector], worth, total))
     return following
 
 
-def _byte_products(dot: DotProducts, rows: _Rows, at: ir.Value, vectors: Sequence[int]) -> list[ir.Value]:
+def _byte_products(dot: DotProducts, rows: _Rows, at: ir.Value, vectors: _Vectors) -> list[ir.Value]:
     """Sums of a turn's products, int32, each row's vectors side by side."""
     emitter, numbers, quads = rows.emitter, range(rows.count), rows.together * GROUP_INPUTS // 4
     starts = [dot.signed_start(emitter, rows.start(row)) for row in numbers]
-    parts = [start for start in starts for _ in vectors]
+    parts = [start for start in starts for _ in vectors.numbers]
     for quad in range(quads):
-        stored = [
-            emitter.load(emitter.offset(at, VECTOR_BYTES * (quads * v + quad)), I32S, _LINE_BYTES) for v in vectors
-        ]
+        stored = vectors.words(emitter.offset(at, VECTOR_BYTES * quad), VECTOR_BYTES * quads)
         weights = [dot.signed_weights(emitter, vector) for vector in stored]
         fours = [rows.inputs(row, 4 * quad) for row in numbers]
         pairs = [(x, w) for x in fours for w in weights]
@@ -166,11 +182,10 @@ class _Int8(_Format):
 
     @staticmethod
     def add_turn(
-        dot: DotProducts, rows: _Rows, at: ir.Value, vectors: Sequence[int], sums: list[ir.Value]
+        dot: DotProducts, rows: _Rows, at: ir.Value, vectors: _Vectors, sums: list[ir.Value]
     ) -> list[ir.Value]:
         parts = _byte_products(dot, rows, at, vectors)
-        scales = [_halves_at(rows.emitter, at, _Int8.scales_at + _HALVES_BYTES * v) for v in vectors]
-        return _add_scaled(rows, parts, scales, sums)
+        return _add_scaled(rows, parts, _halves(vectors, at, _Int8.scales_at), sums)
 
 
 class _Int8Channels(_Format):
@@ -180,17 +195,17 @@ class _Int8Channels(_Format):
 
     @staticmethod
     def add_turn(
-        dot: DotProducts, rows: _Rows, at: ir.Value, vectors: Sequence[int], sums: list[ir.Value]
+        dot: DotProducts, rows: _Rows, at: ir.Value, vectors: _Vectors, sums: list[ir.Value]
     ) -> list[ir.Value]:
         emitter, parts = rows.emitter, _byte_products(dot, rows, at, vectors)
-        scales = [emitter.splat(rows.scale(row)) for row in range(rows.count) for _ in vectors]
-        numbers = [emitter.builder.sitofp(part, F32S) for part in parts]
+        scales = [emitter.splat(rows.scale(row)) for row in range(rows.count) for _ in vectors.numbers]
+        numbers = [emitter.builder.sitofp(part, emitter.vector(F32)) for part in parts]
         return [emitter.fma(scale, number, total) for scale, number, total in zip(scales, numbers, sums)]
 
     @staticmethod
-    def finished(emitter: Emitter, tail: ir.Value, vector: int, total: ir.Value, bias: ir.Value) -> ir.Value:
-        scales = emitter.load(emitter.offset(tail, VECTOR_BYTES * vector), F32S, _LINE_BYTES)
-        return emitter.fma(scales, total, bias)
+    def finished(vectors: _Vectors, tail: ir.Value, totals: list[ir.Value], biases: list[ir.Value]) -> list[ir.Value]:
+        scales = vectors.load(F32, tail, F32_BYTES)
+        return [vectors.emitter.fma(scale, total, bias) for scale, total, bias in zip(scales, totals, biases)]
 
 
 class _Int4(_Format):
@@ -200,29 +215,29 @@ class _Int4(_Format):
 
     @staticmethod
     def add_turn(
-        dot: DotProducts, rows: _Rows, at: ir.Value, vectors: Sequence[int], sums: list[ir.Value]
+        dot: DotProducts, rows: _Rows, at: ir.Value, vectors: _Vectors, sums: list[ir.Value]
     ) -> list[ir.Value]:
         emitter, parts = rows.emitter, _nibble_products(dot, rows, at, vectors)
-        scales = [_halves_at(emitter, at, _Int4.scales_at + _HALVES_BYTES * v) for v in vectors]
-        minima = [_halves_at(emitter, at, _Int4.minima_at + _HALVES_BYTES * v) for v in vectors]
+        scales, minima = (_halves(vectors, at, byte) for byte in (_Int4.scales_at, _Int4.minima_at))
         worths = [emitter.splat(rows.worth(row)) for row in range(rows.count)]
         pairs = [(worth, minimum) for worth in worths for minimum in minima]
         sums = [emitter.fma(minimum, worth, total) for (worth, minimum), total in zip(pairs, sums)]
         return _add_scaled(rows, parts, scales, sums)
 
 
-def _nibble_products(dot: DotProducts, rows: _Rows, at: ir.Value, vectors: Sequence[int]) -> list[ir.Value]:
+def _nibble_products(dot: DotProducts, rows: _Rows, at: ir.Value, vectors: _Vectors) -> list[ir.Value]:
     """Sums of one group's products, int32, each row's vectors side by side."""
     emitter, builder, numbers = rows.emitter, rows.emitter.builder, range(rows.count)
-    parts = [dot.small_start()] * (rows.count * len(vectors))
-    for quad in range(GROUP_INPUTS // 8):
-        places = [VECTOR_BYTES * (GROUP_INPUTS // 8 * v + quad) for v in vectors]
-        stored = [emitter.load(emitter.offset(at, place), I32S, _LINE_BYTES) for place in places]
+    parts, words = [dot.small_start(emitter)] * (rows.count * len(vectors.numbers)), emitter.vector(I32)
+    quads = GROUP_INPUTS // 8
+    for quad in range(quads):
+        stored = vectors.words(emitter.offset(at, VECTOR_BYTES * quad), VECTOR_BYTES * quads)
         for shift in (0, 4):
             weights = [
-                builder.and_(builder.lshr(vector, constant(I32S, shift)), constant(I32S, _NIBBLES)) for vector in stored
+                builder.and_(builder.lshr(vector, constant(words, shift)), constant(words, _NIBBLES))
+                for vector in stored
             ]
-            inputs = [rows.inputs(row, 4 * quad + GROUP_INPUTS // 8 * shift) for row in numbers]
+            inputs = [rows.inputs(row, 4 * quad + quads * shift) for row in numbers]
             pairs = [(x, w) for x in inputs for w in weights]
             parts = [dot.add_small(emitter, part, w, x) for (x, w), part in zip(pairs, parts)]
     return [dot.small_sums(emitter, part) for part in parts]
@@ -247,26 +262,19 @@ def tile_bytes(format_: int, groups: int) -> int:
     return groups // kind.groups * kind.turn_bytes + kind.tail_bytes
 
 
-def rows_of_one_pass(registers: int) -> int:
-    """Most rows that take both vectors of a tile at once: two sums of each, weights and scales fit the registers."""
-    return (registers - 6) // 4
-
-
-def _passes(rows: int, registers: int) -> tuple[tuple[int, ...], ...]:
-    return ((0, 1),) if rows <= rows_of_one_pass(registers) else ((0,), (1,))
+def num_passes(rows: int, dot: DotProducts) -> int:
+    """How often so many rows, up to ``dot.sums``, go over a tile: as rarely as their sums allow."""
+    passes, vectors = 1, TILE_CHANNELS // dot.lanes
+    while rows * vectors > passes * dot.sums and passes < vectors:
+        passes *= 2
+    return passes
 
 
 def _emit_pass(
-    kind: type[_Format],
-    dot: DotProducts,
-    emitter: Emitter,
-    count: int,
-    to: _Operands,
-    lines: range,
-    vectors: Sequence[int],
+    kind: type[_Format], dot: DotProducts, rows: int, to: _Operands, vectors: _Vectors, lines: range
 ) -> None:
     """Products of some rows with some vectors of the tile; ``lines``: which bytes of a turn are asked for ahead."""
-    builder = emitter.builder
+    emitter, builder, width = vectors.emitter, vectors.emitter.builder, len(vectors.numbers)
     turns = builder.udiv(to.groups, ir.Constant(I64, kind.groups))
     field_bytes = builder.mul(builder.mul(to.groups, to.stride), ir.Constant(I64, F32_BYTES))
 
@@ -277,18 +285,18 @@ def _emit_pass(
         before = builder.mul(builder.mul(turn, ir.Constant(I64, kind.groups)), to.stride)
         first = emitter.offset(to.fields, before, F32_BYTES)
         fields = tuple(emitter.offset(first, field_bytes, field) for field in range(GROUP_FIELDS))
-        rows = _Rows(emitter, count, emitter.offset(to.x, before, GROUP_INPUTS), fields, kind.groups)
-        return kind.add_turn(dot, rows, emitter.offset(to.tile, turn, kind.turn_bytes), vectors, sums)
+        together = _Rows(emitter, rows, emitter.offset(to.x, before, GROUP_INPUTS), fields, kind.groups)
+        return kind.add_turn(dot, together, emitter.offset(to.tile, turn, kind.turn_bytes), vectors, sums)
 
-    totals = emitter.count(turns, [constant(F32S, 0.0)] * (count * len(vectors)), one_turn)
-    tail = emitter.offset(to.tile, turns, kind.turn_bytes)
-    for place, total in enumerate(totals):
-        row, vector = place // len(vectors), vectors[place % len(vectors)]
-        bias = emitter.load(emitter.offset(to.bias, VECTOR_BYTES * vector), F32S, _LINE_BYTES)
+    totals = emitter.count(turns, [constant(emitter.vector(F32), 0.0)] * (rows * width), one_turn)
+    tail, biases = emitter.offset(to.tile, turns, kind.turn_bytes), vectors.load(F32, to.bias, F32_BYTES)
+    for row in range(rows):
         out_row = emitter.offset(to.out, builder.mul(to.out_stride, ir.Constant(I64, row)), F32_BYTES)
-        left = builder.sub(to.channels, ir.Constant(I64, LANES * vector))
-        result = kind.finished(emitter, tail, vector, total, bias)
-        emitter.store_lanes(result, emitter.offset(out_row, VECTOR_BYTES * vector), left)
+        results = kind.finished(vectors, tail, totals[row * width : (row + 1) * width], biases)
+        for number, result in zip(vectors.numbers, results):
+            lane = emitter.lanes * number
+            left = builder.sub(to.channels, ir.Constant(I64, lane))
+            emitter.store_lanes(result, emitter.offset(out_row, F32_BYTES * lane), left)
 
 
 @intrinsic(prefer_literal=True)
@@ -336,13 +344,15 @@ def multiply_quantised_tile(  # type: ignore[no-untyped-def]
     numbers = sorted({*range(1, few_rows.literal_value + 1), many_rows.literal_value})
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        emitter, operands = Emitter(builder), _Operands(*args[5:])
+        emitter, operands = Emitter(builder, products.lanes), _Operands(*args[5:])
 
         def rows(n: int) -> None:
-            passes = _passes(n, products.registers)
-            for number, vectors in enumerate(passes):
-                lines = range(number * _LINE_BYTES, kind.turn_bytes, len(passes) * _LINE_BYTES)
-                _emit_pass(kind, products, emitter, n, operands, lines, vectors)
+            passes = num_passes(n, products)
+            width = TILE_CHANNELS // products.lanes // passes
+            for number in range(passes):
+                vectors = _Vectors(emitter, range(number * width, (number + 1) * width))
+                lines = range(number * _LINE_BYTES, kind.turn_bytes, passes * _LINE_BYTES)
+                _emit_pass(kind, products, n, operands, vectors, lines)
 
         emitter.for_each_number(args[4], numbers, rows)
         return context.get_dummy_value()

@@ -23,15 +23,16 @@ from helix_gateway.runtime.cpu.quantised_kernels import (
     JOINED_GROUPS,
     groups_together,
     multiply_quantised_tile,
-    rows_of_one_pass,
+    num_passes,
     turn_bytes,
 )
 from helix_gateway.runtime.cpu.quantised_rows import quantise_row
 
-_ROWS_OF_ONE_PASS = rows_of_one_pass(DOT_PRODUCTS[HOST_DOT].registers)
-FEW_ROWS = _ROWS_OF_ONE_PASS or 4
+_DOT = DOT_PRODUCTS[HOST_DOT]
+_ROWS_OF_ONE_PASS = max(rows for rows in range(1, _DOT.sums + 1) if num_passes(rows, _DOT) == 1)
+FEW_ROWS = _DOT.few_rows
 """Most rows that share one reading of a tile of any format; as code they are one for each number up to it."""
-MANY_ROWS = 2 * _ROWS_OF_ONE_PASS or FEW_ROWS
+MANY_ROWS = _DOT.sums
 """So many share one of eight bits where there are as many: such a tile may be larger than the nearest cache."""
 
 # One pass alone fetches weights this far ahead; see `products.py`.
