@@ -164,31 +164,32 @@ class _Memory:
         self._most_groups = num_groups(max(self._width, self._attended, down[0].in_features))
         self.vocab_size = head.out_features
         self._rows = 0
+        self._kept: list[torch.Tensor] = []
+        """Of the first fields of `Scratch`, each at the start of a cache line, as torch gives it."""
+        self._places = [0] * 6
         self._counts: Int64s = np.zeros((0, 0, 0), np.int64)
 
     def scratch(self, rows: int, num_layers: int, threads: int, logits: torch.Tensor) -> Scratch:
         """Memory for so many rows, its counts zero."""
         if rows > self._rows:
             self._rows = rows
-            self._hidden, self._chosen, self._change = (_aligned(rows, self._width) for _ in range(3))
-            self._product = _aligned(rows, self._most)
-            self._attended_rows = _aligned(rows, self._attended)
-            self._quantised = torch.empty(rows_bytes(rows, self._most_groups), dtype=torch.uint8)
+            widths = (self._width, self._width, self._width, self._most, self._attended)
+            self._kept = [torch.empty(rows, width) for width in widths]
+            self._kept.append(torch.empty(rows_bytes(rows, self._most_groups), dtype=torch.uint8))
+            self._places = [tensor.data_ptr() for tensor in self._kept]
         if self._counts.shape[1] != threads + 1:
             self._counts = new_counts(num_layers * LAYER_STAGES + 2, threads)
         self._counts[:] = 0
+        hidden, chosen, change, product, attended, quantised = self._places
         return Scratch(
-            self._hidden,
-            self._chosen,
-            self._change,
-            self._product,
-            self._attended_rows,
-            self._quantised.data_ptr(),
-            logits.numpy(),
-            self._counts,
+            hidden=hidden,
+            chosen=chosen,
+            change=change,
+            product=product,
+            attended=attended,
+            quantised=quantised,
+            logits=logits.data_ptr(),
+            width=self._width,
+            attended_width=self._attended,
+            counts=self._counts,
         )
-
-
-def _aligned(rows: int, width: int) -> "np.ndarray[tuple[int, int], np.dtype[np.float32]]":
-    """float32 [rows, width] at the start of a cache line, as torch gives it."""
-    return torch.empty(rows, width).numpy()

@@ -9,12 +9,12 @@ from functools import cache
 
 import numpy as np
 from llvmlite import ir
-from numba import cfunc, njit, prange, types
+from numba import carray, cfunc, njit, prange, types
 from numba.extending import intrinsic
 
 from helix_gateway.runtime.cpu.dot_products import DOT_PRODUCTS, HOST_DOT
 from helix_gateway.runtime.cpu.emitter import F32, F32_BYTES, I8, I16, I64, Emitter
-from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS
+from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS, float32s_at
 from helix_gateway.runtime.cpu.quantised_kernels import (
     GROUP_INPUTS,
     INT4,
@@ -179,8 +179,9 @@ def _byte_at(typing_context, address):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def read_row(weight, channel, inputs, row):  # type: ignore[no-untyped-def]
-    """A channel's weights as float32 into ``row`` (an array, at least ``inputs`` long)."""
+def read_row(weight, channel, inputs, to):  # type: ignore[no-untyped-def]
+    """A channel's weights as float32 [inputs] to an address."""
+    row = carray(float32s_at(to), (inputs,))
     format_, tiles, tile_bytes, groups, _ = weight
     tile, place = tiles + channel // TILE_CHANNELS * tile_bytes, channel % TILE_CHANNELS
     vector, lane = place // _LANES, place % _LANES
@@ -210,4 +211,4 @@ def read_rows(threads, weight, channels, inputs, rows):  # type: ignore[no-untyp
     """The given channels (int64) as float32, rows [n, inputs]; they must lie in the matrix."""
     for thread in prange(threads):
         for i in range(len(channels) * thread // threads, len(channels) * (thread + 1) // threads):
-            read_row(weight, channels[i], inputs, rows[i])
+            read_row(weight, channels[i], inputs, rows[i].ctypes.data)

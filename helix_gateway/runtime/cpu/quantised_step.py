@@ -12,14 +12,15 @@ this fits is `structures.py`'s affair.
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit, prange
+from numba import carray, njit, prange
 
-from helix_gateway.core.step import Float32s, Int32s
+from helix_gateway.core.step import Int32s
 from helix_gateway.runtime.cpu.attention_items import attend_item
+from helix_gateway.runtime.cpu.attention_kernels import FLOATS
 from helix_gateway.runtime.cpu.attention_shape import GROUP, KEY_DIM, KV_HEADS, plan_of, softcapped
 from helix_gateway.runtime.cpu.emitter import F32_BYTES
 from helix_gateway.runtime.cpu.layers import UniformPages, place_rows
-from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS
+from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS, float32s_at
 from helix_gateway.runtime.cpu.parts import GELU, UNCAPPED
 from helix_gateway.runtime.cpu.quantised_kernels import GROUP_INPUTS, INT8_CHANNELS
 from helix_gateway.runtime.cpu.quantised_products import multiply_tiles, read_row
@@ -86,22 +87,28 @@ class Rows(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Memory of a step, [at least its rows, ...]; rows are consecutive."""
+    """Memory of a step by its addresses, of float32 [at least its rows, ...]; rows are consecutive.
 
-    hidden: Float32s
+    Addresses, since a slice of an array in each row's turn takes longer than what is done to the row (docs/log.md).
+    """
+
+    hidden: int
     """[rows, width], the residual stream."""
-    chosen: Float32s
+    chosen: int
     """[wanted rows, width], the same of the last layer's second half."""
-    change: Float32s
+    change: int
     """[rows, width], what the last product adds to it."""
-    product: Float32s
+    product: int
     """[rows, the most channels of QKV, gate and up, at least the width]; products leave rows of their own width."""
-    attended: Float32s
+    attended: int
     """[rows, query heads * head dimension]"""
     quantised: int
-    """Address of the quantised rows (`quantised_rows.py`)."""
-    logits: Float32s
+    """The quantised rows (`quantised_rows.py`)."""
+    logits: int
     """[wanted rows, channels of the head]"""
+    width: int
+    """Of the residual stream."""
+    attended_width: int
     counts: Int64s
     """Of `work_sharing.new_counts`."""
 
@@ -148,22 +155,21 @@ def _matrix_of(stage):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _scale(row, factor, out):  # type: ignore[no-untyped-def]
-    for i in range(len(row)):
-        out[i] = row[i] * factor
+def _scale(row, factor, out, width):  # type: ignore[no-untyped-def]
+    """``row * factor``, addresses of float32 [width]."""
+    source, target = carray(float32s_at(row), (width,)), carray(float32s_at(out), (width,))
+    for i in range(width):
+        target[i] = source[i] * factor
 
 
-@njit(cache=True)
-def _add_change(model, norm, hidden, change, room, out):  # type: ignore[no-untyped-def]
-    """``hidden + change`` of one row, the change first normed or scaled into ``room`` where a family does that."""
-    width = len(hidden)
+@njit(inline="always")
+def _add_change(model, norm, hidden, change, out, width):  # type: ignore[no-untyped-def]
+    """``hidden + change`` of one row, by addresses; the change is normed or scaled in place before, where a family does that."""
     if norm != 0:
-        norm_row(change.ctypes.data, width, model.eps, norm, room.ctypes.data)
-        change = room
+        norm_row(change, width, model.eps, norm, change)
     elif model.residual != 1:
-        _scale(change, model.residual, room)
-        change = room
-    sum_rows(hidden.ctypes.data, change.ctypes.data, out.ctypes.data, width // GROUP_INPUTS)
+        _scale(change, model.residual, change, width)
+    sum_rows(hidden, change, out, width // GROUP_INPUTS)
 
 
 @njit(inline="always")
@@ -172,40 +178,43 @@ def _is_joined(fields, matrix):  # type: ignore[no-untyped-def]
     return fields[matrix * MATRIX_FIELDS] == INT8_CHANNELS
 
 
-@njit(cache=True)
-def _quantise_norm(model, norm, numbers, joined, to):  # type: ignore[no-untyped-def]
+@njit(inline="always")
+def _quantise_norm(model, norm, numbers, width, joined, to):  # type: ignore[no-untyped-def]
     """A row's norm quantised, or the row itself where there is none; to: address, row and rows of `quantise_row`."""
-    (at, row, rows), groups = to, len(numbers) // GROUP_INPUTS
+    (at, row, rows), groups = to, width // GROUP_INPUTS
     if norm != 0:
-        quantise_normed_row(numbers.ctypes.data, len(numbers), model.eps, norm, at, row, rows, groups, joined)
+        quantise_normed_row(numbers, width, model.eps, norm, at, row, rows, groups, joined)
     else:
-        quantise_row(numbers.ctypes.data, at, row, rows, groups, joined)
+        quantise_row(numbers, at, row, rows, groups, joined)
 
 
 @njit(cache=True)
 def _norm_stage_row(number, stage, row, is_chosen, model, fields, rows, scratch, to):  # type: ignore[no-untyped-def]
     """The residual stream of one row brought up to date, and its norm quantised."""
-    hidden, change, place = scratch.hidden[row], scratch.change[row], 1 if stage == NORM_GATE else 0
+    width, place = scratch.width, 1 if stage == NORM_GATE else 0
+    step = width * F32_BYTES
+    hidden, change = scratch.hidden + row * step, scratch.change + row * step
     out = hidden
     if is_chosen:  # a row may be wanted twice, so it is left as it is
-        hidden, out = scratch.hidden[rows.wanted[row]], scratch.chosen[row]
+        hidden, out = scratch.hidden + rows.wanted[row] * step, scratch.chosen + row * step
     if stage == NORM_QKV and number == 0:
         matrix = model.embedding_matrix
         weight = (matrix[0], matrix[1], matrix[2], matrix[_GROUPS], matrix[_CHANNELS])
-        read_row(weight, rows.tokens[row], len(hidden), hidden)
+        read_row(weight, rows.tokens[row], width, hidden)
         if model.embedding != 1:
-            _scale(hidden, model.embedding, hidden)
+            _scale(hidden, model.embedding, hidden, width)
     else:
-        _add_change(model, fields[CHANGE_NORMS + place], hidden, change, change, out)
-    _quantise_norm(model, fields[NORMS + place], out, _is_joined(fields, 2 * place), to)
+        _add_change(model, fields[CHANGE_NORMS + place], hidden, change, out, width)
+    _quantise_norm(model, fields[NORMS + place], out, width, _is_joined(fields, 2 * place), to)
 
 
 @njit(cache=True)
 def _norm_wanted_row(place, model, fields, scratch, to):  # type: ignore[no-untyped-def]
     """The last norm of a row whose logits are wanted, quantised."""
-    hidden, change = scratch.chosen[place], scratch.change[place]
-    _add_change(model, fields[CHANGE_NORMS], hidden, change, change, hidden)
-    _quantise_norm(model, fields[NORMS], hidden, _is_joined(fields, 0), to)
+    width, step = scratch.width, scratch.width * F32_BYTES
+    hidden, change = scratch.chosen + place * step, scratch.change + place * step
+    _add_change(model, fields[CHANGE_NORMS], hidden, change, hidden, width)
+    _quantise_norm(model, fields[NORMS], hidden, width, _is_joined(fields, 0), to)
 
 
 @njit(cache=True)
@@ -224,7 +233,7 @@ def _norm_heads(first, last, product, channels, fields, queries, keys, eps):  # 
 def _gate(model, fields, scratch, to):  # type: ignore[no-untyped-def]
     """``activation(gate) * up`` of a row, quantised."""
     (at, row, rows), channels = to, fields[2 * MATRIX_FIELDS + _CHANNELS]
-    address, groups = scratch.product.ctypes.data + row * channels * F32_BYTES, channels // 2 // GROUP_INPUTS
+    address, groups = scratch.product + row * channels * F32_BYTES, channels // 2 // GROUP_INPUTS
     if model.activation == GELU:
         quantise_gelu_gated_row(address, at, row, rows, groups, _is_joined(fields, 3))
     else:
@@ -232,11 +241,12 @@ def _gate(model, fields, scratch, to):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _cap_logits(first, last, logits, cap):  # type: ignore[no-untyped-def]
+def _cap_logits(first, last, rows, channels, logits, cap):  # type: ignore[no-untyped-def]
     """``cap * tanh(logit / cap)`` in some tiles of all rows (Gemma 2)."""
-    for row in range(len(logits)):
-        for channel in range(first * TILE_CHANNELS, min(last * TILE_CHANNELS, logits.shape[1])):
-            logits[row, channel] = softcapped(logits[row, channel], cap)
+    all_ = carray(float32s_at(logits), (rows, channels))
+    for row in range(rows):
+        for channel in range(first * TILE_CHANNELS, min(last * TILE_CHANNELS, channels)):
+            all_[row, channel] = softcapped(all_[row, channel], cap)
 
 
 @njit(cache=True)
@@ -245,11 +255,11 @@ def _multiply(kernels, stage, first, last, fields, num_rows, scratch):  # type: 
     place = _matrix_of(stage) * MATRIX_FIELDS
     weight = (fields[place], fields[place + 1], fields[place + 2], fields[place + _GROUPS], fields[place + _CHANNELS])
     if stage == HEAD:
-        out = scratch.logits.ctypes.data
+        out = scratch.logits
     elif stage in (OUT, DOWN):
-        out = scratch.change.ctypes.data
+        out = scratch.change
     else:
-        out = scratch.product.ctypes.data
+        out = scratch.product
     kernel, bias = kernels[fields[place]], fields[place + _BIAS]
     multiply_tiles(kernel, first, last, num_rows, scratch.quantised, weight, bias, out)
 
@@ -262,10 +272,10 @@ def _multiply(kernels, stage, first, last, fields, num_rows, scratch):  # type: 
 def _attend(thread, first, last, number, model, plans, pages, fields, scratch):  # type: ignore[no-untyped-def]
     """Some items of attention."""
     plan, shape = plan_of(plans, fields[PLAN]), pages.shapes[fields[PLAN]]
-    query = (scratch.product.ctypes.data, fields[_CHANNELS], shape[KEY_DIM])
+    query = (scratch.product, fields[_CHANNELS], shape[KEY_DIM])
     for item in range(first, last):
         attend_item(
-            scratch.attended,
+            FLOATS,
             pages.stored,
             shape,
             pages.offsets[number],
@@ -274,7 +284,7 @@ def _attend(thread, first, last, number, model, plans, pages, fields, scratch): 
             query,
             model.scaling,
             model.softcap,
-            scratch.attended.ctypes.data,
+            scratch.attended,
             pages.works[thread],
         )
 
@@ -282,12 +292,12 @@ def _attend(thread, first, last, number, model, plans, pages, fields, scratch): 
 @njit(inline="always")
 def _place(first, last, number, model, plans, pages, fields, scratch, angles):  # type: ignore[no-untyped-def]
     """Queries and keys of some rows normed and rotated, keys and values written into the layer's pages."""
-    product, channels, shape = scratch.product.ctypes.data, fields[_CHANNELS], pages.shapes[fields[PLAN]]
+    product, channels, shape = scratch.product, fields[_CHANNELS], pages.shapes[fields[PLAN]]
     keys = shape[KV_HEADS] * shape[KEY_DIM]
     _norm_heads(first, last, product, channels, fields, keys * shape[GROUP], keys, model.eps)
     cosines, sines = angles.cosines[fields[ROTARY]], angles.sines[fields[ROTARY]]
     plan, layer = plan_of(plans, fields[PLAN]), UniformPages(pages.stored, shape, pages.offsets)
-    place_rows(scratch.product, first, last, plan, layer, number, product, channels, cosines, sines)
+    place_rows(FLOATS, first, last, plan, layer, number, product, channels, cosines, sines)
 
 
 @njit(inline="always")
@@ -303,13 +313,14 @@ def _do_items(thread, stage, number, first, last, model, plans, pages, rows, scr
     elif _matrix_of(stage) >= 0:
         _multiply(model.kernels, stage, first, last, fields, num_rows, scratch)
         if stage == HEAD and model.logits_softcap < UNCAPPED:
-            _cap_logits(first, last, scratch.logits, model.logits_softcap)
+            _cap_logits(first, last, num_rows, fields[_CHANNELS], scratch.logits, model.logits_softcap)
     else:
         for row in range(first, last):
             to = (scratch.quantised, row, num_rows)
             if stage == QUANTISE:
-                attended, joined = scratch.attended[rows.wanted[row] if is_chosen else row], _is_joined(fields, 1)
-                quantise_row(attended.ctypes.data, to[0], row, num_rows, len(attended) // GROUP_INPUTS, joined)
+                width, source = scratch.attended_width, rows.wanted[row] if is_chosen else row
+                attended = scratch.attended + source * width * F32_BYTES
+                quantise_row(attended, to[0], row, num_rows, width // GROUP_INPUTS, _is_joined(fields, 1))
             elif stage == GATE:
                 _gate(model, fields, scratch, to)
             elif stage == NORM_HEAD:
