@@ -14,6 +14,8 @@ from pathlib import Path
 MODULES = (argparse, statistics, textwrap, random)
 SHORTEST, LONGEST = 400, 1500
 """Characters of a function."""
+ANSWER_TOKENS = 256
+"""Most out of each request: what is written again is as long as what there was, mostly 100 to 400 tokens."""
 ASK = "Here is a Python file:\n\n```python\n{}\n```\n\nWrite the whole file again, with `self` renamed to `this`."
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from edits import MODULES, edit_prompts
+from edits import ANSWER_TOKENS, MODULES, edit_prompts
 
 from helix_gateway.cli.load.level import Concurrency, Level, Limit
 from helix_gateway.cli.load.prompts import Prompt, RequestOptions, synthetic
@@ -114,9 +114,9 @@ def shares(prompts, options):
         taken += count
 
 
-async def cold_and_hot(visit, prompts, streams):
-    """The same prompts twice."""
-    bodies = [visit.body(prompt) for prompt in prompts]
+async def cold_and_hot(visit, prompts, streams, tokens=None):
+    """The same prompts twice; tokens: of an answer, where they are not those of the command line."""
+    bodies = [visit.body(prompt, tokens) for prompt in prompts]
     return {heat: shown(await visit.ask(bodies, streams)) for heat in ("cold", "hot")}
 
 
@@ -137,7 +137,7 @@ async def edits(visit):
     prompts = [Prompt(messages) for messages in edit_prompts(count, dice, EDITED)]
     figures = {}
     for streams, own in shares(prompts, visit.options):
-        figures[str(streams)] = await cold_and_hot(visit, own, streams)
+        figures[str(streams)] = await cold_and_hot(visit, own, streams, ANSWER_TOKENS)
         if visit.predicts:
             figures[str(streams)]["predicted"] = await predicted(visit, own, streams)
     return figures
@@ -145,9 +145,9 @@ async def edits(visit):
 
 async def predicted(visit, prompts, streams):
     """With right predictions."""
-    answers = await asyncio.gather(*(visit.text(visit.body(prompt)) for prompt in prompts))
+    answers = await asyncio.gather(*(visit.text(visit.body(prompt, ANSWER_TOKENS)) for prompt in prompts))
     bodies = [
-        visit.body(prompt, prediction={"type": "content", "content": answer}, cache_salt="predicted")
+        visit.body(prompt, ANSWER_TOKENS, prediction={"type": "content", "content": answer}, cache_salt="predicted")
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
     return shown(await visit.ask(bodies, streams))

@@ -26,7 +26,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import report
-from edits import edit_prompts
+from edits import ANSWER_TOKENS, edit_prompts
 from loaded import in_engine_environment, load_with_draft
 from ratios import interval
 
@@ -40,6 +40,8 @@ TOKENS = {1: 40, 4: 40, 16: 32, 64: 20}
 FEWEST_GROUPS, FEWEST_TOKENS = 3, 32
 REQUESTS = {4: 3, 16: 2, 64: 2}
 """A stream, one after the other, where some streams are ahead of others; otherwise one."""
+MOST_WHOLE_EDITS = 4
+"""Up to so many streams edits are answered whole, which takes longer; beyond, they are cut as short as other answers."""
 FEWEST_PREDICTED_TOKENS = 64
 """The first 33 may come with the prompt's own step, which does not count."""
 MOST_PROMPTS = 40
@@ -347,6 +349,8 @@ def prompts_by_category(options):
 def tokens_for(options, name, streams):
     """Most tokens out of each request of a cell."""
     tokens = options.tokens or TOKENS.get(streams, FEWEST_TOKENS)
+    if name in (EDITS, PREDICTED) and streams <= MOST_WHOLE_EDITS and options.tokens is None:
+        return ANSWER_TOKENS
     return max(FEWEST_PREDICTED_TOKENS, 2 * tokens) if name == PREDICTED else tokens
 
 
