@@ -15,7 +15,7 @@ MODULES = (argparse, statistics, textwrap, random)
 SHORTEST, LONGEST = 400, 1500
 """Characters of a function."""
 ANSWER_TOKENS = 256
-"""Most out of each request: what is written again is as long as what there was, mostly 100 to 400 tokens."""
+"""Most out of each request: what is to be written again has 100 to 400 tokens."""
 ASK = "Here is a Python file:\n\n```python\n{}\n```\n\nWrite the whole file again, with `self` renamed to `this`."
 
 

@@ -1,6 +1,6 @@
 """What the servers of `vs_llama_cpp.py` are asked, part by part, and what of it is written down.
 
-**Cold**: a server sees each prompt once.  **Hot**: the same prompts once more.  Answers are greedy and of one length.
+**Cold**: a server sees each prompt once.  **Hot**: the same prompts once more.  Answers are greedy, those of a part of one length.
 Knows nothing about which server it is.
 """
 

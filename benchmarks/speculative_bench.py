@@ -40,8 +40,8 @@ TOKENS = {1: 40, 4: 40, 16: 32, 64: 20}
 FEWEST_GROUPS, FEWEST_TOKENS = 3, 32
 REQUESTS = {4: 3, 16: 2, 64: 2}
 """A stream, one after the other, where some streams are ahead of others; otherwise one."""
-MOST_WHOLE_EDITS = 4
-"""Up to so many streams edits are answered whole, which takes longer; beyond, they are cut as short as other answers."""
+MOST_LONG_EDITS = 4
+"""Up to so many streams edits are answered at length, which takes longer; beyond, they are cut as short as other answers."""
 FEWEST_PREDICTED_TOKENS = 64
 """The first 33 may come with the prompt's own step, which does not count."""
 MOST_PROMPTS = 40
@@ -349,7 +349,7 @@ def prompts_by_category(options):
 def tokens_for(options, name, streams):
     """Most tokens out of each request of a cell."""
     tokens = options.tokens or TOKENS.get(streams, FEWEST_TOKENS)
-    if name in (EDITS, PREDICTED) and streams <= MOST_WHOLE_EDITS and options.tokens is None:
+    if name in (EDITS, PREDICTED) and streams <= MOST_LONG_EDITS and options.tokens is None:
         return ANSWER_TOKENS
     return max(FEWEST_PREDICTED_TOKENS, 2 * tokens) if name == PREDICTED else tokens
 
@@ -384,7 +384,10 @@ def arguments():
     parser.add_argument("--draft-model", default=None, help="its folder; left out, one is made of the model")
     parser.add_argument("--streams", type=int, action="append", help="may be given several times")
     parser.add_argument(
-        "--tokens", type=int, default=None, help=f"most out of each request; left out, {TOKENS} by streams"
+        "--tokens",
+        type=int,
+        default=None,
+        help=f"most out of each request; left out, {TOKENS} by streams, of edits up to {ANSWER_TOKENS}",
     )
     parser.add_argument("--groups", type=int, default=None, help="runs in each cell; left out, 4 of one stream, else 3")
     parser.add_argument("--temperature", type=float, default=0.0)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import report
+from edits import ANSWER_TOKENS
 from ratios import interval
 from server_loads import LONG_TOKENS, PARTS, PREFILL_TOKENS, SHARERS
 from servers import helix_settings, peer_settings, resident_bytes, server
@@ -178,6 +179,9 @@ def joined(files):
     for file in files:
         run = json.loads(file.read_text(encoding="utf-8"))
         tokens.add(run["tokens"])
+        has_edits = any("edits" in parts for rounds in run["rounds"].values() for parts in rounds)
+        if has_edits and run.get("edit_tokens") != ANSWER_TOKENS:
+            raise SystemExit(f"{file} has edits whose answers are not of {ANSWER_TOKENS} tokens.")
         for name, rounds in run["rounds"].items():
             results.setdefault(name, []).extend(rounds)
     if len(tokens) > 1:
@@ -189,7 +193,7 @@ def keep(results, tokens, folder, machine=None):
     """The JSON, and the picture where clients were counted, of what was measured so far; the table."""
     table = compare(results)
     streams = levels_of(results, "levels")
-    figures = {"tokens": tokens, "rounds": results, "compared": table}
+    figures = {"tokens": tokens, "edit_tokens": ANSWER_TOKENS, "rounds": results, "compared": table}
     report.save("vs_llama_cpp", figures | (machine or {}), plot(table, streams) if streams else None, folder=folder)
     return table
 
@@ -228,7 +232,9 @@ def main():
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--streams", type=int, nargs="+", default=list(STREAMS))
     parser.add_argument("--requests", type=int, default=8, help="requests of a level, at least")
-    parser.add_argument("--tokens", type=int, default=96, help="tokens out of each request")
+    parser.add_argument(
+        "--tokens", type=int, default=96, help=f"tokens out of each request, but for edits, which have {ANSWER_TOKENS}"
+    )
     parser.add_argument("--prefill-tokens", type=int, nargs="+", default=list(PREFILL_TOKENS), help="prompts' lengths")
     parser.add_argument("--long-tokens", type=int, nargs="+", default=list(LONG_TOKENS), help="long prompts' lengths")
     parser.add_argument("--sharers", type=int, default=SHARERS, help="requests at once over one beginning")

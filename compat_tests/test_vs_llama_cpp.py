@@ -72,6 +72,16 @@ def test_runs_of_different_parts_are_joined_into_one_table(tmp_path, capsys):
     assert "4.00" in capsys.readouterr().out
 
 
+def test_edits_of_another_length_are_not_joined(tmp_path):
+    edits = [{"edits": {"1": {"cold": level(90.0, 1.0), "hot": level(95.0, 1.0)}}}]
+    vs_llama_cpp.keep({MINE: edits}, 96, tmp_path)
+    file = tmp_path / "vs_llama_cpp.json"
+    assert vs_llama_cpp.joined([file])[0] == {MINE: edits}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"edit_tokens": 96}))
+    with pytest.raises(SystemExit, match="edits whose answers"):
+        vs_llama_cpp.joined([file])
+
+
 def test_no_level_is_asked_what_another_was():
     class Options:
         streams, requests = vs_llama_cpp.STREAMS, 8

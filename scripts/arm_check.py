@@ -31,7 +31,13 @@ PROCESSORS = {"cortex-a57": "portable", "cortex-a76": "dotprod", "max": "i8mm"}
 TESTS = [
     *(
         f"compat_tests/runtime/{name}.py"
-        for name in ("test_arm", "test_integer_dot", "test_quantised_products", "test_cpu_attention")
+        for name in (
+            "test_arm",
+            "test_integer_dot",
+            "test_quantised_products",
+            "test_wide_products",
+            "test_cpu_attention",
+        )
     ),
     # Compiling takes its time there; lesser processors are emulated themselves.
     *("-o", "timeout=1500", "-k", "not lesser_processor and not older_instructions"),

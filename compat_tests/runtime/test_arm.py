@@ -76,7 +76,7 @@ def test_a_tile_is_multiplied_by_the_processors_own_dot_products(kind, format_, 
     found = mnemonics(tile_code(arm_target, kind, format_, 1))
     dots = [name for name in found if name in CALLS]
     wanted = {"ArmI8mm": "usdot", "ArmDotProduct": "sdot"}.get(kind)
-    # A group is 32 inputs of 32 channels, 16 products an instruction; one vector of the tile after the other.
+    # A group is 32 inputs of 32 channels, 16 products an instruction; one row takes both vectors of the tile.
     assert dots == ([wanted] * 64 * groups_together(format_) if wanted else [])
     assert "bl" not in found  # no library is called for what an instruction does
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from numba import njit
 
-from helix_gateway.runtime.cpu.dot_products import usable_dot_products
+from helix_gateway.runtime.cpu.dot_products import DOT_PRODUCTS, usable_dot_products
 from helix_gateway.runtime.cpu.instruction_sets import is_x86
 from helix_gateway.runtime.cpu.layers import gate_row
 from helix_gateway.runtime.cpu.quantised_kernels import (
@@ -141,13 +141,13 @@ def test_embedding_rows_are_the_matrix_rows_and_bad_ids_are_told(kind):
             weight.gather(torch.tensor([bad]))
 
 
-def product_with(dot, format_, most):
+def product_with(dot, format_, few, many):
     """One tile times some rows in the instructions of one kind, compiled for the test."""
 
     @njit
     def multiply(rows, x, fields, stride, tile, groups, bias, out, channels):
         multiply_quantised_tile(
-            format_, dot, most, most, rows, x, fields, stride, tile, tile, 0, groups, bias, out, channels, channels
+            format_, dot, few, many, rows, x, fields, stride, tile, tile, 0, groups, bias, out, channels, channels
         )
 
     return multiply
@@ -155,22 +155,23 @@ def product_with(dot, format_, most):
 
 @pytest.mark.parametrize("kind, format_", [(Int8Weight, INT8), (Int4Weight, INT4), (Int8ChannelWeight, INT8_CHANNELS)])
 def test_every_instruction_set_gives_the_same_bits(kind, format_):
-    """Extreme numbers among them, where sums of 16 bits would saturate."""
-    inputs, rows = 128, 3
-    matrix = random_matrix(32, inputs)
+    """Extreme numbers among them, where sums of 16 bits would saturate; a few rows, and as many as each takes at once."""
+    inputs, rows, channels = 128, 12, 27
+    matrix = random_matrix(channels, inputs)
     matrix[:8] = matrix[:8].sign() * 3
     weight = kind.from_float(matrix)
     x = random_matrix(rows, inputs, seed=5)
-    x[1:] = matrix[:2]
+    x[1:3] = matrix[:2]
     groups, joined = num_groups(inputs), groups_together(format_) > 1
     numbers = torch.zeros(rows_bytes(rows, groups), dtype=torch.uint8)
     quantise_rows(1, rows, x.data_ptr(), groups, joined, numbers.data_ptr())
-    bias, results = torch.zeros(32), []
+    bias, tried = torch.zeros(32), 0
+    wanted = weight.multiply(x, bias)
     for dot in usable_dot_products():
-        out = torch.full((rows, 32), float("nan"))
-        multiply = product_with(dot, format_, rows)
+        out, most = torch.full((rows + 1, channels), float("nan")), DOT_PRODUCTS[dot].sums
+        multiply = product_with(dot, format_, 3, most)
         fields = numbers.data_ptr() + rows * groups * 32
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, most):
             multiply(
                 count,
                 numbers.data_ptr(),
@@ -180,13 +181,13 @@ def test_every_instruction_set_gives_the_same_bits(kind, format_):
                 groups,
                 bias.data_ptr(),
                 out.data_ptr(),
-                32,
+                channels,
             )
-        results.append(out)
-    assert len(results) >= 2
-    for out in results[1:]:
-        assert torch.equal(out, results[0])
-    assert torch.equal(results[0], weight.multiply(x, bias))
+            assert torch.equal(out[:count], wanted[:count])
+            assert out[count:].isnan().all()
+            out[:] = float("nan")
+        tried += 1
+    assert tried >= 2
 
 
 @pytest.mark.parametrize("kind, bytes_", [(Int8Weight, 5 * 34), (Int4Weight, 5 * 20), (Int8ChannelWeight, 6 * 32 + 4)])

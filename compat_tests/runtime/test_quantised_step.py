@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from compat_tests.runtime.paged import Feeder, random_sequences, turn_wrongly_from
 from compat_tests.tiny_models import LLAMA_LIKE_OPTIONS, TINY_MODELS, make_model
-from helix_gateway.core.errors import ModelLoadError
+from helix_gateway.core.errors import ModelLoadError, OutOfMemoryError
 from helix_gateway.runtime.checkpoints.protocol import Blocks
 from helix_gateway.runtime.cpu import quantised_llama
 from helix_gateway.runtime.cpu.attention import CpuPagedAttention
@@ -290,6 +290,26 @@ def test_rows_may_be_wanted_twice_or_not_at_all():
         np.zeros(0, np.int32),
     )
     assert runner.forward(none).shape == (0, 256)
+
+
+def test_memory_that_was_refused_is_not_taken_for_there(monkeypatch):
+    """A step of more rows than ever before finds none; the next one, smaller but also larger than any, must not use the old."""
+    runner, made = make_runner("llama"), []
+    memory, empty = runner._compute._memory, torch.empty
+    known = memory._rows
+
+    def refusing(*sizes, **options):
+        made.append(sizes)
+        if len(made) > 3:
+            raise MemoryError("no more")
+        return empty(*sizes, **options)
+
+    with monkeypatch.context() as patch, pytest.raises((MemoryError, OutOfMemoryError)):
+        patch.setattr(torch, "empty", refusing)
+        runner.forward(Feeder(runner, random_sequences([known + 8])).batch([(0, 0, known + 8)]))
+    assert len(made) > 3
+    runner.forward(Feeder(runner, random_sequences([known + 4])).batch([(0, 0, known + 4)]))
+    assert all(len(numbers) >= known + 4 for numbers in memory._kept[:-1])
 
 
 def test_a_step_that_is_wrong_gives_way_to_the_modules(monkeypatch):

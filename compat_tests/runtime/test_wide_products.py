@@ -1,4 +1,4 @@
-"""Numbers of 16 bits times stored bytes: exact in every kind of processor's instructions, at the most that sums hold."""
+"""Numbers of 16 bits times stored bytes: exact in every kind of processor's instructions, for as many as sums hold."""
 
 import numpy as np
 import pytest
@@ -7,10 +7,10 @@ from numba.extending import intrinsic
 
 from helix_gateway.runtime.cpu.emitter import I32, I32S, Emitter
 from helix_gateway.runtime.cpu.instruction_sets import target_features
-from helix_gateway.runtime.cpu.integer_dot import usable_dots
+from helix_gateway.runtime.cpu.integer_dot import DOTS, usable_dots
 from helix_gateway.runtime.cpu.wide_products import PLANES, TOP_16, _ByBytes, _ByPairs
 
-KINDS = {f"bytes, {dot}": _ByBytes(dot, 2, 6) for dot in usable_dots()}
+KINDS = {f"bytes, {dot}": _ByBytes(dot, 2, 6) for dot in usable_dots() if dot in DOTS}
 if "avx2" in target_features():
     KINDS["pairs"] = _ByPairs()
 
@@ -81,7 +81,7 @@ def test_any_numbers_and_bytes(name):
 @pytest.mark.parametrize("name", KINDS)
 def test_a_sum_holds_the_greatest_weights_times_the_greatest_values(name):
     kind = KINDS[name]
-    sixteens = min(kind.most_tokens, 4096) // 16
+    sixteens = min(kind.most_tokens, 4096) // 16  # bytes' sums hold more, each part by itself
     numbers, stored = np.full((sixteens, 16), TOP_16, np.int32), np.full((sixteens, 4, 16, 4), 255, np.uint8)
     left_on = 128 - kind.offset_left
     assert total_of(kind, compiled(kind), numbers, stored).tolist() == wanted(numbers, stored, left_on).tolist()

@@ -45,10 +45,10 @@ from helix_gateway.runtime.cpu.attention_shape import (
     unit_at,
 )
 from helix_gateway.runtime.cpu.emitter import F32_BYTES, LANES
-from helix_gateway.runtime.cpu.wide_products import HOST_WIDE, TOP_16
+from helix_gateway.runtime.cpu.wide_products import HOST_WIDE, PLANES, TOP_16
 from helix_gateway.runtime.kv_format import QUAD, SCALE_BYTES, TOP
 
-MANY_ROWS = HOST_WIDE.rows
+MANY_ROWS = HOST_WIDE.max_rows
 """Most rows of queries that share one reading of keys and values."""
 
 _FOURS, _SIXES = MANY_ROWS >= 4, MANY_ROWS >= 6
@@ -59,7 +59,6 @@ _TOP_16 = np.float32(TOP_16)
 _LEAST = np.float32(1e-35)
 # Tokens whose weighted sum 32 bits hold, values with their offset.
 _SUM_TOKENS = HOST_WIDE.most_tokens
-_PARTS = 2
 
 
 @njit(cache=True)
@@ -156,13 +155,13 @@ def _places(shape, rows, span):  # type: ignore[no-untyped-def]
     step = (span + 2 * shape[UNIT]) // LANES * LANES + 3 * LANES
     values = _padded(2 * (span // shape[UNIT] + 2), LANES)
     queries = 2 * values
-    factors = queries + rows * _PARTS * _padded(shape[KEY_DIM], LANES) // F32_BYTES
+    factors = queries + rows * PLANES * _padded(shape[KEY_DIM], LANES) // F32_BYTES
     starts = factors + _padded(rows, LANES)
-    scales = starts + _padded(_PARTS * rows, LANES)
+    scales = starts + _padded(PLANES * rows, LANES)
     scores = scales + step
     weights = scores + rows * step
-    sums = weights + rows * step * _PARTS // F32_BYTES
-    totals = sums + rows * _PARTS * _row_dims(shape)
+    sums = weights + rows * step * PLANES // F32_BYTES
+    totals = sums + rows * PLANES * _row_dims(shape)
     end = totals + 2 * rows * _row_dims(shape)
     return _Places(step, values, queries, factors, starts, scales, scores, weights, sums, totals, end)
 
@@ -259,7 +258,7 @@ def _score(shape, rows, first, count, at, work):  # type: ignore[no-untyped-def]
     _score_rows(
         rows,
         address + at.queries * F32_BYTES,
-        _PARTS * _padded(shape[KEY_DIM], LANES),
+        PLANES * _padded(shape[KEY_DIM], LANES),
         address + at.factors * F32_BYTES,
         address + at.starts * F32_BYTES,
         address,
@@ -307,7 +306,7 @@ def _weigh(shape, positions, member, rows, base, first, last, softcap, at, work)
         work[at.factors + i], exact[at.totals // 2 + i * dims] = most / _TOP_16 / total, most
     for i in range(rows):
         own, source = at.totals // 2 + i * dims, address + (at.scores + i * at.step + begin) * F32_BYTES
-        plane = address + at.weights * F32_BYTES + _PARTS * i * at.step + begin
+        plane = address + at.weights * F32_BYTES + PLANES * i * at.step + begin
         inverse = _inverse(np.float32(exact[own]), _TOP_16)
         total, _ = split(FLOATS, source, blocks * LANES, inverse, plane, plane + at.step)
         exact[own : own + dims] = -_OFFSET_LEFT * np.float64(total)
@@ -317,17 +316,17 @@ def _weigh(shape, positions, member, rows, base, first, last, softcap, at, work)
 def _add_values(shape, rows, first, count, at, work):  # type: ignore[no-untyped-def]
     """The weighted values of ``count`` units, whose columns begin at ``first``."""
     unit, dims, address, ints = shape[UNIT], _row_dims(shape), work.ctypes.data, work.view(np.int32)
-    values, sums, sum_step = _padded(shape[VALUE_DIM], QUAD), address + at.sums * F32_BYTES, _PARTS * dims * F32_BYTES
+    values, sums, sum_step = _padded(shape[VALUE_DIM], QUAD), address + at.sums * F32_BYTES, PLANES * dims * F32_BYTES
     # So many tokens at a time as a sum holds: some units, or a part of one.
     most, together = max(1, _SUM_TOKENS // unit), min(unit, _SUM_TOKENS)
     for begin in range(0, count, most):
         for token in range(0, unit, together):
             now, tokens = min(most, count - begin), min(together, unit - token)
-            ints[at.sums : at.sums + _PARTS * rows * dims] = 0
+            ints[at.sums : at.sums + PLANES * rows * dims] = 0
             weights = address + at.weights * F32_BYTES + first + begin * unit + token
             units, step = address + (at.values + 2 * begin) * F32_BYTES, at.step
             _weigh_rows(
-                rows, weights, _PARTS * step, step, units, token * values, now, tokens // QUAD, values, sums, sum_step
+                rows, weights, PLANES * step, step, units, token * values, now, tokens // QUAD, values, sums, sum_step
             )
             for row in range(rows):
                 into = address + (at.totals + 2 * row * dims) * F32_BYTES
@@ -347,7 +346,7 @@ def attend_int8_item(kind, stored, shape, offsets, plan, item, query, scaling, s
     first, last = begin - base, _padded(stop, unit) - base
     count, depth, dims = (last - first) // unit, shape[KEY_DIM], shape[VALUE_DIM]
     at = _places(shape, min(tokens * group, MANY_ROWS), stop - least)
-    words = _PARTS * _padded(depth, LANES) // F32_BYTES
+    words = PLANES * _padded(depth, LANES) // F32_BYTES
     for head in range(heads * part // plan.parts, heads * (part + 1) // plan.parts):
         _find_units(stored, shape, offsets, table, head, begin // unit, first, count, at, work)
         for member in range(0, tokens * group, MANY_ROWS):
@@ -355,7 +354,7 @@ def attend_int8_item(kind, stored, shape, offsets, plan, item, query, scaling, s
             for i in range(rows):
                 token, own = row + (member + i) // group, head * group + (member + i) % group
                 source = query[0] + (token * query[1] + own * query[2]) * kind.itemsize
-                places = at.queries + i * words, at.factors + i, at.starts + _PARTS * i
+                places = at.queries + i * words, at.factors + i, at.starts + PLANES * i
                 _take_query(kind, source, depth, scaling, work, *places)
             _score(shape, rows, first, count, at, work)
             _weigh(shape, positions, member, rows, base, first, last, softcap, at, work)

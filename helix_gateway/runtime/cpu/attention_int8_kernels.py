@@ -50,7 +50,7 @@ def _word(emitter: Emitter, address: ir.Value) -> ir.Value:
 
 
 def _joined(emitter: Emitter, sums: list[ir.Value]) -> ir.Value:
-    """What a row's sums come to, as float32; both are exact in it, so it is rounded once whatever they are."""
+    """What a row's sums come to, as float32, rounded once: two are exact in it up to a thousand dimensions."""
     first, *second = (emitter.builder.sitofp(part, F32S) for part in sums)
     return emitter.fma(first, constant(F32S, _WORTH), *second) if second else first
 
@@ -165,7 +165,7 @@ def weigh_units(typing_context, rows, weights, weight_step, plane_step, places, 
         sums: int32 [rows, 2, dims up to a multiple of 16], ``sum_step`` bytes a row.
     """
     number = rows.literal_value
-    width = max(1, min(4, HOST_WIDE.sums // (_NUM_SUMS * number)))
+    width = max(1, min(4, HOST_WIDE.max_sums // (_NUM_SUMS * number)))
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         emitter, values = Emitter(builder), _Values(*args[1:])

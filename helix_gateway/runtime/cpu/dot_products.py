@@ -14,6 +14,7 @@ from llvmlite import ir
 from helix_gateway.runtime.cpu.emitter import I8, I16, I32, LANES, Emitter, call, constant
 from helix_gateway.runtime.cpu.integer_dot import (
     DOTS,
+    INSTRUCTIONS,
     add_signed_bytes,
     usable_dots,
     without_offset,
@@ -206,12 +207,12 @@ DOT_PRODUCTS: tuple[DotProducts, ...] = (
     ArmDotProduct(),
     Portable(),
 )
-"""In the order of `DOTS`, best first."""
+"""In the order of `INSTRUCTIONS`, best first."""
 
 
 def usable_dot_products() -> list[int]:
     """Places in `DOT_PRODUCTS` of those that the processor can run, best first."""
-    return [place for place, name in enumerate(DOTS) if name in usable_dots()]
+    return [place for place, name in enumerate(INSTRUCTIONS) if name in usable_dots()]
 
 
 HOST_DOT = usable_dot_products()[0]

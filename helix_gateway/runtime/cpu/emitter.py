@@ -1,4 +1,4 @@
-"""The vocabulary of our LLVM: loads, loops and vectors of 16 lanes that micro-kernels are put together from.
+"""The vocabulary of our LLVM: loads, loops and vectors, mostly of 16 lanes, that micro-kernels are put together from.
 
 Used by the modules that emit kernels, and by nobody else.  Fused multiply-adds are always written out as
 ``llvm.fma``, so that rounding never depends on what a compiler chose to contract.  Knows nothing about what is computed.
@@ -160,7 +160,7 @@ class Emitter:
         return call(self.builder, f"llvm.fma.v{a.type.count}f32", a.type, a, b, c)
 
     def folded(self, vector: ir.Value, join: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
-        """The lanes of a float32 vector joined pairwise, the upper half onto the lower, down to one."""
+        """The 16 lanes of a float32 vector joined pairwise, the upper half onto the lower, down to one."""
         half = LANES // 2
         while half:
             picks = ir.Constant(I32S, [(lane + half) % LANES for lane in range(LANES)])
@@ -175,7 +175,7 @@ class Emitter:
         call(self.builder, "llvm.prefetch.p0", ir.VoidType(), pointer, read, second, data)
 
     def widened(self, bits: ir.Value) -> ir.Value:
-        """bfloat16 bits as float32, scalar or vector."""
+        """bfloat16 bits as float32, scalar or vector of 16."""
         wide, result = (I32S, F32S) if isinstance(bits.type, ir.VectorType) else (I32, F32)
         return self.builder.bitcast(self.builder.shl(self.builder.zext(bits, wide), constant(wide, 16)), result)
 
@@ -192,7 +192,7 @@ class Emitter:
         return self.builder.bitcast(self.builder.or_(self.builder.bitcast(scaled, wide), sign), single)
 
     def rounded(self, value: ir.Value) -> ir.Value:
-        """Bits of the nearest bfloat16, ties to even, scalar or vector; NaN stays NaN.  The same as `math.store_bf16`."""
+        """Bits of the nearest bfloat16, ties to even, scalar or vector of 16; NaN stays NaN.  The same as `math.store_bf16`."""
         builder = self.builder
         wide, narrow = (I32S, I16S) if isinstance(value.type, ir.VectorType) else (I32, I16)
         bits, half = builder.bitcast(value, wide), constant(wide, 16)

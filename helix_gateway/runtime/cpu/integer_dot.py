@@ -1,10 +1,9 @@
-"""Dot products of bytes as LLVM vector code: in each of 16 lanes, four unsigned bytes times four signed ones.
+"""Dot products of bytes as LLVM vector code: in each lane, four unsigned bytes times four signed ones.
 
 AVX-512 VNNI, AVX-VNNI and Arm's i8mm have an instruction for it.  Arm's older dot product takes signed bytes alone, so
-it takes 128 off the unsigned ones first (`OFFSETS`).  On AVX2 the bytes are widened to 16 bits and joined by the
-multiply-add of 16-bit pairs, whose 32-bit sums hold them all; the older instruction for bytes saturates at 16 bits and is
-never used.  Elsewhere it is written out in 32-bit integers.  All give the same integers, modulo 2**32.  Knows nothing about
-what is multiplied.
+it takes 128 off the unsigned ones first (`OFFSETS`).  Elsewhere it is written out in 32-bit integers.  All give the same
+integers, modulo 2**32.  AVX2 has nothing of the kind: what multiplies there does it in its own way (`dot_products.py`,
+`wide_products.py`).  Knows nothing about what is multiplied.
 """
 
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from functools import cache
 
 from llvmlite import ir
 
-from helix_gateway.runtime.cpu.emitter import I8, I16, I32, LANES, Emitter, call, constant
+from helix_gateway.runtime.cpu.emitter import I8, I32, LANES, Emitter, call, constant
 from helix_gateway.runtime.cpu.instruction_sets import target_features
 
 Dot = Callable[[Emitter, ir.Value, ir.Value, ir.Value], ir.Value]
@@ -26,7 +25,6 @@ BYTE_OFFSET = 128
 
 _HALF, _QUARTER = LANES // 2, LANES // 4
 _BYTES = 4
-_EVEN = 0x00FF00FF
 _NEEDED: dict[str, tuple[set[str], ...]] = {
     "vnni512": ({"avx512f", "avx512vnni"},),
     "vnni256": ({"avx2", "avxvnni"}, {"avx512vl", "avx512vnni"}),
@@ -37,10 +35,13 @@ _NEEDED: dict[str, tuple[set[str], ...]] = {
 }
 """What each needs, any one of the sets; best first."""
 
+INSTRUCTIONS = tuple(_NEEDED)
+"""Names of what multiplies bytes, best first."""
+
 
 @cache
 def usable_dots() -> tuple[str, ...]:
-    """The names in `DOTS` of what the instructions that code is compiled for can do, best first."""
+    """The names of `INSTRUCTIONS` that code is compiled for, best first."""
     features = target_features()
     return tuple(name for name, choices in _NEEDED.items() if any(needed <= features for needed in choices))
 
@@ -80,23 +81,6 @@ def _vnni256(emitter: Emitter, sums: ir.Value, unsigned: ir.Value, signed: ir.Va
     def join(total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
         pair = (_bytes_of(emitter, a), _bytes_of(emitter, b))
         return call(emitter.builder, "llvm.x86.avx512.vpdpbusd.256", total.type, total, *pair)
-
-    return in_parts(emitter, _HALF, (sums, unsigned, signed), join)
-
-
-def _avx2(emitter: Emitter, sums: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
-    """Bytes 0 and 2 of each word, then bytes 1 and 3, as pairs of 16-bit numbers."""
-    builder, pairs = emitter.builder, ir.VectorType(I16, LANES)
-
-    def join(total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
-        low = builder.and_(a, ir.Constant(a.type, [_EVEN] * _HALF))
-        high = builder.and_(builder.lshr(a, ir.Constant(a.type, [8] * _HALF)), ir.Constant(a.type, [_EVEN] * _HALF))
-        narrow, eight = builder.bitcast(b, pairs), ir.Constant(pairs, [8] * LANES)
-        low_signed, high_signed = builder.ashr(builder.shl(narrow, eight), eight), builder.ashr(narrow, eight)
-        for x, y in ((low, low_signed), (high, high_signed)):
-            product = call(builder, "llvm.x86.avx2.pmadd.wd", total.type, builder.bitcast(x, pairs), y)
-            total = builder.add(total, product)
-        return total
 
     return in_parts(emitter, _HALF, (sums, unsigned, signed), join)
 
@@ -141,12 +125,11 @@ def _portable(emitter: Emitter, sums: ir.Value, unsigned: ir.Value, signed: ir.V
 DOTS: dict[str, Dot] = {
     "vnni512": _vnni512,
     "vnni256": _vnni256,
-    "avx2": _avx2,
     "i8mm": _i8mm,
     "dotprod": _dotprod,
     "portable": _portable,
 }
-"""By the name of what they need."""
+"""By the name of what they need; none of AVX2."""
 
 OFFSETS = {name: BYTE_OFFSET if name == "dotprod" else 0 for name in DOTS}
 """What each takes off the unsigned bytes before it multiplies them."""

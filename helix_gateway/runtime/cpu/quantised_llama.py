@@ -166,21 +166,21 @@ class _Memory:
         self._rows = 0
         self._kept: list[torch.Tensor] = []
         """Of the first fields of `Scratch`, each at the start of a cache line, as torch gives it."""
-        self._places = [0] * 6
         self._counts: Int64s = np.zeros((0, 0, 0), np.int64)
 
     def scratch(self, rows: int, num_layers: int, threads: int, logits: torch.Tensor) -> Scratch:
         """Memory for so many rows, its counts zero."""
         if rows > self._rows:
-            self._rows = rows
+            # Whatever is refused below, what there was is gone, and nothing may be taken for larger than it is.
+            self._rows, self._kept = 0, []
             widths = (self._width, self._width, self._width, self._most, self._attended)
-            self._kept = [torch.empty(rows, width) for width in widths]
-            self._kept.append(torch.empty(rows_bytes(rows, self._most_groups), dtype=torch.uint8))
-            self._places = [tensor.data_ptr() for tensor in self._kept]
+            numbers = [torch.empty(rows, width) for width in widths]
+            self._kept = [*numbers, torch.empty(rows_bytes(rows, self._most_groups), dtype=torch.uint8)]
+            self._rows = rows
         if self._counts.shape[1] != threads + 1:
             self._counts = new_counts(num_layers * LAYER_STAGES + 2, threads)
         self._counts[:] = 0
-        hidden, chosen, change, product, attended, quantised = self._places
+        hidden, chosen, change, product, attended, quantised = (tensor.data_ptr() for tensor in self._kept)
         return Scratch(
             hidden=hidden,
             chosen=chosen,

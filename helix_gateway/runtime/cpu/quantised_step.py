@@ -87,9 +87,9 @@ class Rows(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Memory of a step by its addresses, of float32 [at least its rows, ...]; rows are consecutive.
+    """Memory of a step, most of it by its address, of float32 [at least its rows, ...]; rows are consecutive.
 
-    Addresses, since a slice of an array in each row's turn takes longer than what is done to the row (docs/log.md).
+    Addresses, since slices of arrays in each row's turn take two thirds of what is done to the row (docs/log.md).
     """
 
     hidden: int
@@ -162,7 +162,7 @@ def _scale(row, factor, out, width):  # type: ignore[no-untyped-def]
         target[i] = source[i] * factor
 
 
-@njit(inline="always")
+@njit(cache=True)
 def _add_change(model, norm, hidden, change, out, width):  # type: ignore[no-untyped-def]
     """``hidden + change`` of one row, by addresses; the change is normed or scaled in place before, where a family does that."""
     if norm != 0:
@@ -178,7 +178,7 @@ def _is_joined(fields, matrix):  # type: ignore[no-untyped-def]
     return fields[matrix * MATRIX_FIELDS] == INT8_CHANNELS
 
 
-@njit(inline="always")
+@njit(cache=True)
 def _quantise_norm(model, norm, numbers, width, joined, to):  # type: ignore[no-untyped-def]
     """A row's norm quantised, or the row itself where there is none; to: address, row and rows of `quantise_row`."""
     (at, row, rows), groups = to, width // GROUP_INPUTS
@@ -243,10 +243,10 @@ def _gate(model, fields, scratch, to):  # type: ignore[no-untyped-def]
 @njit(cache=True)
 def _cap_logits(first, last, rows, channels, logits, cap):  # type: ignore[no-untyped-def]
     """``cap * tanh(logit / cap)`` in some tiles of all rows (Gemma 2)."""
-    all_ = carray(float32s_at(logits), (rows, channels))
+    numbers = carray(float32s_at(logits), (rows, channels))
     for row in range(rows):
         for channel in range(first * TILE_CHANNELS, min(last * TILE_CHANNELS, channels)):
-            all_[row, channel] = softcapped(all_[row, channel], cap)
+            numbers[row, channel] = softcapped(numbers[row, channel], cap)
 
 
 @njit(cache=True)

@@ -36,10 +36,10 @@ class WideProducts(ABC):
     """Products of `TOP_16` and 255 that a sum holds."""
     most_dims: ClassVar[int]
     """Products of `TOP_16` and 127 that one holds."""
-    rows: int
-    """Most rows of one call."""
-    sums: int
-    """Most vectors of sums that registers hold."""
+    max_rows: int
+    """Of one call."""
+    max_sums: int
+    """Vectors of sums that registers hold."""
 
     @abstractmethod
     def planes(self, emitter: Emitter, numbers: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -59,8 +59,8 @@ class _ByBytes(WideProducts):
 
     num_sums, first_worth, most_tokens, most_dims = 2, 256, 1 << 16, 1 << 16
 
-    def __init__(self, dot: str, rows: int, sums: int) -> None:
-        self._dot, self.rows, self.sums = DOTS[dot], rows, sums
+    def __init__(self, dot: str, max_rows: int, max_sums: int) -> None:
+        self._dot, self.max_rows, self.max_sums = DOTS[dot], max_rows, max_sums
         self.offset_left = BYTE_OFFSET - OFFSETS[dot]
 
     def planes(self, emitter: Emitter, numbers: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -87,7 +87,7 @@ class _ByPairs(WideProducts):
     """
 
     num_sums, first_worth, most_tokens, most_dims = 1, 1, 256, 512
-    rows, sums, offset_left = 4, 4, BYTE_OFFSET
+    max_rows, max_sums, offset_left = 4, 4, BYTE_OFFSET
 
     def planes(self, emitter: Emitter, numbers: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
         """See `WideProducts`."""
