@@ -23,6 +23,8 @@ CASES = {
     "greedy": {"temperature": 0.0},
 }
 MODEL = "forward"
+COMPILED = (MODEL, "sample")
+"""What is computed; the rest is Python."""
 BOOKKEEPING = ("policy", "drafts")
 """What exists for speculation alone."""
 
@@ -154,6 +156,7 @@ def summary(steps):
         "step_ms": statistics.median(wholes) * 1e3,
         "parts_ms": {part: statistics.median(row[part] for row in split) * 1e3 for part in every},
         "beside_the_model": share_of([part for part in every if part != MODEL]),
+        "python_and_scheduling": share_of([part for part in every if part not in COMPILED]),
         "policy_and_drafts": share_of(BOOKKEEPING),
         "sampling_and_verification": share_of(["sample", "sampling rows", "verify"]),
     }
@@ -204,13 +207,15 @@ def main():
             r["steps"],
             r["step_ms"],
             f"{100 * r['beside_the_model']:.2f}",
+            f"{100 * r['python_and_scheduling']:.2f}",
             f"{100 * r['sampling_and_verification']:.2f}",
             f"{100 * r['policy_and_drafts']:.2f}",
             "  ".join(f"{part} {ms:.2f}" for part, ms in r["parts_ms"].items() if part != MODEL),
         ]
         for r in results
     ]
-    columns = ["", "window", "steps", "step, ms", "beside model, %", "sampling, %", "policy + drafts, %", "parts, ms"]
+    columns = ["", "window", "steps", "step, ms", "beside model, %", "Python, %", "sampling, %", "policy + drafts, %"]
+    columns.append("parts, ms")
     report.print_table(f"{bench.options.sequences} sequences, {bench.options.dtype}", columns, rows)
     report.save(
         f"step_overhead_{bench.options.dtype}_{bench.options.sequences}",
