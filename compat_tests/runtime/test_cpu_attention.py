@@ -59,13 +59,8 @@ class Case:
         stored=None,
         lengths=LENGTHS,
     ):
-        self.heads, self.softcap, self.dtype, self.stored, self.lengths = (
-            heads,
-            softcap,
-            dtype,
-            stored or dtype,
-            lengths,
-        )
+        self.heads, self.softcap, self.lengths = heads, softcap, lengths
+        self.dtype, self.stored = dtype, stored or dtype
         self.shape = LayerShape(kv_heads, key_dim, value_dim, window)
         source = torch.Generator().manual_seed(0)
         self.rows = [

@@ -19,6 +19,7 @@ from helix_gateway.runtime.cpu.emitter import (
     F32_BYTES,
     F32S,
     I8,
+    I8S,
     I16S,
     I32,
     I32S,
@@ -34,7 +35,6 @@ from helix_gateway.runtime.cpu.math import ROUND
 from helix_gateway.runtime.cpu.vector_math import exponential
 from helix_gateway.runtime.cpu.wide_products import HOST_WIDE, PLANES
 
-BYTES = ir.VectorType(I8, LANES)
 I64S, F64S = ir.VectorType(I64, LANES), ir.VectorType(ir.DoubleType(), LANES)
 
 _MAGNITUDE = 0x7FFFFFFF
@@ -304,8 +304,8 @@ def quantise(typing_context, kind, source, count, inverse, out):  # type: ignore
         factor = emitter.splat(inverse)
 
         def body(first: ir.Value, values: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            numbers = builder.trunc(_nearest(emitter, builder.fmul(values, factor)), BYTES)
-            emitter.store(builder.xor(numbers, constant(BYTES, -128)), builder.add(out, first), 1)
+            numbers = builder.trunc(_nearest(emitter, builder.fmul(values, factor)), I8S)
+            emitter.store(builder.xor(numbers, constant(I8S, -128)), builder.add(out, first), 1)
             return []
 
         _over_elements(emitter, kind, source, count, [], body)
@@ -476,7 +476,7 @@ def spread_bytes(typing_context, source, target, sixteens):  # type: ignore[no-u
         emitter, (source, target, sixteens) = Emitter(builder), args
 
         def body(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            numbers = emitter.load(emitter.offset(source, index, LANES), BYTES, 1)
+            numbers = emitter.load(emitter.offset(source, index, LANES), I8S, 1)
             _store_spread(emitter, numbers, emitter.offset(target, index, VECTOR_BYTES))
             return []
 

@@ -11,17 +11,14 @@ from typing import Any, ClassVar
 
 from llvmlite import ir
 
-from helix_gateway.runtime.cpu.emitter import I8, I16, I32, LANES, Emitter, call, constant
+from helix_gateway.runtime.cpu.emitter import I8S, I16, I16S, I32, LANES, Emitter, call, constant
 from helix_gateway.runtime.cpu.integer_dot import BYTE_OFFSET, DOTS, OFFSETS, host_dot, in_parts
 
 PLANES = 2
 TOP_16 = 127 * 256
 """The largest number: its high byte is at most 127 whatever the low one."""
 
-_BYTES = ir.VectorType(I8, LANES)
 _HALF = LANES // 2
-_PAIRS = ir.VectorType(I16, LANES)
-"""What one register of AVX2 holds."""
 
 
 class WideProducts(ABC):
@@ -66,10 +63,10 @@ class _ByBytes(WideProducts):
     def planes(self, emitter: Emitter, numbers: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
         """See `WideProducts`."""
         builder = emitter.builder
-        low = builder.trunc(numbers, _BYTES)
+        low = builder.trunc(numbers, I8S)
         below = builder.sext(low, numbers.type)
         above = builder.ashr(builder.sub(numbers, below), constant(numbers.type, 8))
-        return builder.trunc(above, _BYTES), low, below
+        return builder.trunc(above, I8S), low, below
 
     def taken(self, emitter: Emitter, stored: ir.Value) -> ir.Value:
         """See `WideProducts`."""
@@ -92,10 +89,10 @@ class _ByPairs(WideProducts):
     def planes(self, emitter: Emitter, numbers: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
         """See `WideProducts`."""
         builder = emitter.builder
-        narrow = builder.trunc(numbers, _PAIRS)
+        narrow = builder.trunc(numbers, I16S)
         picks = (ir.Constant(ir.VectorType(I32, _HALF), list(range(first, LANES, 2))) for first in range(PLANES))
-        first, second = (builder.shuffle_vector(narrow, ir.Constant(_PAIRS, ir.Undefined), pick) for pick in picks)
-        return builder.bitcast(first, _BYTES), builder.bitcast(second, _BYTES), constant(numbers.type, 0)
+        first, second = (builder.shuffle_vector(narrow, ir.Constant(I16S, ir.Undefined), pick) for pick in picks)
+        return builder.bitcast(first, I8S), builder.bitcast(second, I8S), constant(numbers.type, 0)
 
     def taken(self, emitter: Emitter, stored: ir.Value) -> tuple[ir.Value, ir.Value]:
         """See `WideProducts`."""
@@ -108,7 +105,7 @@ class _ByPairs(WideProducts):
         """See `WideProducts`."""
 
         def join(total: ir.Value, stored: ir.Value, word: ir.Value) -> ir.Value:
-            pair = (emitter.builder.bitcast(side, _PAIRS) for side in (stored, word))
+            pair = (emitter.builder.bitcast(side, I16S) for side in (stored, word))
             return emitter.builder.add(total, call(emitter.builder, "llvm.x86.avx2.pmadd.wd", total.type, *pair))
 
         (total,) = sums
