@@ -413,6 +413,15 @@ def test_a_long_prompt_does_not_keep_arrivals_waiting():
     assert {event.request_id for event in engine.step()} == {"short"}
 
 
+@pytest.mark.parametrize("places, computed", [(1, 16), (2, 8)])
+def test_a_long_prompt_gives_way_only_to_who_could_run_beside_it(places, computed):
+    engine = make_engine(budget=16, max_num_seqs=places)
+    for name in ("long", "next"):
+        engine.submit(request(name, [1 + i % 40 for i in range(160)], ignore_eos=True))
+    engine.step()
+    assert engine.last_output.step.outputs[0].scheduled.num_tokens == computed
+
+
 class Raising:
     """A stop condition with a fault."""
 

@@ -155,8 +155,9 @@ class Scheduler:
         """Tokens of the step that a sequence may have which lacks so many."""
         if num_pending == 1:
             return min(1, step.budget)
-        # While others wait, nobody's prompt takes more than half of what is left: they join at this very step.
-        most = -(-step.left_for_prompts // 2) if self.waiting else step.left_for_prompts
+        # While others could join at this very step, nobody's prompt takes more than half of what is left.
+        others_may_join = self.waiting and len(self.running) < self._max_num_seqs
+        most = -(-step.left_for_prompts // 2) if others_may_join else step.left_for_prompts
         # As many steps as it takes, evenly: a short last one would read all weights for few tokens (docs/log.md).
         return -(-num_pending // -(-num_pending // most)) if most > 0 else most
 
