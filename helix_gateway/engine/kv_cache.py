@@ -153,11 +153,12 @@ class PagedKVCache:
         Raises:
             NoFreeBlocksError: the pool has too few blocks; nothing was changed.
         """
-        copies: list[PageCopy] = []
         parts = self._lacking(sequence, num_computed_tokens, num_tokens)
-        needed = sum([missing + len(shared) for _, missing, shared in parts])
-        if needed and needed > self.pool.num_available:
+        if not parts:  # as at most steps (docs/log.md)
+            return []
+        if sum([missing + len(shared) for _, missing, shared in parts]) > self.pool.num_available:
             raise NoFreeBlocksError
+        copies: list[PageCopy] = []
         for table, missing, shared in parts:
             copies += self._unshare(table, shared)
             del table.keys[table.entry(num_computed_tokens) :]
@@ -171,11 +172,14 @@ class PagedKVCache:
         return sum([missing + len(shared) for _, missing, shared in parts])
 
     def _lacking(self, sequence: Hashable, num_computed_tokens: int, num_tokens: int) -> list[_Lacking]:
-        """Each table, how many blocks it has too few, and which of those about to be written are not its alone."""
-        return [
-            (table, max(0, table.num_missing(num_tokens)), _shared_entries(self.pool, table, num_computed_tokens))
-            for table in self._tables[sequence]
-        ]
+        """Tables to be changed: how many blocks each has too few, and which of those about to be written it shares."""
+        parts = []
+        for table in self._tables[sequence]:
+            entry = table.entry(num_computed_tokens)
+            missing, shared = max(0, table.num_missing(num_tokens)), _shared_entries(self.pool, table, entry)
+            if missing or shared or len(table.keys) > entry:
+                parts.append((table, missing, shared))
+        return parts
 
     def _unshare(self, table: SequenceBlockTable, shared: Iterable[int]) -> Iterable[PageCopy]:
         for offset in shared:
@@ -212,9 +216,12 @@ class PagedKVCache:
 
     def _publish(self, table: SequenceBlockTable, token_ids: Sequence[int], num_computed_tokens: int) -> None:
         size = table.group.tokens_per_block
+        num_full = num_computed_tokens // size
+        if num_full == len(table.keys):
+            return
         # A draft model's tokens may be cut anew where text goes on, and are then others than were published.
-        del table.keys[num_computed_tokens // size :]
-        for entry in range(len(table.keys), num_computed_tokens // size):
+        del table.keys[num_full:]
+        for entry in range(len(table.keys), num_full):
             table.keys.append(child_key(table.last_key, token_ids[entry * size : (entry + 1) * size]))
             self._index.publish(table.blocks[entry - table.num_released], table.keys[-1])
 
@@ -274,10 +281,10 @@ class PagedKVCache:
         self._guests.clear()
 
 
-def _shared_entries(pool: BlockPool, table: SequenceBlockTable, num_computed_tokens: int) -> list[int]:
-    """Offsets into ``table.blocks`` that are about to be written but are not this sequence's alone."""
-    first = table.entry(num_computed_tokens) - table.num_released
-    return [offset for offset in range(first, len(table.blocks)) if pool.is_shared(table.blocks[offset])]
+def _shared_entries(pool: BlockPool, table: SequenceBlockTable, first: int) -> list[int]:
+    """Offsets into ``table.blocks`` from the entry ``first`` on that are not this sequence's alone."""
+    blocks = table.blocks
+    return [offset for offset in range(first - table.num_released, len(blocks)) if pool.is_shared(blocks[offset])]
 
 
 class _FoundPrefix:
