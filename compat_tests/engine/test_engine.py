@@ -413,13 +413,20 @@ def test_a_long_prompt_does_not_keep_arrivals_waiting():
     assert {event.request_id for event in engine.step()} == {"short"}
 
 
-@pytest.mark.parametrize("places, computed", [(1, 16), (2, 8)])
-def test_a_long_prompt_gives_way_only_to_who_could_run_beside_it(places, computed):
-    engine = make_engine(budget=16, max_num_seqs=places)
-    for name in ("long", "next"):
-        engine.submit(request(name, [1 + i % 40 for i in range(160)], ignore_eos=True))
-    engine.step()
-    assert engine.last_output.step.outputs[0].scheduled.num_tokens == computed
+@pytest.mark.parametrize(
+    "places, pages, computed", [(2, 100, [14, 7, 10]), (1, 100, [14, 13, 13]), (2, 12, [14, 7, 10])]
+)
+def test_a_long_prompt_gives_way_only_to_who_could_run_beside_it(places, pages, computed):
+    """Not where there is no place, nor where there is no memory, which is known once the other has looked for its prompt."""
+    engine = make_engine(pages, budget=16, max_num_seqs=places)
+    chunks = []
+    for name, token in (("long", 1), ("next", 2), (None, 0)):
+        if name:
+            engine.submit(request(name, [token] * 40, ignore_eos=True, max_tokens=2))
+        engine.step()
+        chunks.append(engine.last_output.step.outputs[0].scheduled.num_tokens)
+    assert chunks == computed
+    assert engine.num_waiting == (pages < 100 or places < 2)
 
 
 class Raising:

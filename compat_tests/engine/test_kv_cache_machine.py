@@ -201,6 +201,22 @@ def test_a_fork_that_goes_another_way_within_a_block_that_its_parent_filled_is_n
     cache.check({"parent": parent, "child": child})
 
 
+def test_what_is_written_anew_loses_its_keys_though_nobody_shares_it():
+    """Of two who computed the same, the second's blocks cannot be found, but have keys; then it computes something else."""
+    cache = PagedKVCache(ONE_GROUP, 20)
+    size = ONE_GROUP[0].tokens_per_block
+    before, tokens = [1] * (2 * size + 1), {"first": [1] * (2 * size + 1)}
+    for name in ("first", "second"):
+        cache.add(name, before)
+    for name in ("first", "second"):
+        cache.reserve(name, 0, 2 * size)
+        cache.commit(name, before, 2 * size)
+    tokens["second"] = [1] * (size + 1) + [2] * size
+    assert cache.reserve("second", size + 1, 2 * size) == []
+    cache.commit("second", tokens["second"], 2 * size)
+    cache.check(tokens)
+
+
 class CacheMachine(RuleBasedStateMachine):
     """Random admit, append, fork, roll back, cancel and eviction, against a plain model of the pages' contents."""
 

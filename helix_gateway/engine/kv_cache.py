@@ -20,7 +20,7 @@ from helix_gateway.engine.prefix_index import PrefixIndex, child_key, root_key
 
 PageCopy = tuple[int, int]
 """(source, destination)"""
-_Lacking = tuple[SequenceBlockTable, int, list[int]]
+_Change = tuple[SequenceBlockTable, int, list[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +153,7 @@ class PagedKVCache:
         Raises:
             NoFreeBlocksError: the pool has too few blocks; nothing was changed.
         """
-        parts = self._lacking(sequence, num_computed_tokens, num_tokens)
+        parts = self._changes(sequence, num_computed_tokens, num_tokens)
         if not parts:  # as at most steps (docs/log.md)
             return []
         if sum([missing + len(shared) for _, missing, shared in parts]) > self.pool.num_available:
@@ -168,11 +168,14 @@ class PagedKVCache:
 
     def blocks_needed(self, sequence: Hashable, num_computed_tokens: int, num_tokens: int) -> int:
         """How many blocks `reserve` would take from the pool."""
-        parts = self._lacking(sequence, num_computed_tokens, num_tokens)
+        parts = self._changes(sequence, num_computed_tokens, num_tokens)
         return sum([missing + len(shared) for _, missing, shared in parts])
 
-    def _lacking(self, sequence: Hashable, num_computed_tokens: int, num_tokens: int) -> list[_Lacking]:
-        """Tables to be changed: how many blocks each has too few, and which of those about to be written it shares."""
+    def _changes(self, sequence: Hashable, num_computed_tokens: int, num_tokens: int) -> list[_Change]:
+        """Tables that `reserve` changes: how many blocks each has too few, and which from there on are not its alone.
+
+        Those too that only lose keys of what is written anew.
+        """
         parts = []
         for table in self._tables[sequence]:
             entry = table.entry(num_computed_tokens)
@@ -217,9 +220,9 @@ class PagedKVCache:
     def _publish(self, table: SequenceBlockTable, token_ids: Sequence[int], num_computed_tokens: int) -> None:
         size = table.group.tokens_per_block
         num_full = num_computed_tokens // size
-        if num_full == len(table.keys):
+        if num_full == len(table.keys):  # those blocks' own: `reserve` takes away the keys of what is written anew
             return
-        # A draft model's tokens may be cut anew where text goes on, and are then others than were published.
+        # A draft model's tokens may be cut anew where text goes on, and are then fewer than were published.
         del table.keys[num_full:]
         for entry in range(len(table.keys), num_full):
             table.keys.append(child_key(table.last_key, token_ids[entry * size : (entry + 1) * size]))

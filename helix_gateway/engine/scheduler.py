@@ -155,11 +155,18 @@ class Scheduler:
         """Tokens of the step that a sequence may have which lacks so many."""
         if num_pending == 1:
             return min(1, step.budget)
-        # While others could join at this very step, nobody's prompt takes more than half of what is left.
-        others_may_join = self.waiting and len(self.running) < self._max_num_seqs
-        most = -(-step.left_for_prompts // 2) if others_may_join else step.left_for_prompts
+        # While another could join at this very step, nobody's prompt takes more than half of what is left.
+        most = -(-step.left_for_prompts // 2) if self._another_may_join() else step.left_for_prompts
         # As many steps as it takes, evenly: a short last one would read all weights for few tokens (docs/log.md).
         return -(-num_pending // -(-num_pending // most)) if most > 0 else most
+
+    def _another_may_join(self) -> bool:
+        """Whether there is a place, and room in the cache as far as is known, for who waits longest."""
+        if not self.waiting or len(self.running) >= self._max_num_seqs:
+            return False
+        head = self.waiting.head()
+        # Who has no tables yet may find its prompt in the cache: how much room it takes is not known.
+        return head.key not in self._cache or self._fits(head) or self._outranked_by(head) is not None
 
     def _deepen(self, step: "_StepInMaking") -> None:
         """Share what is left of the step among those that may have drafts; nobody gives way for them."""

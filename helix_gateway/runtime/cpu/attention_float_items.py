@@ -1,8 +1,8 @@
 """Attention of one item over pages of float32 or bfloat16, and the writing of keys and values into them.
 
-All rows of an item, and all query heads of a group, share each load of a key or a value.  A row's bits depend on its own sequence alone: a score is one fma
-chain over the dimensions, the sum of exponentials is taken in 16 parts by absolute position, an output is one fma chain
-over absolute positions from the window's first to the last.
+All rows of an item, and all query heads of a group, share each load of a key or a value.  A row's bits depend on its own
+sequence alone: a score is one fma chain over the dimensions, the sum of exponentials is taken in 16 parts by absolute
+position, an output is one fma chain over absolute positions from the window's first to the last.
 
 ``kind`` is an array whose dtype is that of what comes and goes (queries, new keys and values, outputs), ``stored`` the
 arena; each is float32, or uint16 for the bits of bfloat16.

@@ -6,11 +6,12 @@ Within a unit each KV head has, one after another: keys [key_dim / 4, unit_token
 [unit_tokens] each.  A byte is the quantised number plus 128.
 
 Queries are quantised to 16 bits for each row and head, kept in two planes (`wide_products.py`).  So are attention
-weights, times their values' scales, for each row and head: relative to the largest of them, which a second pass over a row's scores can know, and an online softmax
-cannot.  Both products are sums of integers and therefore exact, whatever their order; what is left of floating point (the
-scores' factors, exponentials and their sum) is done in an order that positions alone decide.  So a row's bits depend on
-its own sequence alone.  A weight less than 1/32512 of its row's largest may be lost, which is far below what eight bits
-lose of the values themselves.  Knows nothing about models, threads or requests.
+weights, times their values' scales, for each row and head: relative to the largest of them, which a second pass over a
+row's scores can know, and an online softmax cannot.  Both products are sums of integers and therefore exact, whatever
+their order; what is left of floating point (the scores' factors, exponentials and their sum) is done in an order that
+positions alone decide.  So a row's bits depend on its own sequence alone.  A weight less than 1/32512 of its row's
+largest may be lost, which is far below what eight bits lose of the values themselves.  Knows nothing about models,
+threads or requests.
 """
 
 from typing import NamedTuple

@@ -1,9 +1,9 @@
 """Sums of four products of bytes in every lane, exact, in the instructions that a processor has.
 
 A lane of weights holds four unsigned bytes, a lane of activations the same four signed bytes everywhere, and what comes
-out is one int32 a lane; an emitter says how many lanes there are.  Weights of eight bits are stored as ``w + 128`` and must come out as if they were signed; small
-ones (0 to 15) are what they are.  Activations lie in -127 .. 127.  All sums are exact, so which instructions made them
-cannot be seen in the result.  Knows nothing about tiles, scales or groups.
+out is one int32 a lane; an emitter says how many lanes there are.  Weights of eight bits are stored as ``w + 128`` and
+must come out as if they were signed; small ones (0 to 15) are what they are.  Activations lie in -127 .. 127.  All sums
+are exact, so which instructions made them cannot be seen in the result.  Knows nothing about tiles, scales or groups.
 """
 
 from abc import ABC, abstractmethod

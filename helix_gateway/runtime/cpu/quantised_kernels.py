@@ -2,7 +2,8 @@
 
 A vector holds four inputs of 16 output channels, so that lanes are channels and no sum runs across them; a tile has 32
 channels.  (Where registers are shorter, a half of it is computed at a time: `_Vectors`.)  Inputs come in groups of 32
-(`quantised_rows.py`), padded to whole ones.  A tile is multiplied in turns, of one group or of two.  Three formats of weights, for each turn of a tile:
+(`quantised_rows.py`), padded to whole ones.  A tile is multiplied in turns, of one group or of two.  Three formats of
+weights, for each turn of a tile:
 
 - `INT8`, ``w = d * q`` (GGUF's Q8_0): [2 vectors][8][16 channels][4] bytes of ``q + 128``, then 32 float16 ``d``.
 - `INT4`, ``w = d * q + m`` with q in 0 .. 15 (GGUF's Q4_1, and Q4_0 with ``m = -8 d``): [2 vectors][4][16 channels][4]

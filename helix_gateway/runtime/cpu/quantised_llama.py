@@ -15,7 +15,7 @@ from helix_gateway.runtime.cpu.joined_tiles import join_tiles
 from helix_gateway.runtime.cpu.layers import Angles
 from helix_gateway.runtime.cpu.linear import PackedEmbedding, PackedLinear
 from helix_gateway.runtime.cpu.parts import LayerParts, Parts
-from helix_gateway.runtime.cpu.quantised_kernels import FORMATS
+from helix_gateway.runtime.cpu.quantised_kernels import FORMATS, GROUP_INPUTS
 from helix_gateway.runtime.cpu.quantised_products import tile_kernel
 from helix_gateway.runtime.cpu.quantised_rows import num_groups, rows_bytes
 from helix_gateway.runtime.cpu.quantised_step import (
@@ -121,6 +121,8 @@ class QuantisedLlamaStep:
         """The fields of a matrix, that of some linear layers joined."""
         tiles = self._kept_tensor(join_tiles(parts, self._weights))
         kind, _, tile_bytes, groups, _ = _quantised(parts[0]).operand
+        # Rows are quantised by their width, with no room for groups that only pad (`reading.py` refuses such widths).
+        assert groups * GROUP_INPUTS == parts[0].in_features
         bias = self._keep(torch.cat([part.bias_values for part in parts]))
         return [kind, tiles.data_ptr(), tile_bytes, groups, sum(part.out_features for part in parts), bias]
 
@@ -160,7 +162,7 @@ class _Memory:
         qkv, out, gate_up, down = layer.products
         self._width = out[0].out_features
         self._attended = out[0].in_features
-        self._most = max(sum(part.out_features for part in parts) for parts in (qkv, out, gate_up))
+        self._most = max(sum(part.out_features for part in parts) for parts in (qkv, gate_up))
         self._most_groups = num_groups(max(self._width, self._attended, down[0].in_features))
         self.vocab_size = head.out_features
         self._rows = 0

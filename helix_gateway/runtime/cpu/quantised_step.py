@@ -4,9 +4,9 @@ The residual stream, attention and all sums are float32; what goes into a produc
 row's bits depend on its own sequence alone.  A step is a row of stages (`NORM_QKV` to `DOWN` for each layer, then
 `NORM_HEAD` and `HEAD`), a stage some items (rows, tiles of a product, items of attention), and `_do_items` says what each
 is; how threads share them out is `work_sharing.py`'s affair.  What follows the last layer's attention is computed only
-for rows whose logits are wanted.  Nothing is allocated on the way.  What a family has that others lack (norms, factors,
-caps) is data of its layers or of the model: one compiled step serves all, and asks once a row or an item.  Which models
-this fits is `structures.py`'s affair.
+for rows whose logits are wanted.  Nothing is allocated on the way but a head's buffer where int8 keys and values are
+written.  What a family has that others lack (norms, factors, caps) is data of its layers or of the model: one compiled
+step serves all, and asks once a row or an item.  Which models this fits is `structures.py`'s affair.
 """
 
 from typing import NamedTuple
@@ -87,9 +87,10 @@ class Rows(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Memory of a step, most of it by its address, of float32 [at least its rows, ...]; rows are consecutive.
+    """Memory of a step, most of it by its address, of float32 unless it says otherwise, for at least its rows; these are
+    consecutive.
 
-    Addresses, since slices of arrays in each row's turn take two thirds of what is done to the row (docs/log.md).
+    Addresses, since slices of arrays in each row's turn add two thirds to what is done to the row (docs/log.md).
     """
 
     hidden: int
@@ -99,16 +100,17 @@ class Scratch(NamedTuple):
     change: int
     """[rows, width], what the last product adds to it."""
     product: int
-    """[rows, the most channels of QKV, gate and up, at least the width]; products leave rows of their own width."""
+    """[rows, the most channels of QKV, gate and up]; products leave rows of their own width."""
     attended: int
     """[rows, query heads * head dimension]"""
     quantised: int
-    """The quantised rows (`quantised_rows.py`)."""
+    """Bytes: the quantised rows (`quantised_rows.py`)."""
     logits: int
     """[wanted rows, channels of the head]"""
     width: int
     """Of the residual stream."""
     attended_width: int
+    """Query heads times head dimension."""
     counts: Int64s
     """Of `work_sharing.new_counts`."""
 

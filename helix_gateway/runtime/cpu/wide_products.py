@@ -22,7 +22,7 @@ _HALF = LANES // 2
 
 
 class WideProducts(ABC):
-    """How a kind of processor does it; a number comes to ``first_worth`` times one sum plus the other, if there is one."""
+    """How a kind of processor does it; a row's total is ``first_worth`` times its first sum plus the other, if there is one."""
 
     num_sums: ClassVar[int]
     """Of a row: vectors of int32."""
@@ -30,13 +30,13 @@ class WideProducts(ABC):
     offset_left: int
     """What is to be taken off every stored byte, in the start of a sum or afterwards."""
     most_tokens: ClassVar[int]
-    """Products of `TOP_16` and 255 that a sum holds."""
+    """Tokens whose weights times values the sums hold, whatever both are: up to `TOP_16` and 255."""
     most_dims: ClassVar[int]
-    """Products of `TOP_16` and 127 that one holds."""
+    """Dimensions of queries and keys that they hold: up to `TOP_16` and 127."""
     max_rows: int
     """Of one call."""
     max_sums: int
-    """Vectors of sums that registers hold."""
+    """Vectors of sums of one call, as many as registers hold beside what is multiplied (`docs/log.md`)."""
 
     @abstractmethod
     def planes(self, emitter: Emitter, numbers: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -118,7 +118,8 @@ def _of_host() -> WideProducts:
     dot = host_dot()
     if dot == "avx2":
         return _ByPairs()
-    return _ByBytes(dot, 6, 24) if dot == "vnni512" else _ByBytes(dot, 2, 6)
+    # 32 registers of a whole vector each, and elsewhere 16 or 32 of half or a quarter of one.
+    return _ByBytes(dot, max_rows=6, max_sums=24) if dot == "vnni512" else _ByBytes(dot, max_rows=2, max_sums=6)
 
 
 HOST_WIDE = _of_host()
