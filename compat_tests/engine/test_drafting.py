@@ -1,14 +1,14 @@
 """When a draft model is asked, against trying all that could be asked; what it is asked again after, and what that takes."""
 
 import itertools
-from time import perf_counter
+import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from compat_tests.engine.test_depth import draft
-from compat_tests.slowness import slowness
 from helix_gateway.core.request import Request, SamplingParams
 from helix_gateway.engine.acceptance import AcceptanceModel
 from helix_gateway.engine.drafters.base import NOTHING
@@ -184,20 +184,25 @@ def test_costs_of_drafts_are_learned():
     assert drafting.ask([sequence()], [NOTHING], [8], 1) == [0]
 
 
-@pytest.mark.alone
-def test_asking_takes_a_hundredth_of_a_step():
-    """Of 25 ms, at sixteen sequences: planned once, and looked at again before each of four forwards."""
+def test_asking_takes_few_calls():
+    """Planned once, and looked at again before each of four forwards: time is a benchmark's affair, calls can be counted."""
     drafting, _ = adaptive()
     sequences = [sequence(i) for i in range(16)]
     free = [draft([0.5] * 4) for _ in sequences]
     sure = [draft([0.9, 0.9], source=MODEL) for _ in sequences]
-    seconds = []
-    for _ in range(200):
-        began = perf_counter()
+
+    def ask():
         drafting.ask(sequences, free, [8] * 16, 16)
         for _ in range(4):
             drafting.goes_on(sequences, sure)
         drafting.better(sequences, sure, free)
-        seconds.append(perf_counter() - began)
-    print(f"{1e6 * np.median(seconds):.0f} µs, least {1e6 * min(seconds):.0f}")
-    assert min(seconds) < 0.01 * 0.025 * 2 * slowness()  # somebody else may be using the machine
+
+    ask()  # what is compiled or looked up once
+    events = Counter()
+    sys.setprofile(lambda frame, event, argument: events.update([event]))
+    try:
+        ask()
+    finally:
+        sys.setprofile(None)
+    print(events)
+    assert events["call"] + events["c_call"] < 1_600  # 1,320 as this was written
