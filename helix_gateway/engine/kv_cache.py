@@ -220,8 +220,6 @@ class PagedKVCache:
     def _publish(self, table: SequenceBlockTable, token_ids: Sequence[int], num_computed_tokens: int) -> None:
         size = table.group.tokens_per_block
         num_full = num_computed_tokens // size
-        if num_full == len(table.keys):  # those blocks' own: `reserve` takes away the keys of what is written anew
-            return
         # A draft model's tokens may be cut anew where text goes on, and are then fewer than were published.
         del table.keys[num_full:]
         for entry in range(len(table.keys), num_full):

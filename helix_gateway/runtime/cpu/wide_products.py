@@ -36,7 +36,7 @@ class WideProducts(ABC):
     max_rows: int
     """Of one call."""
     max_sums: int
-    """Vectors of sums of one call, as many as registers hold beside what is multiplied (`docs/log.md`)."""
+    """Vectors of sums of one call, as many as registers hold beside what is multiplied."""
 
     @abstractmethod
     def planes(self, emitter: Emitter, numbers: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
