@@ -43,6 +43,7 @@ def pip_calls(checkout, monkeypatch):
     monkeypatch.setattr(environment, "torch_version", lambda: None)
     monkeypatch.setattr(environment, "reachable", lambda url: True)
     monkeypatch.setattr(environment, "pip_install", lambda title, arguments: calls.append(arguments) or True)
+    monkeypatch.setattr(environment, "compile_modules", lambda: None)
     return calls
 
 
@@ -161,6 +162,16 @@ def test_an_interrupted_installation_is_not_taken_for_a_finished_one(pip_calls, 
         environment.install("key", [])
     assert not environment.STAMP.exists()
     assert "No space left" in capsys.readouterr().err
+
+
+def test_modules_are_compiled_but_for_those_of_another_python(checkout):
+    """All that pip installs, which is told not to."""
+    subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", environment.VENV], check=True)
+    [packages] = environment.VENV.rglob("site-packages")
+    (packages / "sound.py").write_text("x = 1\n")
+    (packages / "strange.py").write_text("f(: no Python knows this\n")
+    environment.compile_modules()
+    assert [path.name.split(".")[0] for path in packages.rglob("*.pyc")] == ["sound"]
 
 
 def test_a_broken_stamp_means_installing_again(pip_calls):

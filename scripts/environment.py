@@ -257,9 +257,20 @@ def run_logged(activity: Activity, command: Sequence[str]) -> bool:
 
 def pip_install(title: str, arguments: Sequence[str]) -> bool:
     """Run ``pip install`` in the environment behind a progress line; whether it went well."""
-    command = [str(venv_python()), "-m", "pip", "install", "--no-input", *progress_option(), *arguments]
+    options = ["--no-input", "--no-compile", *progress_option()]  # compile_modules takes more than one core
+    command = [str(venv_python()), "-m", "pip", "install", *options, *arguments]
     with Activity(title) as activity:
         return run_logged(activity, command)
+
+
+def compile_modules() -> None:
+    """Compile all that is installed, on all cores.
+
+    What fails is left to whoever imports it: pip says no more of a module that is for another Python.
+    """
+    code = "import compileall, sysconfig; compileall.compile_dir(sysconfig.get_path('purelib'), quiet=2, workers=0)"
+    with Activity("Compiling Python's modules") as activity:
+        run_logged(activity, [str(venv_python()), "-c", code])
 
 
 def progress_option() -> list[str]:
@@ -381,6 +392,7 @@ def install(key: str, extras: list[str]) -> None:
     target = f".[{','.join(map(str, names))}]" if names else "."
     if not pip_install(f"Installing Helix and what it needs ({target})", [torch, "--editable", target]):
         raise pip_failure("Helix")
+    compile_modules()
     STAMP.write_text(json.dumps({"key": key, "extras": extras, "torch": torch}), encoding="utf-8")
 
 
