@@ -164,8 +164,26 @@ def test_an_interrupted_installation_is_not_taken_for_a_finished_one(pip_calls, 
     assert "No space left" in capsys.readouterr().err
 
 
-def test_modules_are_compiled_but_for_those_of_another_python(checkout):
-    """All that pip installs, which is told not to."""
+def test_an_installation_is_stamped_once_its_modules_are_compiled(pip_calls, monkeypatch):
+    stamped = []
+    monkeypatch.setattr(environment, "compile_modules", lambda: stamped.append(environment.STAMP.exists()))
+    environment.ensure()
+    assert stamped == [False]
+    assert environment.STAMP.exists()
+
+
+def test_modules_are_compiled_on_one_core_where_several_cannot_be_had(checkout, monkeypatch, capsys):
+    commands = []
+    monkeypatch.setattr(environment, "run_logged", lambda activity, command: commands.append(command[-1]))
+    monkeypatch.setattr(environment.os, "cpu_count", lambda: 128)
+    environment.compile_modules()
+    assert [command.rpartition("workers=")[2] for command in commands] == ["8)", "1)"]
+    assert "could not be compiled now" in capsys.readouterr().out
+
+
+def test_modules_are_compiled_but_for_those_of_another_python(checkout, monkeypatch):
+    """Nothing that pip installs is compiled by it; one module that cannot be stops none of the others."""
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
     subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", environment.VENV], check=True)
     [packages] = environment.VENV.rglob("site-packages")
     (packages / "sound.py").write_text("x = 1\n")

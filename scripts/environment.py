@@ -40,6 +40,8 @@ CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
 REACH_TIMEOUT_S = 5.0
 QUIET_LINE_EVERY_S = 30.0
 LOG_LINES_SHOWN = 60
+MOST_COMPILERS = 8
+"""Processes; a container may have far fewer cores than its machine, which is asked."""
 DETAIL_WIDTH = 72
 LEAST_DETAIL_WIDTH = 12
 
@@ -264,13 +266,16 @@ def pip_install(title: str, arguments: Sequence[str]) -> bool:
 
 
 def compile_modules() -> None:
-    """Compile all that is installed, on all cores.
+    """Compile all that is installed, on several cores, or on one where that cannot be.
 
-    What fails is left to whoever imports it: pip says no more of a module that is for another Python.
+    A module that cannot be compiled is left to whoever imports it: pip says no more of what is for another Python.
     """
-    code = "import compileall, sysconfig; compileall.compile_dir(sysconfig.get_path('purelib'), quiet=2, workers=0)"
+    code = "import compileall, sysconfig; compileall.compile_dir(sysconfig.get_path('purelib'), quiet=2, workers={})"
     with Activity("Compiling Python's modules") as activity:
-        run_logged(activity, [str(venv_python()), "-c", code])
+        for workers in (min(MOST_COMPILERS, os.cpu_count() or 1), 1):
+            if run_logged(activity, [str(venv_python()), "-c", code.format(workers)]):
+                return
+    print("They could not be compiled now, and are when they are first imported", flush=True)
 
 
 def progress_option() -> list[str]:
