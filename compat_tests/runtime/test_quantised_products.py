@@ -11,7 +11,6 @@ import pytest
 import torch
 from numba import njit
 
-from compat_tests.effort import usually
 from helix_gateway.runtime.cpu.dot_products import DOT_PRODUCTS, usable_dot_products
 from helix_gateway.runtime.cpu.instruction_sets import is_x86
 from helix_gateway.runtime.cpu.layers import gate_row
@@ -215,9 +214,7 @@ LESSER_ARM = {"ArmDotProduct": ("generic", "+neon,+dotprod"), "Portable": ("gene
 
 
 @pytest.mark.skipif(len(usable_dot_products()) < 3, reason="the processor is no better than those that are tried")
-@pytest.mark.parametrize(
-    "name", [usually(name, name != "Portable") for name in sorted(LESSER if is_x86() else LESSER_ARM)]
-)
+@pytest.mark.parametrize("name", sorted(LESSER if is_x86() else LESSER_ARM))
 def test_a_lesser_processor_passes_the_same_tests(name, tmp_path):
     """numba is told to leave instructions out, so the very kernels that such a machine would run are run."""
     environment = environment_of(name, tmp_path)
