@@ -191,7 +191,7 @@ def test_a_self_test_that_dies_or_hangs_is_a_problem_after_what_it_had_found(cod
     assert found[1].advice
 
 
-@pytest.mark.parametrize("share,state", [(0.9, "ok"), (0.1, "warning")])
+@pytest.mark.parametrize("share,state", [(1.5, "ok"), (0.9, "ok"), (0.1, "warning")])
 def test_speed_is_told_beside_what_memory_would_allow(share, state, tmp_path):
     """A file of 10 MB at 1 GB/s: at most 100 tokens a second."""
     from helix_gateway.service import self_test
@@ -204,7 +204,8 @@ def test_speed_is_told_beside_what_memory_would_allow(share, state, tmp_path):
     finding = self_test._speed(trial, result, 1.0)
     assert finding.state == state
     assert f"{100 * share:.0f} tokens/s" in finding.said
-    assert "of 100 that memory would allow" in finding.said
+    assert "of 100 that memory would allow without speculation" in finding.said
+    assert ("drafts came on top" in finding.said) == (share > 1)
     assert (finding.advice is None) == (state == "ok")
 
 

@@ -217,7 +217,9 @@ def _speed(trial: _Trial, result: "GenerationResult", bandwidth_gb_per_s: float)
     said = f"{tokens_per_s:.0f} tokens/s, one stream of {trial.name} as it is served where nothing else is asked for"
     if bound is None:
         return Finding("speed", "ok", said)
-    said += f", of {bound:.0f} that memory would allow"
+    said += f", of {bound:.0f} that memory would allow without speculation"
+    if tokens_per_s > bound:
+        said += ": drafts came on top, or something else read memory while it was measured"
     if tokens_per_s >= _POOR_SHARE * bound:
         return Finding("speed", "ok", said)
     advice = "See what else uses the processor (load in the first lines); on a quiet machine it should be near that."
