@@ -272,7 +272,7 @@ def compile_modules() -> None:
     """
     code = "import compileall, sysconfig; compileall.compile_dir(sysconfig.get_path('purelib'), quiet=2, workers={})"
     with Activity("Compiling Python's modules") as activity:
-        for workers in (min(MOST_COMPILERS, os.cpu_count() or 1), 1):
+        for workers in sorted({1, min(MOST_COMPILERS, os.cpu_count() or 1)}, reverse=True):
             if run_logged(activity, [str(venv_python()), "-c", code.format(workers)]):
                 return
     print("They could not be compiled now, and are when they are first imported", flush=True)
