@@ -121,9 +121,13 @@ class Bench:
         )
         missing = {"model"} if draft is None else set()
         self.drafters = [name for name in options.drafters if name not in missing | ({"self"} if quantised else set())]
-        self.policies = {name: Policies(self, name) for name in self.drafters}
+        self.forget()
         runners = [self.runner, *([self.draft.runner] if draft else [])]
         self.cache = cold_for_drafts([group for runner in runners for group in runner.kv_groups], self.runner.num_pages)
+
+    def forget(self):
+        """Let all drafters begin to learn anew."""
+        self.policies = {name: Policies(self, name) for name in self.drafters}
 
     def engine(self, name):
         """An engine with a drafter, or without for ``off``."""
@@ -355,11 +359,17 @@ def tokens_for(options, name, streams):
 
 
 def warm_up(bench, messages):
-    """What is compiled when first used would else be in the first cell's time."""
+    """What is compiled when first used would else be in some cell's time, and in the costs that a drafter has learned."""
+    from helix_gateway.service.warm_up import warm_up as warm_up_served
+
     plain, _ = bench.serve(bench.engine("off"), [bench.request("plain", messages, 24)], 1)
+    for name in ("off", *bench.drafters):
+        # As a server does before its first request: what few rows do not need, many may.
+        warm_up_served(bench.engine(name))
     for drafter in bench.drafters:
         for name, prediction in (("unknown", ()), ("predicted", plain["plain"])):
             bench.serve(bench.engine(drafter), [bench.request(f"{drafter} {name}", messages, 24, prediction)], 1)
+    bench.forget()
 
 
 def measure_all(bench, options):
@@ -378,8 +388,13 @@ def measure_all(bench, options):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="as for helix serve; left out, the default model")
-    parser.add_argument("--dtype", default="float32", choices=["auto", "float32", "bfloat16"])
-    parser.add_argument("--quantization", default="none", choices=["none", "auto", "int8"], help="instead of a dtype")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--quantization",
+        default="none",
+        choices=["none", "auto", "int8"],
+        help="instead of a dtype; auto is the file's own",
+    )
     parser.add_argument("--drafters", nargs="+", default=list(DRAFTERS), choices=DRAFTERS)
     parser.add_argument("--draft-model", default=None, help="its folder; left out, one is made of the model")
     parser.add_argument("--streams", type=int, action="append", help="may be given several times")
