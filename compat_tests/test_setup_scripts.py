@@ -174,7 +174,7 @@ def test_an_installation_is_stamped_once_its_modules_are_compiled(pip_calls, mon
 
 def test_modules_are_compiled_on_one_core_where_several_cannot_be_had(checkout, monkeypatch, capsys):
     commands = []
-    monkeypatch.setattr(environment, "run_logged", lambda activity, command: commands.append(command[-1]))
+    monkeypatch.setattr(environment, "run_logged", lambda activity, command: commands.append(command[2]))
     monkeypatch.setattr(environment.os, "cpu_count", lambda: 128)
     environment.compile_modules()
     assert [command.rpartition("workers=")[2] for command in commands] == ["8)", "1)"]
@@ -188,8 +188,12 @@ def test_modules_are_compiled_but_for_those_of_another_python(checkout, monkeypa
     [packages] = environment.VENV.rglob("site-packages")
     (packages / "sound.py").write_text("x = 1\n")
     (packages / "strange.py").write_text("f(: no Python knows this\n")
+    own = environment.ROOT / "helix_gateway" / "engine" / "own.py"
+    own.parent.mkdir(parents=True)
+    own.write_text("x = 1\n")
     environment.compile_modules()
     assert [path.name.split(".")[0] for path in packages.rglob("*.pyc")] == ["sound"]
+    assert [path.name.split(".")[0] for path in own.parent.rglob("*.pyc")] == ["own"]
 
 
 def test_a_broken_stamp_means_installing_again(pip_calls):

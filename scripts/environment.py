@@ -266,14 +266,19 @@ def pip_install(title: str, arguments: Sequence[str]) -> bool:
 
 
 def compile_modules() -> None:
-    """Compile all that is installed, on several cores, or on one where that cannot be.
+    """Compile all that is installed and our own, on several cores, or on one where that cannot be.
 
-    A module that cannot be compiled is left to whoever imports it: pip says no more of what is for another Python.
+    Where Python is told to write no bytecode every start would compile our own modules anew.  A module that cannot be
+    compiled is left to whoever imports it: pip says no more of what is for another Python.
     """
-    code = "import compileall, sysconfig; compileall.compile_dir(sysconfig.get_path('purelib'), quiet=2, workers={})"
+    code = (
+        "import compileall, sys, sysconfig\n"
+        "for folder in (sysconfig.get_path('purelib'), sys.argv[1]):\n"
+        "    compileall.compile_dir(folder, quiet=2, workers={})"
+    )
     with Activity("Compiling Python's modules") as activity:
         for workers in sorted({1, min(MOST_COMPILERS, os.cpu_count() or 1)}, reverse=True):
-            if run_logged(activity, [str(venv_python()), "-c", code.format(workers)]):
+            if run_logged(activity, [str(venv_python()), "-c", code.format(workers), str(ROOT / "helix_gateway")]):
                 return
     print("They could not be compiled now, and are when they are first imported", flush=True)
 
