@@ -4,6 +4,7 @@ import itertools
 import math
 from types import SimpleNamespace
 
+import numba
 import numpy as np
 import pytest
 
@@ -54,6 +55,17 @@ def test_the_depths_are_the_best_of_all_there_are(seed, worth_it, share):
 def test_what_promises_too_little_is_left():
     costs = StepCosts({1: 0.010, 2: 0.020, 32: 0.320})
     assert _best_depths(np.array([[0.9, 0.81]]), 1, costs.rows, costs.seconds, 1.02, *all_known(1)).tolist() == [0]
+
+
+@numba.njit
+def read_off_each(rows, knots, values):
+    return np.array([step_costs.read_off(row, knots, values) for row in rows])
+
+
+def test_compiled_code_reads_costs_off_as_numpy_does():
+    knots, values = np.array([1.0, 2.0, 8.0, 12.0]), np.array([0.3, 0.3, 0.7, 1.9])
+    rows = np.arange(0, 16)
+    np.testing.assert_allclose(read_off_each(rows, knots, values), np.interp(rows, knots, values), rtol=1e-15)
 
 
 def test_costs_never_fall_with_rows_whatever_was_measured():

@@ -15,6 +15,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from helix_gateway.core.inner_functions import INNER
 from helix_gateway.core.step import Int32s
 from helix_gateway.engine.drafters.base import DraftTokens
 
@@ -171,14 +172,14 @@ def _column(place):  # type: ignore[no-untyped-def]
     return 0 if place == 0 else (1 if place < 3 else (2 if place < 7 else 3))
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, **INNER)
 def _cell(confidence, place):  # type: ignore[no-untyped-def]
     """Finer near certainty, where a little makes a long draft."""
     scale = 1.0 - np.sqrt(max(0.0, 1.0 - confidence))
     return min(_CONFIDENCES - 1, int(scale * _CONFIDENCES)), _column(place)
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, **INNER)
 def _count_places(accepted, seen, num_right, num_told):  # type: ignore[no-untyped-def]
     """Count the right tokens of a draft, and the one that was wrong if there was one."""
     fade = np.exp(-1.0 / _PLACE_MEMORY)
@@ -188,7 +189,7 @@ def _count_places(accepted, seen, num_right, num_told):  # type: ignore[no-untyp
         seen[column] = seen[column] * fade + 1.0
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, **INNER)
 def _line(sums):  # type: ignore[no-untyped-def]
     """What is believed of a source's confidence: (at 0, more for each unit of it)."""
     count = max(1e-9, sums[_COUNT])

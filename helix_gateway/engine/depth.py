@@ -16,7 +16,7 @@ from helix_gateway.core.step import Int32s
 from helix_gateway.engine.acceptance import AcceptanceModel
 from helix_gateway.engine.drafters.base import DraftTokens
 from helix_gateway.engine.sequence import Sequence, SequenceKey
-from helix_gateway.engine.step_costs import StepCosts
+from helix_gateway.engine.step_costs import StepCosts, read_off
 
 WORTH_IT = 1.02
 """Speculation must promise this much more: costs are estimates, and the plain step is known."""
@@ -359,7 +359,7 @@ def _best_depths(chances, num_decodes, knots, seconds, worth_it, unknown, most_u
     following = chances[:, 0].copy()
     left = chances.sum()
     tokens = float(num_decodes)
-    plain_s = np.interp(float(num_decodes), knots, seconds)
+    plain_s = read_off(num_decodes, knots, seconds)
     plain_rate = tokens / plain_s
     best_rate, best_rows = plain_rate, num_decodes
     for rows in range(num_decodes + 1, num_decodes + num_drafts * longest + 1):
@@ -367,7 +367,7 @@ def _best_depths(chances, num_decodes, knots, seconds, worth_it, unknown, most_u
             following[unknown] = 0.0
         likeliest = following.argmax()
         chance = following[likeliest]
-        cost = np.interp(float(rows), knots, seconds)
+        cost = read_off(rows, knots, seconds)
         # Not even all that is left would pay for this row, which no later one is cheaper than.
         if chance <= 0.0 or tokens + left <= best_rate * cost:
             break
@@ -379,7 +379,7 @@ def _best_depths(chances, num_decodes, knots, seconds, worth_it, unknown, most_u
         if tokens > best_rate * cost:
             best_rate, best_rows = tokens / cost, rows
             best_depths = depths.copy()
-    longer_s = np.interp(float(best_rows), knots, seconds) - plain_s
+    longer_s = read_off(best_rows, knots, seconds) - plain_s
     added = best_rate * (plain_s + longer_s) - num_decodes
     if added >= _WORTH_ITS_ROWS * plain_rate * longer_s:
         worth_it = 1.0 + (worth_it - 1.0) * _FEW

@@ -13,11 +13,12 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from helix_gateway.core.inner_functions import INNER
 from helix_gateway.engine.acceptance import AcceptanceModel, Float64s
 from helix_gateway.engine.depth import ANSWER_TOKENS, WORTH_IT
 from helix_gateway.engine.drafters.base import DraftTokens
 from helix_gateway.engine.sequence import Sequence
-from helix_gateway.engine.step_costs import StepCosts
+from helix_gateway.engine.step_costs import StepCosts, read_off
 
 MODEL = "model"
 """The source of a draft model's drafts."""
@@ -234,9 +235,10 @@ def _plan_drafting(  # type: ignore[no-untyped-def]
         knots, seconds, draft_knots, draft_seconds: costs by rows of the target's steps and of the draft model's forwards.
     """
     num_seqs = len(free)
-    step_s = np.interp(np.arange(num_decodes, num_decodes + 1 + _MOST_ROWS).astype(np.float64), knots, seconds)
-    draft_s = np.interp(np.arange(num_seqs + 1).astype(np.float64), draft_knots, draft_seconds)
-    draft_s[0] = 0.0
+    step_s = np.array([read_off(num_decodes + more, knots, seconds) for more in range(1 + _MOST_ROWS)])
+    draft_s = np.zeros(num_seqs + 1)
+    for rows in range(1, num_seqs + 1):
+        draft_s[rows] = read_off(rows, draft_knots, draft_seconds)
     order = np.argsort(free.sum(axis=1) - foreseen.sum(axis=1))
     costly = np.zeros(num_seqs, np.bool_)
     deepest = foreseen.shape[1]
@@ -266,7 +268,7 @@ def _plan_drafting(  # type: ignore[no-untyped-def]
     return best_depths, rate, rate_without, num_decodes + free_rows
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, **INNER)
 def _fill(free, foreseen, costly, deepest, num_decodes, step_s, draft_s):  # type: ignore[no-untyped-def]
     """The best depths where it is settled whose drafts are costly: likeliest tokens first, as `depth.py` has it.
 
@@ -306,7 +308,7 @@ def _fill(free, foreseen, costly, deepest, num_decodes, step_s, draft_s):  # typ
     return best_depths, best_rate
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, **INNER)
 def _chance(free, foreseen, costly, i, place):  # type: ignore[no-untyped-def]
     if costly[i]:
         return foreseen[i, place] if place < foreseen.shape[1] else 0.0
@@ -317,12 +319,12 @@ def _chance(free, foreseen, costly, i, place):  # type: ignore[no-untyped-def]
 def _worth_drafting(gains, num_rows, rate, knots, seconds, draft_knots, draft_seconds):  # type: ignore[no-untyped-def]
     """Bools [num_seqs]: whose next token is drafted, for most tokens beyond what its seconds would bring at ``rate``."""
     order = np.argsort(-gains)
-    before = np.interp(float(num_rows), knots, seconds)
+    before = read_off(num_rows, knots, seconds)
     best, best_count, tokens = 0.0, 0, 0.0
     for count in range(1, len(gains) + 1):
         tokens += gains[order[count - 1]]
-        longer = np.interp(float(num_rows + count), knots, seconds) - before
-        surplus = tokens - rate * (longer + np.interp(float(count), draft_knots, draft_seconds))
+        longer = read_off(num_rows + count, knots, seconds) - before
+        surplus = tokens - rate * (longer + read_off(count, draft_knots, draft_seconds))
         if surplus > best:
             best, best_count = surplus, count
     chosen = np.zeros(len(gains), np.bool_)

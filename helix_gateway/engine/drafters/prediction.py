@@ -9,6 +9,7 @@ moved farther is found through the prediction's suffix automaton.  Knows nothing
 import numba
 import numpy as np
 
+from helix_gateway.core.inner_functions import INNER
 from helix_gateway.engine.drafters.suffix_automaton import Float32s, Int32s, Match, SuffixAutomaton
 
 _STRETCH = 1024
@@ -54,7 +55,7 @@ class Prediction:
         return count
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, **INNER)
 def _agreement(token_ids, place, output, end):  # type: ignore[no-untyped-def]
     """How many tokens before ``place`` agree with those of the output before ``end``."""
     count = 0
@@ -64,7 +65,7 @@ def _agreement(token_ids, place, output, end):  # type: ignore[no-untyped-def]
     return count
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, **INNER)
 def _nearest(token_ids, output, end, left_at):  # type: ignore[no-untyped-def]
     """The place to go on at, and how many tokens before it agree; (left_at, 0) if there is none."""
     best, best_agreement = left_at, 0

@@ -14,6 +14,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from helix_gateway.core.inner_functions import INNER
+
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
 Float32s = npt.NDArray[np.float32]
@@ -116,7 +118,7 @@ def _slot(state, token, mask):  # type: ignore[no-untyped-def]
     return np.int64((mixed ^ (mixed >> np.uint64(29))) & np.uint64(mask))
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, **INNER)
 def _find(transitions, table, state, token):  # type: ignore[no-untyped-def]
     """The transition of a state by a token, or nothing."""
     mask = len(table) - 1
@@ -128,7 +130,7 @@ def _find(transitions, table, state, token):  # type: ignore[no-untyped-def]
         slot = (slot + 1) & mask
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, **INNER)
 def _enter(transitions, table, place):  # type: ignore[no-untyped-def]
     mask = len(table) - 1
     slot = _slot(transitions[place, _FROM], transitions[place, _TOKEN], mask)
@@ -143,7 +145,7 @@ def _fill_table(transitions, count, table):  # type: ignore[no-untyped-def]
         _enter(transitions, table, place)
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, **INNER)
 def _connect(states, transitions, table, sizes, state, token, target):  # type: ignore[no-untyped-def]
     place = sizes[_TRANSITIONS]
     sizes[_TRANSITIONS] += 1
@@ -156,7 +158,7 @@ def _connect(states, transitions, table, sizes, state, token, target):  # type: 
     return place
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, **INNER)
 def _new_state(states, sizes, length, link, count):  # type: ignore[no-untyped-def]
     state = sizes[_STATES]
     sizes[_STATES] += 1
@@ -168,7 +170,7 @@ def _new_state(states, sizes, length, link, count):  # type: ignore[no-untyped-d
     return state
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, **INNER)
 def _split(states, transitions, table, sizes, parent, token, target):  # type: ignore[no-untyped-def]
     """A state for those substrings of ``target`` that end a suffix of the text: as long as ``parent`` and a token."""
     clone = _new_state(states, sizes, states[parent, _LENGTH] + 1, states[target, _LINK], states[target, _COUNT])
@@ -189,7 +191,7 @@ def _split(states, transitions, table, sizes, parent, token, target):  # type: i
     return clone
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, **INNER)
 def _longest_known(states, transitions, table, sizes, parent, token):  # type: ignore[no-untyped-def]
     """The state for ``parent`` and a token, which ``parent`` has a transition by; split off where that stands for more."""
     target = transitions[_find(transitions, table, parent, token), _TO]
@@ -198,7 +200,7 @@ def _longest_known(states, transitions, table, sizes, parent, token):  # type: i
     return _split(states, transitions, table, sizes, parent, token, target)
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, **INNER)
 def _extended(states, transitions, table, sizes, last, token):  # type: ignore[no-untyped-def]
     """The state of the text that was at ``last`` and goes on with a token."""
     if _find(transitions, table, last, token) != _NOTHING:
@@ -213,7 +215,7 @@ def _extended(states, transitions, table, sizes, last, token):  # type: ignore[n
     return current
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, **INNER)
 def _count(states, transitions, table, last, current, token):  # type: ignore[no-untyped-def]
     """One more occurrence of each suffix, and of each suffix that the last one was how its beginning went on."""
     state = current
@@ -251,7 +253,7 @@ def _append(states, transitions, table, sizes, token_ids):  # type: ignore[no-un
     return state, np.int64(states[state, _LENGTH])
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, **INNER)
 def _shortest_enough(states, state, length):  # type: ignore[no-untyped-def]
     """The state of the last ``length`` tokens: since it was reached, a split may have taken them from this one."""
     while state != _ROOT and length <= states[states[state, _LINK], _LENGTH]:

@@ -14,6 +14,7 @@ Within a unit (see `pages.py`) keys lie as [kv_heads, key_dim, unit_tokens], so 
 import numpy as np
 from numba import njit
 
+from helix_gateway.core.inner_functions import INNER
 from helix_gateway.runtime.cpu.attention_kernels import (
     WIDE_ROWS,
     add_values,
@@ -61,7 +62,7 @@ def _write_row(kind, stored, shape, offsets, table, position, row, key, value): 
             store_element(stored, target + dim * size, load_element(kind, source + dim * given))
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def write_float_rows(kind, stored, shape, offsets, plan, first, last, key, value):  # type: ignore[no-untyped-def]
     """Keys and values of the rows first:last into their pages; sources as `_write_row` has them."""
     for row in range(first, last):
@@ -69,7 +70,7 @@ def write_float_rows(kind, stored, shape, offsets, plan, first, last, key, value
         _write_row(kind, stored, shape, offsets, table, plan.positions[row], row, key, value)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _take_queries(kind, shape, query, first_row, tokens, heads, work):  # type: ignore[no-untyped-def]
     """Queries of an item as float32, [heads, tokens * group, key_dim] from the start of ``work``."""
     group, depth, size = shape[GROUP], shape[KEY_DIM], kind.itemsize
@@ -82,7 +83,7 @@ def _take_queries(kind, shape, query, first_row, tokens, heads, work):  # type: 
             target += depth
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _scores_of_rows(stored, rows, q, q_step, keys, key_step, depth, out, out_step, ahead):  # type: ignore[no-untyped-def]
     """`dot_keys` for any number of rows."""
     row = 0
@@ -106,7 +107,7 @@ def _scores_of_rows(stored, rows, q, q_step, keys, key_step, depth, out, out_ste
             row += 1
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _score_singly(stored, shape, rows, keys, first, work, q, out, out_step):  # type: ignore[no-untyped-def]
     """Scores against a unit's last keys, fewer than 16 from ``first`` on: the same chains, one key at a time."""
     unit, depth, size = shape[UNIT], shape[KEY_DIM], stored.itemsize
@@ -119,7 +120,7 @@ def _score_singly(stored, shape, rows, keys, first, work, q, out, out_step):  # 
             work[out + row * out_step + lane] = score
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _score_unit(stored, shape, rows, keys, ahead, first, last, work, q, out, step):  # type: ignore[no-untyped-def]
     """Scores of one head's queries (at ``q``) against a unit's keys; those at first:last are wanted."""
     unit, depth, size = shape[UNIT], shape[KEY_DIM], stored.itemsize
@@ -133,7 +134,7 @@ def _score_unit(stored, shape, rows, keys, ahead, first, last, work, q, out, ste
         _score_singly(stored, shape, rows, keys, whole, work, q, out, step)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _score_item(stored, shape, offsets, table, heads, rows, first, last, base, work, scores, step):  # type: ignore[no-untyped-def]
     """Scores [heads, rows, step] of an item's queries against the keys at first:last; column 0 is position ``base``."""
     unit, depth, size = shape[UNIT], shape[KEY_DIM], stored.itemsize
@@ -149,7 +150,7 @@ def _score_item(stored, shape, offsets, table, heads, rows, first, last, base, w
             _score_unit(stored, shape, rows, keys, ahead, first - start, last - start, work, q, out, step)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _weigh_row(work, row, first, last, scaling, softcap):  # type: ignore[no-untyped-def]
     """Scores at ``row + first : row + last`` to exponentials, zero around them up to multiples of 16; returns the sum."""
     begin, end = first // LANES * LANES, (last + LANES - 1) // LANES * LANES
@@ -167,7 +168,7 @@ def _weigh_row(work, row, first, last, scaling, softcap):  # type: ignore[no-unt
     return row_sum(address, blocks)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _add_rest(stored, rows, p, p_step, values, value_step, count, sums, sum_step, done, dims, work):  # type: ignore[no-untyped-def]
     """The dimensions that do not fill a vector of 16: the same chains, one at a time."""
     size = stored.itemsize
@@ -181,7 +182,7 @@ def _add_rest(stored, rows, p, p_step, values, value_step, count, sums, sum_step
             work[sums + row * sum_step + dim] = total
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _add_span(stored, dims, rows, p, p_step, values, count, sums, work, ahead):  # type: ignore[no-untyped-def]
     """Add ``count`` consecutive values of a unit, weighted, to the sums of ``rows`` rows."""
     step, vectors, base = dims * stored.itemsize, dims // LANES, work.ctypes.data
@@ -209,7 +210,7 @@ def _add_span(stored, dims, rows, p, p_step, values, count, sums, work, ahead): 
         _add_rest(stored, rows, p, p_step, values, step, count, sums, dims, vectors * LANES, dims, work)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _add_edge(stored, shape, positions, values, first, last, base, work, p, step, sums):  # type: ignore[no-untyped-def]
     """Values at first:last that only some of a tile's tokens see; ``values`` is the place of position 0's."""
     group, dims = shape[GROUP], shape[VALUE_DIM]
@@ -224,7 +225,7 @@ def _add_edge(stored, shape, positions, values, first, last, base, work, p, step
             )
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _add_unit(stored, shape, positions, values, ahead, first, last, base, work, p, step, sums):  # type: ignore[no-untyped-def]
     """One head's values at first:last of one unit; each row takes exactly the positions that it sees, in order."""
     dims = shape[VALUE_DIM]
@@ -240,7 +241,7 @@ def _add_unit(stored, shape, positions, values, ahead, first, last, base, work, 
         _add_edge(stored, shape, positions, values, all_to, last, base, work, p, step, sums)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _add_item(stored, shape, offsets, table, heads, positions, first, last, base, work, p, step, sums):  # type: ignore[no-untyped-def]
     """Weighted values at first:last into the item's sums [heads, rows, value_dim]."""
     unit, dims, size = shape[UNIT], shape[VALUE_DIM], stored.itemsize
@@ -256,7 +257,7 @@ def _add_item(stored, shape, offsets, table, heads, positions, first, last, base
             _add_unit(stored, shape, positions, values, ahead, a, b, base, work, at, step, into)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _give_outputs(kind, shape, heads, first_row, rows, work, sums, totals, out):  # type: ignore[no-untyped-def]
     """Quotients of an item's sums and totals into ``out`` [num_tokens, query heads, value_dim]."""
     group, dims = shape[GROUP], shape[VALUE_DIM]
@@ -270,7 +271,7 @@ def _give_outputs(kind, shape, heads, first_row, rows, work, sums, totals, out):
             totals += 1
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def attend_float_item(kind, stored, shape, offsets, plan, item, query, scaling, softcap, out, work):  # type: ignore[no-untyped-def]
     """One tile and some of its KV heads."""
     tile, part = item // plan.parts, item % plan.parts
@@ -296,7 +297,7 @@ def attend_float_item(kind, stored, shape, offsets, plan, item, query, scaling, 
     _give_outputs(kind, shape, heads, row, rows, work, sums, totals, out)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def float_scratch(shape, rows, span):  # type: ignore[no-untyped-def]
     """Numbers of scratch (float32) that an item of ``rows`` rows a head over ``span`` positions needs."""
     columns = span + 2 * shape[UNIT] + 4 * LANES

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from helix_gateway.core.inner_functions import INNER
 from helix_gateway.runtime.cpu.attention_int8_kernels import (
     add_parts,
     copy_byte,
@@ -62,18 +63,18 @@ _LEAST = np.float32(1e-35)
 _SUM_TOKENS = HOST_WIDE.most_tokens
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _padded(dim, multiple):  # type: ignore[no-untyped-def]
     return (dim + multiple - 1) // multiple * multiple
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _inverse(largest, top):  # type: ignore[no-untyped-def]
     """What makes numbers up to ``largest`` numbers up to ``top``."""
     return top / largest if largest > _LEAST else np.float32(0.0)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _write_key(kind, source, dim, place, unit, scale_at, buffer):  # type: ignore[no-untyped-def]
     """One head's key of one token to its slot at ``place``, and its scale."""
     top, words = largest(kind, source, dim), _padded(dim, QUAD) // QUAD
@@ -83,7 +84,7 @@ def _write_key(kind, source, dim, place, unit, scale_at, buffer):  # type: ignor
     store_element(FLOATS, scale_at, top / _TOP)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _write_value(kind, source, dim, place, scale_at, buffer):  # type: ignore[no-untyped-def]
     """One head's value of one token to its slot at ``place``, and its scale."""
     top, numbers = largest(kind, source, dim), _padded(dim, QUAD)
@@ -94,7 +95,7 @@ def _write_value(kind, source, dim, place, scale_at, buffer):  # type: ignore[no
     store_element(FLOATS, scale_at, top / _TOP)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _write_row(kind, stored, shape, offsets, table, position, row, key, value, buffer):  # type: ignore[no-untyped-def]
     """One token's keys and values into its unit; each source is (address, elements between rows, between heads)."""
     unit, key_dim, value_dim = shape[UNIT], shape[KEY_DIM], shape[VALUE_DIM]
@@ -111,14 +112,14 @@ def _write_row(kind, stored, shape, offsets, table, position, row, key, value, b
         _write_value(kind, source, value_dim, at, scales + unit * SCALE_BYTES, buffer)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _head_bytes(shape):  # type: ignore[no-untyped-def]
     """Bytes of one KV head in a unit."""
     dims = _padded(shape[KEY_DIM], QUAD) + _padded(shape[VALUE_DIM], QUAD)
     return shape[UNIT] * (dims + 2 * SCALE_BYTES)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def write_int8_rows(kind, stored, shape, offsets, plan, first, last, key, value):  # type: ignore[no-untyped-def]
     """Keys and values of the rows first:last into their pages; sources as `_write_row` has them."""
     buffer = np.empty(_padded(max(shape[KEY_DIM], shape[VALUE_DIM]), LANES), np.int8)
@@ -143,7 +144,7 @@ class _Places(NamedTuple):
     end: int
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _places(shape, rows, span):  # type: ignore[no-untyped-def]
     """Where an item's scratch for ``rows`` rows lies, in float32 from the thread's beginning, and how much there is.
 
@@ -167,19 +168,19 @@ def _places(shape, rows, span):  # type: ignore[no-untyped-def]
     return _Places(step, values, queries, factors, starts, scales, scores, weights, sums, totals, end)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def int8_scratch(shape, rows, span):  # type: ignore[no-untyped-def]
     """Numbers of scratch (float32) that an item of ``rows`` rows a head over ``span`` positions needs."""
     return _places(shape, min(rows, MANY_ROWS), span).end
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _row_dims(shape):  # type: ignore[no-untyped-def]
     """Numbers of a row's sums: those of a value, up to a multiple of 16."""
     return _padded(_padded(shape[VALUE_DIM], QUAD), LANES)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _take_query(kind, source, dim, scaling, work, query, factor_at, start_at):  # type: ignore[no-untyped-def]
     """One row's query as two bytes a dimension, what its scores are multiplied by, and what its sums begin with."""
     ints, top, width = work.view(np.int32), largest(kind, source, dim), _padded(dim, LANES)
@@ -189,7 +190,7 @@ def _take_query(kind, source, dim, scaling, work, query, factor_at, start_at):  
     ints[start_at], ints[start_at + 1] = -_OFFSET_LEFT * ((total - second) // _FIRST_WORTH), -_OFFSET_LEFT * second
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _score_rows(rows, q, q_step, factors, starts, places, count, unit, words, scales, out, out_step):  # type: ignore[no-untyped-def]
     """`score_units` for any number of rows."""
     row = 0
@@ -213,7 +214,7 @@ def _score_rows(rows, q, q_step, factors, starts, places, count, unit, words, sc
             row += 1
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _weigh_rows(rows, weights, weight_step, plane_step, places, skip, count, words, dims, sums, sum_step):  # type: ignore[no-untyped-def]
     """`weigh_units` for any number of rows."""
     row = 0
@@ -237,7 +238,7 @@ def _weigh_rows(rows, weights, weight_step, plane_step, places, skip, count, wor
             row += 1
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _find_units(stored, shape, offsets, table, head, begin, column, count, at, work):  # type: ignore[no-untyped-def]
     """Where ``count`` units from number ``begin`` on keep one head's keys and values, and, from a column on, their scales."""
     unit, keys, values = shape[UNIT], _padded(shape[KEY_DIM], QUAD), _padded(shape[VALUE_DIM], QUAD)
@@ -251,7 +252,7 @@ def _find_units(stored, shape, offsets, table, head, begin, column, count, at, w
             work[at.scales + column + number * unit + lane] = scale
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _score(shape, rows, first, count, at, work):  # type: ignore[no-untyped-def]
     """The scores of some queries at the columns of ``count`` units, ``first`` the first of them."""
     unit, keys, values = shape[UNIT], _padded(shape[KEY_DIM], QUAD), _padded(shape[VALUE_DIM], QUAD)
@@ -272,20 +273,20 @@ def _score(shape, rows, first, count, at, work):  # type: ignore[no-untyped-def]
     )
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _cap_scores(work, scores, first, last, softcap):  # type: ignore[no-untyped-def]
     for i in range(scores + first, scores + last):
         work[i] = softcapped(work[i], softcap)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _seen_columns(shape, positions, member, base):  # type: ignore[no-untyped-def]
     """The columns, first and end, that a tile's row sees of its head."""
     position = positions[member // shape[GROUP]]
     return first_seen(position, shape[WINDOW]) - base, position + 1 - base
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _weigh(shape, positions, member, rows, base, first, last, softcap, at, work):  # type: ignore[no-untyped-def]
     """Scores at the columns first:last to weights in two bytes each, zero where a row sees nothing; ``member``: the first row.
 
@@ -313,7 +314,7 @@ def _weigh(shape, positions, member, rows, base, first, last, softcap, at, work)
         exact[own : own + dims] = -_OFFSET_LEFT * np.float64(total)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _add_values(shape, rows, first, count, at, work):  # type: ignore[no-untyped-def]
     """The weighted values of ``count`` units, whose columns begin at ``first``."""
     unit, dims, address, ints = shape[UNIT], _row_dims(shape), work.ctypes.data, work.view(np.int32)
@@ -334,7 +335,7 @@ def _add_values(shape, rows, first, count, at, work):  # type: ignore[no-untyped
                 add_parts(sums + row * sum_step, dims * F32_BYTES, into, dims // LANES)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def attend_int8_item(kind, stored, shape, offsets, plan, item, query, scaling, softcap, out, work):  # type: ignore[no-untyped-def]
     """One tile and some of its KV heads, one head after another, as many rows at a time as the kernels take."""
     tile, part = item // plan.parts, item % plan.parts

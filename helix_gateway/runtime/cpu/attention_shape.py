@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
+from helix_gateway.core.inner_functions import INNER
 from helix_gateway.core.step import Int32s
 from helix_gateway.runtime.cpu.math import exp_f32
 from helix_gateway.runtime.cpu.microkernels import fma
@@ -79,7 +80,7 @@ def join_padded(arrays: Sequence[Any]) -> Any:
     return joined
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def plan_of(plans, number):  # type: ignore[no-untyped-def]
     """One of the plans."""
     return Plan(
@@ -93,20 +94,20 @@ def plan_of(plans, number):  # type: ignore[no-untyped-def]
     )
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def unit_at(shape, offsets, table, unit):  # type: ignore[no-untyped-def]
     """Element at which a sequence's unit begins."""
     runs = shape[RUNS]
     return offsets[unit % runs] + table[unit // runs] * shape[PAGE_STRIDE]
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def first_seen(position, window):  # type: ignore[no-untyped-def]
     """The first position that a token attends to."""
     return max(0, position - window + 1)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _tanh_f32(x):  # type: ignore[no-untyped-def]
     """Hyperbolic tangent: an odd polynomial near 0, where the quotient would cancel (the Cephes library's tanhf)."""
     z = x * x
@@ -119,7 +120,7 @@ def _tanh_f32(x):  # type: ignore[no-untyped-def]
     return p if size < np.float32(0.625) else far
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def softcapped(score, softcap):  # type: ignore[no-untyped-def]
     """``softcap * tanh(score / softcap)``."""
     return softcap * _tanh_f32(score / softcap)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-USUAL_FUNCTIONS = 96
+USUAL_FUNCTIONS = 97
 """That a first start of the default model leaves compiled; another model's are about as many."""
 
 _EVERY_ENGINES = "ahead"

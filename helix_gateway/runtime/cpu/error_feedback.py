@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from numba import njit, prange
 
+from helix_gateway.core.inner_functions import INNER
 from helix_gateway.core.step import Float32s
 from helix_gateway.runtime.cpu.four_bits import DISTANCES, LANES, LARGEST, as_float16
 from helix_gateway.runtime.cpu.quantised_kernels import GROUP_INPUTS
@@ -106,7 +107,7 @@ def _descend(threads: int, weights: torch.Tensor, second: torch.Tensor, found: F
         slopes.addmm_(changes, second[first:last], alpha=-1)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _with_feedback(weights, square, scales, minima, steps, errors, losses):  # type: ignore[no-untyped-def]
     """Steps of a group for scales and minima that are given; weights [32, lanes] take over what earlier ones lose.
 
@@ -147,7 +148,7 @@ def _fit(weights, distance, least, span, diagonal, scales, minima):  # type: ign
         minima[lane] = as_float16((sums - scale * total) / count)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _search(weights, square, diagonal, room, steps, errors, best_steps, best_errors):  # type: ignore[no-untyped-def]
     """The best scales and minima of 64 channels of a group, room[:2], and their steps and errors."""
     scales, minima, least, span, losses, tried, tried_minima = (
@@ -194,7 +195,7 @@ def _choose_group(threads, left, first, square, diagonal, all_steps, scales, min
             minima[start:stop, first // GROUP_INPUTS] = room[1, :count]
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _refit(slopes, square, steps, scales, minima, moved):  # type: ignore[no-untyped-def]
     """Better scales and minima for the steps as they are; slopes [32, lanes] follow.  moved: room for [32, lanes]."""
     rows = np.zeros(GROUP_INPUTS, np.float32)
@@ -226,7 +227,7 @@ def _refit(slopes, square, steps, scales, minima, moved):  # type: ignore[no-unt
                 slopes[i, lane] -= by * moved[i, lane] + up * rows[i]
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _step_along(slopes, square, steps, scales):  # type: ignore[no-untyped-def]
     """Each step in turn to where the error is least with all else as it is; slopes [32, lanes] follow."""
     change = np.empty(LANES, np.float32)

@@ -9,6 +9,7 @@ extremes costs in perplexity, `docs/log.md`).  Knows nothing about how steps are
 import numpy as np
 from numba import njit, prange
 
+from helix_gateway.core.inner_functions import INNER
 from helix_gateway.core.step import Float32s
 from helix_gateway.runtime.cpu.quantised_kernels import GROUP_INPUTS
 
@@ -21,7 +22,7 @@ LANES = 64
 _ZERO, _TOP, _COUNT = np.float32(0.0), np.float32(LARGEST), np.float32(GROUP_INPUTS)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _steps(weights, minima, inverses, steps):  # type: ignore[no-untyped-def]
     """The nearest steps of weights [32, lanes]."""
     for i in range(GROUP_INPUTS):
@@ -30,7 +31,7 @@ def _steps(weights, minima, inverses, steps):  # type: ignore[no-untyped-def]
             steps[i, lane] = min(max(step, _ZERO), _TOP)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _fit(weights, steps, scales, minima):  # type: ignore[no-untyped-def]
     """Scales and minima of least squares for given steps; a group whose steps are all one is its mean."""
     for lane in range(LANES):
@@ -45,7 +46,7 @@ def _fit(weights, steps, scales, minima):  # type: ignore[no-untyped-def]
         minima[lane] = mean - scales[lane] * total / _COUNT
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _error(weights, steps, scales, minima, lane):  # type: ignore[no-untyped-def]
     total = _ZERO
     for i in range(GROUP_INPUTS):
@@ -54,14 +55,14 @@ def _error(weights, steps, scales, minima, lane):  # type: ignore[no-untyped-def
     return total
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def as_float16(number):  # type: ignore[no-untyped-def]
     """To the 11 bits of a float16 (Dekker 1971, splitting)."""
     scaled = number * np.float32(2**13 + 1)
     return scaled - (scaled - number)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _keep_better(weights, steps, inverses, tried, best):  # type: ignore[no-untyped-def]
     """Where the scales and minima that are tried, as they will be stored, leave a smaller error, they are the best."""
     for lane in range(LANES):
@@ -74,7 +75,7 @@ def _keep_better(weights, steps, inverses, tried, best):  # type: ignore[no-unty
             best[0, lane], best[1, lane], best[2, lane] = tried[0, lane], tried[1, lane], error
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _search(weights, steps, inverses, tried, best):  # type: ignore[no-untyped-def]
     """The best scales, minima and errors (`best`) of 64 groups; tried: room for those of one distance."""
     least, span = np.empty(LANES, np.float32), np.empty(LANES, np.float32)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import carray, njit, prange
 
+from helix_gateway.core.inner_functions import INNER
 from helix_gateway.core.step import Float32s
 from helix_gateway.runtime.cpu.attention import NO_SOFTCAP, UniformLayers
 from helix_gateway.runtime.cpu.attention_items import attend_item, write_rows
@@ -50,14 +51,14 @@ def norm_row(hidden, weight, eps, out):  # type: ignore[no-untyped-def]
         out[i] = weight[i] * (hidden[i] * scale)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _add_row(kind, hidden, address):  # type: ignore[no-untyped-def]
     """Add a product's row to the residual stream."""
     for i in range(len(hidden)):
         hidden[i] += load_element(kind, address + i * kind.itemsize)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def gate_row(kind, address, count, out):  # type: ignore[no-untyped-def]
     """``silu(gate) * up`` of a row that holds ``count`` gates, then as many ups (Shazeer 2020)."""
     for i in range(count):
@@ -66,13 +67,13 @@ def gate_row(kind, address, count, out):  # type: ignore[no-untyped-def]
         out[i] = gate / (_ONE + exp_f32(-gate)) * up
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _widen_row(kind, address, count, out):  # type: ignore[no-untyped-def]
     for i in range(count):
         out[i] = load_element(kind, address + i * kind.itemsize)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _prepare(kind, stage, number, first, last, layer, eps, hidden, wide, product, attended, inputs):  # type: ignore[no-untyped-def]
     """The input of one product for some rows: residual and norm, attention's output, or the gate."""
     width = hidden.shape[1]
@@ -88,7 +89,7 @@ def _prepare(kind, stage, number, first, last, layer, eps, hidden, wide, product
             norm_row(hidden[row], norm, eps, wide[row])
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def place_rows(kind, first, last, plan, pages, number, product, channels, cosines, sines):  # type: ignore[no-untyped-def]
     """Of the rows first:last, queries and keys rotated in place, keys and values written into a layer's pages."""
     shape = pages.shape
@@ -100,7 +101,7 @@ def place_rows(kind, first, last, plan, pages, number, product, channels, cosine
     write_rows(kind, pages.stored, shape, pages.offsets[number], plan, first, last, key, value)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _write_share(kind, thread, threads, plan, pages, number, product, channels, cosines, sines):  # type: ignore[no-untyped-def]
     """A thread's share of the rows."""
     rows = len(plan.positions)
@@ -108,7 +109,7 @@ def _write_share(kind, thread, threads, plan, pages, number, product, channels, 
     place_rows(kind, first, last, plan, pages, number, product, channels, cosines, sines)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _attend_share(kind, thread, plan, pages, number, product, channels, scaling, attended):  # type: ignore[no-untyped-def]
     """A thread's share of the items."""
     query = (product, channels, pages.shape[KEY_DIM])

@@ -27,6 +27,7 @@ from helix_gateway.runtime.cpu.quantised_step import (
     Model,
     Rows,
     Scratch,
+    link_work,
     run_step,
 )
 from helix_gateway.runtime.cpu.quantised_weights import QuantisedWeight
@@ -87,6 +88,7 @@ class QuantisedLlamaStep:
             np.float32(structure.logits_softcap),
         )
         self._memory = _Memory(parts.layers[0], head)
+        self._is_linked = False
 
     def _describe(self, layers: Sequence[LayerParts], number: int) -> list[int]:
         norms = layers[number].norms
@@ -142,7 +144,11 @@ class QuantisedLlamaStep:
         most = max(len(rows.tokens), len(rows.wanted))
         scratch = self._memory.scratch(most, len(self._model.layers), threads, logits)
         angles = self._angles(int(batch.context_lens.max()))
-        run_step(threads, self._model, plans, pages, rows, scratch, angles)
+        step = (self._model, plans, pages, rows, scratch, angles)
+        if not self._is_linked:
+            link_work(*step)
+            self._is_linked = True
+        run_step(threads, *step)
         return logits
 
     def _angles(self, longest: int) -> Angles:

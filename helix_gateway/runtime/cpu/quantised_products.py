@@ -12,6 +12,7 @@ from llvmlite import ir
 from numba import carray, cfunc, njit, prange, types
 from numba.extending import intrinsic
 
+from helix_gateway.core.inner_functions import INNER
 from helix_gateway.runtime.cpu.dot_products import DOT_PRODUCTS, HOST_DOT
 from helix_gateway.runtime.cpu.emitter import F32, F32_BYTES, I8, I16, I64, Emitter
 from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS, float32s_at
@@ -178,7 +179,7 @@ def _byte_at(typing_context, address):  # type: ignore[no-untyped-def]
     return types.uint8(types.intp), emit
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def read_row(weight, channel, inputs, to):  # type: ignore[no-untyped-def]
     """A channel's weights as float32 [inputs] to an address."""
     row = carray(float32s_at(to), (inputs,))

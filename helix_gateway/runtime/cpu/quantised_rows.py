@@ -18,6 +18,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from helix_gateway.core.inner_functions import INNER
 from helix_gateway.runtime.cpu.emitter import (
     F32,
     F32_BYTES,
@@ -264,19 +265,19 @@ def _scale_row(typing_context, row, factor, weights, out, vectors):  # type: ign
     return types.void(types.intp, types.float32, types.intp, types.intp, types.intp), emit
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _norm_factor(row, width, eps):  # type: ignore[no-untyped-def]
     """What a root-mean-square norm (Zhang and Sennrich 2019) multiplies ``width`` numbers by; of whole vectors."""
     return _ONE / np.sqrt(_square_sum(row, (width + LANES - 1) // LANES) / np.float32(width) + eps)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def norm_row(row, width, eps, weights, out):  # type: ignore[no-untyped-def]
     """A row's norm times weights; addresses of float32, ``width`` a multiple of 16; out may be the row."""
     _scale_row(row, _norm_factor(row, width, eps), weights, out, width // LANES)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def quantise_normed_row(numbers, width, eps, weights, to, row, rows, groups, joined):  # type: ignore[no-untyped-def]
     """Quantise a row's norm over ``width`` numbers, times weights."""
     _quantise_scaled_row(numbers, _norm_factor(numbers, width, eps), weights, to, row, rows, groups, joined)

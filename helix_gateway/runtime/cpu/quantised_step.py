@@ -9,17 +9,22 @@ written.  What a family has that others lack (norms, factors, caps) is data of i
 step serves all, and asks once a row or an item.  Which models this fits is `structures.py`'s affair.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import carray, njit, prange
+from llvmlite import ir
+from numba import carray, njit, prange, typeof, types
+from numba.core.typing import signature
+from numba.extending import intrinsic
 
+from helix_gateway.core.inner_functions import INNER
 from helix_gateway.core.step import Int32s
 from helix_gateway.runtime.cpu.attention_items import attend_item
 from helix_gateway.runtime.cpu.attention_kernels import FLOATS
 from helix_gateway.runtime.cpu.attention_shape import GROUP, KEY_DIM, KV_HEADS, plan_of, softcapped
 from helix_gateway.runtime.cpu.emitter import F32_BYTES
 from helix_gateway.runtime.cpu.layers import UniformPages, place_rows
+from helix_gateway.runtime.cpu.linking import check_linked, emit_call, link, linked_name
 from helix_gateway.runtime.cpu.microkernels import TILE_CHANNELS, float32s_at
 from helix_gateway.runtime.cpu.parts import GELU, UNCAPPED
 from helix_gateway.runtime.cpu.quantised_kernels import GROUP_INPUTS, INT8_CHANNELS
@@ -121,7 +126,7 @@ def _is_of_chosen(stage, number, num_layers):  # type: ignore[no-untyped-def]
     return stage > ATTEND and number >= num_layers - 1
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _num_rows(stage, number, num_layers, rows):  # type: ignore[no-untyped-def]
     """How many rows a stage is about; where no logits are wanted, the last layer ends with its keys and values."""
     if _is_of_chosen(stage, number, num_layers):
@@ -131,7 +136,7 @@ def _num_rows(stage, number, num_layers, rows):  # type: ignore[no-untyped-def]
     return len(rows.tokens)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _count_items(stage, fields, rows, items):  # type: ignore[no-untyped-def]
     """How many items a stage over so many rows has; fields: of its layer, items: of attention."""
     if rows == 0:
@@ -144,7 +149,7 @@ def _count_items(stage, fields, rows, items):  # type: ignore[no-untyped-def]
     return (fields[matrix * MATRIX_FIELDS + _CHANNELS] + TILE_CHANNELS - 1) // TILE_CHANNELS
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _matrix_of(stage):  # type: ignore[no-untyped-def]
     """Which of the layer's matrices a stage multiplies by; less than 0 where it is another kind of stage."""
     if stage in (QKV, HEAD):
@@ -156,7 +161,7 @@ def _matrix_of(stage):  # type: ignore[no-untyped-def]
     return 3 if stage == DOWN else -1
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _scale(row, factor, out, width):  # type: ignore[no-untyped-def]
     """``row * factor``, addresses of float32 [width]."""
     source, target = carray(float32s_at(row), (width,)), carray(float32s_at(out), (width,))
@@ -164,7 +169,7 @@ def _scale(row, factor, out, width):  # type: ignore[no-untyped-def]
         target[i] = source[i] * factor
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _add_change(model, norm, hidden, change, out, width):  # type: ignore[no-untyped-def]
     """``hidden + change`` of one row, by addresses; the change is normed or scaled in place before, where a family does that."""
     if norm != 0:
@@ -180,7 +185,7 @@ def _is_joined(fields, matrix):  # type: ignore[no-untyped-def]
     return fields[matrix * MATRIX_FIELDS] == INT8_CHANNELS
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _quantise_norm(model, norm, numbers, width, joined, to):  # type: ignore[no-untyped-def]
     """A row's norm quantised, or the row itself where there is none; to: address, row and rows of `quantise_row`."""
     (at, row, rows), groups = to, width // GROUP_INPUTS
@@ -190,7 +195,7 @@ def _quantise_norm(model, norm, numbers, width, joined, to):  # type: ignore[no-
         quantise_row(numbers, at, row, rows, groups, joined)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _norm_stage_row(number, stage, row, is_chosen, model, fields, rows, scratch, to):  # type: ignore[no-untyped-def]
     """The residual stream of one row brought up to date, and its norm quantised."""
     width, place = scratch.width, 1 if stage == NORM_GATE else 0
@@ -210,7 +215,7 @@ def _norm_stage_row(number, stage, row, is_chosen, model, fields, rows, scratch,
     _quantise_norm(model, fields[NORMS + place], out, width, _is_joined(fields, 2 * place), to)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _norm_wanted_row(place, model, fields, scratch, to):  # type: ignore[no-untyped-def]
     """The last norm of a row whose logits are wanted, quantised."""
     width, step = scratch.width, scratch.width * F32_BYTES
@@ -219,7 +224,7 @@ def _norm_wanted_row(place, model, fields, scratch, to):  # type: ignore[no-unty
     _quantise_norm(model, fields[NORMS], hidden, width, _is_joined(fields, 0), to)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _norm_heads(first, last, product, channels, fields, queries, keys, eps):  # type: ignore[no-untyped-def]
     """Queries and keys of some rows normed in place, where a family does that; so many numbers of each a row."""
     for field, begin, end in ((QUERY_NORM, 0, queries), (KEY_NORM, queries, queries + keys)):
@@ -231,7 +236,7 @@ def _norm_heads(first, last, product, channels, fields, queries, keys, eps):  # 
                     norm_row(at, width, eps, norm, at)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _gate(model, fields, scratch, to):  # type: ignore[no-untyped-def]
     """``activation(gate) * up`` of a row, quantised."""
     (at, row, rows), channels = to, fields[2 * MATRIX_FIELDS + _CHANNELS]
@@ -242,7 +247,7 @@ def _gate(model, fields, scratch, to):  # type: ignore[no-untyped-def]
         quantise_gated_row(address, at, row, rows, groups, _is_joined(fields, 3))
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _cap_logits(first, last, rows, channels, logits, cap):  # type: ignore[no-untyped-def]
     """``cap * tanh(logit / cap)`` in some tiles of all rows (Gemma 2)."""
     numbers = carray(float32s_at(logits), (rows, channels))
@@ -251,7 +256,7 @@ def _cap_logits(first, last, rows, channels, logits, cap):  # type: ignore[no-un
             numbers[row, channel] = softcapped(numbers[row, channel], cap)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _multiply(kernels, stage, first, last, fields, num_rows, scratch):  # type: ignore[no-untyped-def]
     """Some tiles of a product."""
     place = _matrix_of(stage) * MATRIX_FIELDS
@@ -331,7 +336,7 @@ def _do_items(thread, stage, number, first, last, model, plans, pages, rows, scr
                 _norm_stage_row(number, stage, row, is_chosen, model, fields, rows, scratch, to)
 
 
-@njit(inline="always")
+@njit(cache=True, **INNER)
 def _work(thread, threads, model, plans, pages, rows, scratch, angles):  # type: ignore[no-untyped-def]
     """One thread's way through all stages."""
     num_layers = len(model.layers)
@@ -352,8 +357,27 @@ def _work(thread, threads, model, plans, pages, rows, scratch, angles):  # type:
         finish_stage(scratch.counts, turn, done, shares)
 
 
+@intrinsic
+def _call_work(typing_context, thread, threads, model, plans, pages, rows, scratch, angles):  # type: ignore[no-untyped-def]
+    """`_work` by its name: numba compiles what a parallel region calls into each of its own functions."""
+    taken = (thread, threads, model, plans, pages, rows, scratch, angles)
+    name = linked_name("work", taken)
+    check_linked(name)
+
+    def emit(context: Any, builder: ir.IRBuilder, called: Any, arguments: Any) -> Any:
+        return emit_call(context, builder, name, taken, arguments)
+
+    return signature(types.void, *taken), emit
+
+
+def link_work(*step: Any) -> None:
+    """Have what a thread does compiled; before the first `run_step` of such arguments behind its threads."""
+    taken = (types.int64, types.int64, *map(typeof, step))
+    link(_work, linked_name("work", taken), taken)
+
+
 @njit(cache=True, nogil=True, parallel=True)
 def run_step(threads, model, plans, pages, rows, scratch, angles):  # type: ignore[no-untyped-def]
-    """All of a step; the logits are then in the scratch."""
+    """All of a step; the logits are then in the scratch.  `link_work` must have been called for arguments of these types."""
     for thread in prange(threads):
-        _work(thread, threads, model, plans, pages, rows, scratch, angles)
+        _call_work(np.int64(thread), threads, model, plans, pages, rows, scratch, angles)

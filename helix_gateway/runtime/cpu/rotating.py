@@ -10,6 +10,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from helix_gateway.core.inner_functions import INNER
 from helix_gateway.runtime.cpu.attention_kernels import FLOATS, load_element, load_vector, store_element, store_vector
 from helix_gateway.runtime.cpu.emitter import F32_BYTES, F32S, LANES, VECTOR_BYTES, Emitter
 
@@ -30,12 +31,12 @@ def _rotate_lanes(typing_context, kind, low, high, cosines, sines, apart):  # ty
     return types.void(kind, *[types.intp] * 5), emit
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _angles_at(cosines, sines, offset):  # type: ignore[no-untyped-def]
     return load_element(FLOATS, cosines + offset), load_element(FLOATS, sines + offset)
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def _rotate_head(kind, low, cosines, sines, half):  # type: ignore[no-untyped-def]
     """One head of one row, halves as transformers pairs them; the row's cosines and sines by their addresses."""
     size, apart = kind.itemsize, half * F32_BYTES

@@ -18,6 +18,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from helix_gateway.core.inner_functions import INNER
 from helix_gateway.runtime.cpu.arm import is_arm
 from helix_gateway.runtime.cpu.emitter import I32, I64, call
 from helix_gateway.runtime.cpu.instruction_sets import is_x86
@@ -95,7 +96,7 @@ def _wait_until(typing_context, address, number):  # type: ignore[no-untyped-def
     return types.void(types.int64, types.int64), emit
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def take_share(counts, stage, thread, shares):  # type: ignore[no-untyped-def]
     """A share of a stage that nobody has begun, or ``shares`` when there is none: of the thread's own part first."""
     threads = counts.shape[1] - 1
@@ -109,7 +110,7 @@ def take_share(counts, stage, thread, shares):  # type: ignore[no-untyped-def]
     return shares
 
 
-@njit(cache=True)
+@njit(cache=True, **INNER)
 def finish_stage(counts, stage, done, shares):  # type: ignore[no-untyped-def]
     """Say how many shares this thread has done, and return when all are."""
     threads = counts.shape[1] - 1

@@ -22,6 +22,7 @@ import math
 import numpy as np
 from numba import njit, prange
 
+from helix_gateway.core.inner_functions import INNER
 from helix_gateway.runtime.cpu.microkernels import bits_of
 from helix_gateway.runtime.sampling import noise, options
 from helix_gateway.runtime.sampling.cpu_ranking import (
@@ -56,7 +57,7 @@ _SHARE_BITS = options.SHARE_BITS
 _WHOLE = 1 << options.SHARE_BITS
 
 
-@njit
+@njit(**INNER)
 def _inverse_temperature(temperature):  # type: ignore[no-untyped-def]
     """As `options.row_options` has it."""
     return np.float32(np.float32(1) / min(max(temperature, _MIN_TEMPERATURE), _MAX_TEMPERATURE))
@@ -71,7 +72,7 @@ def _hash(x, second_key):  # type: ignore[no-untyped-def]
     return np.uint32(x ^ np.uint32(x >> _S4))
 
 
-@njit
+@njit(**INNER)
 def _gumbel(h):  # type: ignore[no-untyped-def]
     """Noise of a hash in float64; as `noise.gumbel`."""
     return -math.log(-math.log((np.float64(h) + 0.5) * 2.0**-32))
@@ -84,14 +85,14 @@ def _noise_bound(h):  # type: ignore[no-untyped-def]
     return _NOISE_AT_ZERO_BITS + _NOISE_A_BIT * np.float32(np.int32(bits_of(k)))
 
 
-@njit
+@njit(**INNER)
 def _share_of(total, share):  # type: ignore[no-untyped-def]
     """``ceil(total * share / 2**30)`` without a product beyond 63 bits."""
     rest = (total & (_WHOLE - 1)) * share
     return (total >> _SHARE_BITS) * share + ((rest + _WHOLE - 1) >> _SHARE_BITS)
 
 
-@njit
+@njit(**INNER)
 def _may_win(block, top, factor, hashed, second_key, cut, limit):  # type: ignore[no-untyped-def]
     """Whether the bound of any token of the block that the cut may keep exceeds ``limit``."""
     hit = np.int32(0)
@@ -102,7 +103,7 @@ def _may_win(block, top, factor, hashed, second_key, cut, limit):  # type: ignor
     return hit != 0
 
 
-@njit
+@njit(**INNER)
 def _best_of_block(x, b, top, factor, first_key, second_key, cut, cut_id, best, best_id):  # type: ignore[no-untyped-def]
     """The better of the best so far and of the block's best, ties to the lower id."""
     for token in range(b * BLOCK, min(x.size, (b + 1) * BLOCK)):
@@ -117,7 +118,7 @@ def _best_of_block(x, b, top, factor, first_key, second_key, cut, cut_id, best, 
     return best, best_id
 
 
-@njit
+@njit(**INNER)
 def _noisy_best(x, maxima, top, factor, first_key, second_key, cut, cut_id):  # type: ignore[no-untyped-def]
     """The token of greatest score among those that the cut keeps; begins where the greatest logit is."""
     start = 0
@@ -134,7 +135,7 @@ def _noisy_best(x, maxima, top, factor, first_key, second_key, cut, cut_id):  # 
     return best_id
 
 
-@njit
+@njit(**INNER)
 def _choose(x, maxima, top, factor, first_key, second_key, top_k, share, min_difference):  # type: ignore[no-untyped-def]
     """The noisy best among what min-p, top-k and top-p keep of one row."""
     cut, cut_id = NOTHING, np.int64(x.size - 1)
@@ -158,7 +159,7 @@ def _choose(x, maxima, top, factor, first_key, second_key, top_k, share, min_dif
         cut, cut_id = logit, np.int64(token - 1)
 
 
-@njit
+@njit(**INNER)
 def _holds_nan(x):  # type: ignore[no-untyped-def]
     found = np.int32(0)
     for i in range(x.size):
@@ -166,7 +167,7 @@ def _holds_nan(x):  # type: ignore[no-untyped-def]
     return found != 0
 
 
-@njit
+@njit(**INNER)
 def _without_nan(x):  # type: ignore[no-untyped-def]
     """A copy of a row in which NaN has become -inf."""
     out = np.empty_like(x)
@@ -175,7 +176,7 @@ def _without_nan(x):  # type: ignore[no-untyped-def]
     return out
 
 
-@njit
+@njit(**INNER)
 def _edit(out, token_ids, scale, shift):  # type: ignore[no-untyped-def]
     """``x = (x / scale if x > 0 else x * scale) + shift`` for some tokens of a row; NaN becomes -inf."""
     for i in range(token_ids.size):
@@ -184,7 +185,7 @@ def _edit(out, token_ids, scale, shift):  # type: ignore[no-untyped-def]
         out[token_ids[i]] = x if x == x else NOTHING
 
 
-@njit
+@njit(**INNER)
 def _allow(out, words):  # type: ignore[no-untyped-def]
     """Ban every token whose bit is not set."""
     for w in range(words.size):
@@ -194,7 +195,7 @@ def _allow(out, words):  # type: ignore[no-untyped-def]
             some[i] = some[i] if np.uint32(word >> np.uint32(i)) & _ONE else NOTHING
 
 
-@njit
+@njit(**INNER)
 def _first_allowed(words):  # type: ignore[no-untyped-def]
     """The lowest set bit, or 0."""
     for w in range(words.size):
@@ -204,7 +205,7 @@ def _first_allowed(words):  # type: ignore[no-untyped-def]
     return 0
 
 
-@njit
+@njit(**INNER)
 def _edited(x, token_ids, scale, shift, words):  # type: ignore[no-untyped-def]
     """The row with its edits and its mask; the row itself where there are neither."""
     if token_ids.size == 0 and words.size == 0:
@@ -216,7 +217,7 @@ def _edited(x, token_ids, scale, shift, words):  # type: ignore[no-untyped-def]
     return out
 
 
-@njit
+@njit(**INNER)
 def _sample_row(r, x, maxima, row_options, words):  # type: ignore[no-untyped-def]
     """One row after its edits, see `sample_rows`; its options become numbers as in `options.row_options`."""
     keys, temperature, top_k, top_p, min_difference = row_options
@@ -231,7 +232,7 @@ def _sample_row(r, x, maxima, row_options, words):  # type: ignore[no-untyped-de
     return _choose(x, maxima, top, factor, keys[0, r], keys[1, r], rank, share, min_difference[r])
 
 
-@njit
+@njit(**INNER)
 def _first_edit(rows, r):  # type: ignore[no-untyped-def]
     """Where the edits of row ``r`` begin, or would; ``rows`` ascend."""
     low, high = 0, rows.size
@@ -259,7 +260,10 @@ def sample_rows(logits, index, row_options, edits, allowed, out):  # type: ignor
     """
     edited, token_ids, scale, shift = edits
     blocks = (logits.shape[1] + BLOCK - 1) // BLOCK
-    for r in prange(out.size):
+    for place in prange(out.size):
+        r = np.int64(
+            place
+        )  # which a thread's own code has without a sign, for which all that takes it would be compiled again
         some = slice(_first_edit(edited, r), _first_edit(edited, r + 1))
         x = _edited(logits[index[r]], token_ids[some], scale[some], shift[some], allowed[r])
         out[r] = _sample_row(r, x, np.empty(blocks, np.float32), row_options, allowed[r])
@@ -281,7 +285,7 @@ def greatest_of_rows(logits, index, out):  # type: ignore[no-untyped-def]
         out[r] = 0 if top == NOTHING else rank_first(x, maxima, top)
 
 
-@njit
+@njit(**INNER)
 def _insert(x, token, ids, count):  # type: ignore[no-untyped-def]
     """Put a token into its rank among ``ids[:count]``; tokens come by ascending id, so equals go behind."""
     place = count
@@ -291,7 +295,7 @@ def _insert(x, token, ids, count):  # type: ignore[no-untyped-def]
     ids[place] = token
 
 
-@njit
+@njit(**INNER)
 def _set_top(x, maxima, top, ids):  # type: ignore[no-untyped-def]
     """Write the ``ids.size`` tokens that rank first, in order."""
     if ids.size == 0:
@@ -306,7 +310,7 @@ def _set_top(x, maxima, top, ids):  # type: ignore[no-untyped-def]
                     found += 1
 
 
-@njit
+@njit(**INNER)
 def _difference(x, top):  # type: ignore[no-untyped-def]
     """``x - top``; 0 for the greatest even where it is infinite, -inf in a row that has nothing."""
     if x == NOTHING:
@@ -314,7 +318,7 @@ def _difference(x, top):  # type: ignore[no-untyped-def]
     return _ZERO if x == top else x - top
 
 
-@njit
+@njit(**INNER)
 def _total_mass(x, maxima, top):  # type: ignore[no-untyped-def]
     """Mass of a whole row in units of 2**-40 of its greatest token; 0 where there is none."""
     if top == NOTHING:
@@ -326,7 +330,7 @@ def _total_mass(x, maxima, top):  # type: ignore[no-untyped-def]
     return below
 
 
-@njit
+@njit(**INNER)
 def _logprob_row(x, token, ids, differences):  # type: ignore[no-untyped-def]
     """Total mass, the token's difference and rank of one row without NaN; writes its likeliest tokens."""
     maxima = np.empty((x.size + BLOCK - 1) // BLOCK, np.float32)

@@ -12,6 +12,7 @@ import math
 import numpy as np
 from numba import njit
 
+from helix_gateway.core.inner_functions import INNER
 from helix_gateway.runtime.cpu.math import exp_f32
 from helix_gateway.runtime.cpu.microkernels import bits_of, float_of
 from helix_gateway.runtime.sampling import options
@@ -34,7 +35,7 @@ _HALF_MASS = np.float32(2.0**_HALF_BITS)
 _NO_MASS_BELOW = np.float32(-math.log(2) * options.MASS_BITS - 1)
 
 
-@njit
+@njit(**INNER)
 def _key(x):  # type: ignore[no-untyped-def]
     """An int32 that orders as the float32 does; both zeros are one, NaN is -inf."""
     bits = np.int32(bits_of(x + _ZERO))
@@ -42,20 +43,20 @@ def _key(x):  # type: ignore[no-untyped-def]
     return key if x == x else _KEY_OF_NOTHING
 
 
-@njit
+@njit(**INNER)
 def _value(key):  # type: ignore[no-untyped-def]
     """The float32 of a key."""
     narrow = np.int32(key)
     return float_of(np.uint32(narrow ^ np.int32(np.int32(narrow >> _SIGN_SHIFT) & _MANTISSA_AND_EXPONENT)))
 
 
-@njit
+@njit(**INNER)
 def block_of(x, b):  # type: ignore[no-untyped-def]
     """The b-th block of a row."""
     return x[b * BLOCK : min(x.size, (b + 1) * BLOCK)]
 
 
-@njit
+@njit(**INNER)
 def set_maxima(x, maxima):  # type: ignore[no-untyped-def]
     """Write each block's greatest logit, return the row's."""
     top = _KEY_OF_NOTHING
@@ -70,7 +71,7 @@ def set_maxima(x, maxima):  # type: ignore[no-untyped-def]
     return _value(top)
 
 
-@njit
+@njit(**INNER)
 def rank_first(x, maxima, top):  # type: ignore[no-untyped-def]
     """The lowest id of the greatest logit, which the row holds."""
     b = 0
@@ -82,7 +83,7 @@ def rank_first(x, maxima, top):  # type: ignore[no-untyped-def]
     return token
 
 
-@njit
+@njit(**INNER)
 def _count_block(block, least):  # type: ignore[no-untyped-def]
     count = np.int32(0)
     for i in range(block.size):
@@ -90,7 +91,7 @@ def _count_block(block, least):  # type: ignore[no-untyped-def]
     return np.int64(count)
 
 
-@njit
+@njit(**INNER)
 def count_from(x, maxima, least):  # type: ignore[no-untyped-def]
     """How many logits are ``least`` or more."""
     count = 0
@@ -100,7 +101,7 @@ def count_from(x, maxima, least):  # type: ignore[no-untyped-def]
     return count
 
 
-@njit
+@njit(**INNER)
 def count_ties(x, maxima, value, before):  # type: ignore[no-untyped-def]
     """How many tokens below id ``before`` have exactly this logit."""
     count = np.int64(0)
@@ -114,7 +115,7 @@ def count_ties(x, maxima, value, before):  # type: ignore[no-untyped-def]
     return count
 
 
-@njit
+@njit(**INNER)
 def _nth_tie(x, maxima, value, n):  # type: ignore[no-untyped-def]
     """The id of the n-th token (from 1) that has exactly this logit, or the last id where there are fewer."""
     for b in range(maxima.size):
@@ -127,7 +128,7 @@ def _nth_tie(x, maxima, value, n):  # type: ignore[no-untyped-def]
     return x.size - 1
 
 
-@njit
+@njit(**INNER)
 def _least_block_key(maxima, k, top_key):  # type: ignore[no-untyped-def]
     """A key that at least ``k`` blocks, and so as many tokens, reach; halving."""
     low, high = np.int64(_KEY_OF_NOTHING), np.int64(top_key) + 1
@@ -140,7 +141,7 @@ def _least_block_key(maxima, k, top_key):  # type: ignore[no-untyped-def]
     return low
 
 
-@njit
+@njit(**INNER)
 def rank_cut(x, maxima, top, k):  # type: ignore[no-untyped-def]
     """Logit and id of the token of rank ``k``, or of any cut that keeps exactly ``k``; by halving, no sort."""
     low, high = np.int64(_KEY_OF_NOTHING), np.int64(_key(top)) + 1
@@ -159,7 +160,7 @@ def rank_cut(x, maxima, top, k):  # type: ignore[no-untyped-def]
     return _value(low), _nth_tie(x, maxima, _value(low), k - above)
 
 
-@njit
+@njit(**INNER)
 def min_p_cut(top, min_difference):  # type: ignore[no-untyped-def]
     """The least logit whose float32 difference to the greatest is ``min_difference`` or more."""
     low, high = np.int64(_KEY_OF_NOTHING), np.int64(_key(top))
@@ -172,7 +173,7 @@ def min_p_cut(top, min_difference):  # type: ignore[no-untyped-def]
     return _value(high)
 
 
-@njit
+@njit(**INNER)
 def _mass(x, top, factor):  # type: ignore[no-untyped-def]
     """``floor(2**40 * exp((x - top) * factor))`` in two halves of 20 bits, high and low, since vectors are of int32."""
     scaled = exp_f32((x - top) * factor) * _HALF_MASS
@@ -180,14 +181,14 @@ def _mass(x, top, factor):  # type: ignore[no-untyped-def]
     return high, np.int32((scaled - np.float32(high)) * _HALF_MASS)
 
 
-@njit
+@njit(**INNER)
 def whole_mass(x, top, factor):  # type: ignore[no-untyped-def]
     """``floor(2**40 * exp((x - top) * factor))``."""
     high, low = _mass(x, top, factor)
     return (np.int64(high) << _HALF_BITS) + low
 
 
-@njit
+@njit(**INNER)
 def _block_masses(block, top, factor, upper, lower):  # type: ignore[no-untyped-def]
     """As `masses`, of one block; its sum of halves, each at most 2**20, fits an int32."""
     upper_high = upper_low = lower_high = lower_low = _NONE
@@ -201,7 +202,7 @@ def _block_masses(block, top, factor, upper, lower):  # type: ignore[no-untyped-
     return (np.int64(upper_high) << _HALF_BITS) + upper_low, (np.int64(lower_high) << _HALF_BITS) + lower_low
 
 
-@njit
+@njit(**INNER)
 def masses(x, maxima, top, factor, upper, lower):  # type: ignore[no-untyped-def]
     """Masses of all tokens above ``upper``, and of all above ``lower``, which is not greater."""
     above_upper = above_lower = np.int64(0)
