@@ -267,6 +267,17 @@ def test_the_number_of_threads_changes_no_bit(threads, monkeypatch):
     assert all(torch.equal(got, same) for got, same in zip(answers(runner, sequences), wanted))
 
 
+def test_ids_may_have_other_bits_or_not_be_written_to():
+    """Such an array is another type to numba, and what is linked answers to the types of the first step."""
+    runner = make_runner("llama")
+    batch = Feeder(runner, random_sequences([9])).batch([(0, 0, 9)])
+    expected = runner.forward(batch)
+    unwritable = batch.token_ids.copy()
+    unwritable.setflags(write=False)
+    for token_ids in (batch.token_ids.astype(np.int64), unwritable):
+        assert torch.equal(runner.forward(replace(batch, token_ids=token_ids)), expected)
+
+
 def test_rows_may_be_wanted_twice_or_not_at_all():
     runner, sequences = make_runner("llama"), random_sequences([9])
     feeder = Feeder(runner, sequences)

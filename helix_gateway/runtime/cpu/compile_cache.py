@@ -42,7 +42,7 @@ _TELLING_FIELDS = frozenset(
 _KEPT_FOLDERS = 16
 _FOLDER_NAME = re.compile(r"helix-[0-9a-f]{16}")
 _WHOLE_FOLDER = "runtime/cpu/"
-_CONSTANTS = ("runtime/kv_format.py",)
+_CONSTANTS = ("core/inner_functions.py", "runtime/kv_format.py")
 _LOCK_WAIT_S = 2.0
 
 

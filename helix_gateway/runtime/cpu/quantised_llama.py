@@ -37,6 +37,9 @@ from helix_gateway.runtime.cpu.work_sharing import new_counts
 from helix_gateway.runtime.heap import return_freed_blocks
 from helix_gateway.runtime.pages import Int64s
 
+_LINKED = ("C", "W")
+"""How ids lie in memory.  Any other array, one that may not be written to too, is another type to numba."""
+
 
 def is_quantised_alike(parts: Parts) -> bool:
     """Whether a Llama-like model's matrices are all quantised, and those that are joined in one format."""
@@ -89,6 +92,7 @@ class QuantisedLlamaStep:
         )
         self._memory = _Memory(parts.layers[0], head)
         self._is_linked = False
+        """Once is enough: whatever a batch holds, all that a step is handed has the same types as at the first."""
 
     def _describe(self, layers: Sequence[LayerParts], number: int) -> list[int]:
         norms = layers[number].norms
@@ -139,7 +143,7 @@ class QuantisedLlamaStep:
         """Logits [num_rows, vocab_size] of ``batch.logits_rows``, float32."""
         plans, pages = self._attention.all_steps()
         threads = configure_threads()
-        rows = Rows(np.ascontiguousarray(batch.token_ids), np.ascontiguousarray(batch.logits_rows))
+        rows = Rows(*(np.require(ids, np.int32, _LINKED) for ids in (batch.token_ids, batch.logits_rows)))
         logits = torch.empty(len(rows.wanted), self._memory.vocab_size)
         most = max(len(rows.tokens), len(rows.wanted))
         scratch = self._memory.scratch(most, len(self._model.layers), threads, logits)

@@ -271,8 +271,7 @@ def _multiply(kernels, stage, first, last, fields, num_rows, scratch):  # type: 
     multiply_tiles(kernel, first, last, num_rows, scratch.quantised, weight, bias, out)
 
 
-# What is inlined below would otherwise be compiled several times over, attention with it: numba compiles whatever a
-# function calls into that function once more.
+# What is inlined below would otherwise be compiled once by itself and once more into whoever calls it.
 
 
 @njit(inline="always")
@@ -380,4 +379,5 @@ def link_work(*step: Any) -> None:
 def run_step(threads, model, plans, pages, rows, scratch, angles):  # type: ignore[no-untyped-def]
     """All of a step; the logits are then in the scratch.  `link_work` must have been called for arguments of these types."""
     for thread in prange(threads):
+        # With the sign that it lacks in a thread's own code: what is linked answers to these types alone.
         _call_work(np.int64(thread), threads, model, plans, pages, rows, scratch, angles)

@@ -261,9 +261,8 @@ def sample_rows(logits, index, row_options, edits, allowed, out):  # type: ignor
     edited, token_ids, scale, shift = edits
     blocks = (logits.shape[1] + BLOCK - 1) // BLOCK
     for place in prange(out.size):
-        r = np.int64(
-            place
-        )  # which a thread's own code has without a sign, for which all that takes it would be compiled again
+        # In a thread's own code it has no sign, for which all that takes it would be compiled once more.
+        r = np.int64(place)
         some = slice(_first_edit(edited, r), _first_edit(edited, r + 1))
         x = _edited(logits[index[r]], token_ids[some], scale[some], shift[some], allowed[r])
         out[r] = _sample_row(r, x, np.empty(blocks, np.float32), row_options, allowed[r])
