@@ -37,9 +37,6 @@ from helix_gateway.runtime.cpu.work_sharing import new_counts
 from helix_gateway.runtime.heap import return_freed_blocks
 from helix_gateway.runtime.pages import Int64s
 
-_LINKED = ("C", "W")
-"""How ids lie in memory.  Any other array, one that may not be written to too, is another type to numba."""
-
 
 def is_quantised_alike(parts: Parts) -> bool:
     """Whether a Llama-like model's matrices are all quantised, and those that are joined in one format."""
@@ -143,7 +140,8 @@ class QuantisedLlamaStep:
         """Logits [num_rows, vocab_size] of ``batch.logits_rows``, float32."""
         plans, pages = self._attention.all_steps()
         threads = configure_threads()
-        rows = Rows(*(np.require(ids, np.int32, _LINKED) for ids in (batch.token_ids, batch.logits_rows)))
+        # Any other array, one that may not be written to too, is another type to numba, for which nothing is linked.
+        rows = Rows(*(np.require(ids, np.int32, ["C", "W"]) for ids in (batch.token_ids, batch.logits_rows)))
         logits = torch.empty(len(rows.wanted), self._memory.vocab_size)
         most = max(len(rows.tokens), len(rows.wanted))
         scratch = self._memory.scratch(most, len(self._model.layers), threads, logits)
