@@ -268,9 +268,9 @@ def pip_install(title: str, arguments: Sequence[str]) -> bool:
 def compile_modules() -> None:
     """Compile all that is installed and our own, on several cores, or on one where that cannot be.
 
-    Where Python is told to write no bytecode every start would compile our own modules anew, as it does those that have
-    changed since.  A module that cannot be
-    compiled is left to whoever imports it: pip says no more of what is for another Python.
+    Where Python is told to write no bytecode, every start would compile our own modules anew, as it does those that have
+    changed since.  A module that cannot be compiled is left to whoever imports it: pip says no more of what is for
+    another Python.
     """
     code = (
         "import compileall, sys, sysconfig\n"
