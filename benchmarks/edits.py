@@ -7,8 +7,10 @@ import argparse
 import ast
 import inspect
 import random
+import re
 import statistics
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
 MODULES = (argparse, statistics, textwrap, random)
@@ -27,8 +29,29 @@ def functions_of(module):
             yield textwrap.dedent(ast.get_source_segment(source, node, padded=True))
 
 
-def edit_prompts(count, dice, modules=MODULES):
-    """So many conversations, none of them twice: functions, each to be written again with one name changed."""
+@dataclass(frozen=True)
+class Edit:
+    """One function to be written again with a change."""
+
+    source: str
+
+    @property
+    def messages(self):
+        """The conversation that asks for it."""
+        return [{"role": "user", "content": ASK.format(self.source)}]
+
+    @property
+    def unchanged(self):
+        """What a client can predict who knows the file."""
+        return f"```python\n{self.source}\n```"
+
+    @property
+    def done(self):
+        """The answer of a model that does what it is asked."""
+        return re.sub(r"\bself\b", "this", self.unchanged)
+
+
+def some_edits(count, dice, modules=MODULES):
+    """So many edits, none of them twice."""
     functions = [source for module in modules for source in functions_of(module)]
-    chosen = dice.sample([source for source in functions if SHORTEST < len(source) < LONGEST], count)
-    return [[{"role": "user", "content": ASK.format(source)}] for source in chosen]
+    return [Edit(source) for source in dice.sample([s for s in functions if SHORTEST < len(s) < LONGEST], count)]

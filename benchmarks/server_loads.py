@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from edits import ANSWER_TOKENS, MODULES, edit_prompts
+from edits import ANSWER_TOKENS, MODULES, some_edits
 
 from helix_gateway.cli.load.level import Concurrency, Level, Limit
 from helix_gateway.cli.load.prompts import Prompt, RequestOptions, synthetic
@@ -134,7 +134,7 @@ async def edits(visit):
     """
     count = sum(max(visit.options.requests, 2 * streams) for streams in visit.options.streams)
     dice = random.Random(visit.number)
-    prompts = [Prompt(messages) for messages in edit_prompts(count, dice, EDITED)]
+    prompts = [Prompt(edit.messages) for edit in some_edits(count, dice, EDITED)]
     figures = {}
     for streams, own in shares(prompts, visit.options):
         figures[str(streams)] = await cold_and_hot(visit, own, streams, ANSWER_TOKENS)

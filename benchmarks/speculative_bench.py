@@ -1,7 +1,9 @@
 """What speculation brings: output tokens a second with it over without it, by drafter, kind of text and load.
 
 Spec-Bench's six categories, edits (a file is to be written again with a name changed, so most of the answer is a copy),
-and the same edits with a right ``prediction``.  Drafters: ``auto`` (all there are), ``suffix``, ``model`` and ``self`` each
+and the same edits with a right ``prediction``.  A small model does not do what edits ask it to, so they are measured with the
+right answer dictated too (the model computes every step, and a constraint lets it say nothing else), without and with
+the unchanged file as ``prediction``.  Drafters: ``auto`` (all there are), ``suffix``, ``model`` and ``self`` each
 alone; ``model`` the target's weights rounded to 4 bits, made anew where none is named, ``self`` a float target's own at
 fewer bits, which ``auto`` has where ``model`` is left out.  One model, an engine for each drafter and
 one without over it in turn, the same prompts in all, so that a ratio is of neighbours in time.  The target's prompts are
@@ -23,10 +25,12 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import report
-from edits import ANSWER_TOKENS, edit_prompts
+from edits import ANSWER_TOKENS, some_edits
 from loaded import in_engine_environment, load_with_draft
 from ratios import interval
 
@@ -48,6 +52,43 @@ MOST_PROMPTS = 40
 """Of a category; many streams share them."""
 POOL_BYTES = 3 << 30
 EDITS, PREDICTED = "edits", "edits with prediction"
+DONE, DONE_FROM_FILE = "edits done right", "edits done right, file as prediction"
+ALL_EDITS = (EDITS, PREDICTED, DONE, DONE_FROM_FILE)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One conversation, and what is known of its answer."""
+
+    messages: Any
+    dictated: str | None = None
+    """The answer that the model is made to give."""
+    prediction: str | None = None
+
+
+class Dictation:
+    """`core.protocols.TokenConstraint`: one text, then its end.
+
+    Args:
+        token_ids: of the text, with a token that ends it.
+    """
+
+    def __init__(self, token_ids):
+        self._token_ids, self._place = token_ids, 0
+
+    def fill_mask(self, mask):
+        """Allow the next token alone."""
+        word, bit = divmod(self._token_ids[self._place], 32)
+        mask[:] = 0
+        mask[word] = 1 << bit
+
+    def advance(self, token_id):
+        """Go on."""
+        self._place += 1
+
+    def rollback(self, num_tokens):
+        """Go back."""
+        self._place -= num_tokens
 
 
 def spec_bench(count, dice):
@@ -56,7 +97,7 @@ def spec_bench(count, dice):
     categories = {}
     for line in lines:
         categories.setdefault(line["category"], []).append(line["messages"])
-    return {name: dice.sample(conversations, count) for name, conversations in categories.items()}
+    return {name: [Asked(each) for each in dice.sample(known, count)] for name, known in categories.items()}
 
 
 class Draft:
@@ -165,16 +206,24 @@ class Bench:
             chosen["costly_drafter"] = CostlyDrafter(drafter, policies.drafting)
         return chosen
 
-    def request(self, name, messages, tokens, prediction=()):
+    def request(self, name, asked, tokens, prediction=()):
+        """A request, and what its sequence is held to."""
         from helix_gateway.core.request import Request, SamplingParams
+        from helix_gateway.engine.engine import ChoiceHooks
 
-        text = self.tokenizer.render_chat(messages, add_generation_prompt=True)
-        return Request(
+        def encoded(text):
+            return self.tokenizer.encode(text, add_special_tokens=False)
+
+        text = self.tokenizer.render_chat(asked.messages, add_generation_prompt=True)
+        request = Request(
             request_id=name,
-            prompt_token_ids=self.tokenizer.encode(text, add_special_tokens=False),
+            prompt_token_ids=encoded(text),
             sampling=SamplingParams(temperature=self.options.temperature, max_tokens=tokens, seed=1),
-            prediction_token_ids=list(prediction),
+            prediction_token_ids=encoded(asked.prediction) if asked.prediction else list(prediction),
         )
+        if asked.dictated is None:
+            return request, ()
+        return request, (ChoiceHooks(constraint=Dictation([*encoded(asked.dictated), *self.tokenizer.eos_token_ids])),)
 
     def serve(self, engine, requests, streams):
         """Answers by request, and how fast decoding was and what speculation did; None for that where no step counts.
@@ -186,7 +235,7 @@ class Bench:
         drafted = accepted = running = 0
         while waiting or engine.has_work():
             while waiting and running < streams:
-                engine.submit(waiting.pop(0))
+                engine.submit(*waiting.pop(0))
                 running += 1
             began_s = time.perf_counter()
             events = engine.step()
@@ -238,10 +287,10 @@ def turns(names, number):
 
 def run_group(bench, name, number, group, streams, tokens, advance):
     """What each drafter, and none, made of one group of prompts; answers are compared."""
-    made = {f"{number}-{i}": messages for i, messages in enumerate(group)}
+    made = {f"{number}-{i}": asked for i, asked in enumerate(group)}
 
     def serve(drafter, known):
-        requests = [bench.request(key, messages, tokens, known.get(key, ())) for key, messages in made.items()]
+        requests = [bench.request(key, asked, tokens, known.get(key, ())) for key, asked in made.items()]
         answers, figures = bench.serve(bench.engine(drafter), requests, streams)
         advance(1)
         return answers, figures
@@ -346,29 +395,34 @@ def draft_path(options, stack):
 def prompts_by_category(options):
     dice = random.Random(options.seed)
     prompts = spec_bench(MOST_PROMPTS, dice)
-    prompts[EDITS] = prompts[PREDICTED] = edit_prompts(MOST_PROMPTS, dice)
+    chosen = some_edits(MOST_PROMPTS, dice)
+    prompts[EDITS] = prompts[PREDICTED] = [Asked(edit.messages) for edit in chosen]
+    prompts[DONE] = [Asked(edit.messages, edit.done) for edit in chosen]
+    prompts[DONE_FROM_FILE] = [
+        replace(asked, prediction=edit.unchanged) for asked, edit in zip(prompts[DONE], chosen, strict=True)
+    ]
     return {name: prompts[name] for name in options.category or prompts}
 
 
 def tokens_for(options, name, streams):
     """Most tokens out of each request of a cell."""
     tokens = options.tokens or TOKENS.get(streams, FEWEST_TOKENS)
-    if name in (EDITS, PREDICTED) and streams <= MOST_LONG_EDITS and options.tokens is None:
+    if name in ALL_EDITS and streams <= MOST_LONG_EDITS and options.tokens is None:
         return ANSWER_TOKENS
     return max(FEWEST_PREDICTED_TOKENS, 2 * tokens) if name == PREDICTED else tokens
 
 
-def warm_up(bench, messages):
+def warm_up(bench, asked):
     """What is compiled when first used would else be in some cell's time, and in the costs that a drafter has learned."""
     from helix_gateway.service.warm_up import warm_up as warm_up_served
 
-    plain, _ = bench.serve(bench.engine("off"), [bench.request("plain", messages, 24)], 1)
+    plain, _ = bench.serve(bench.engine("off"), [bench.request("plain", asked, 24)], 1)
     for name in ("off", *bench.drafters):
         # As a server does before its first request: what few rows do not need, many may.
         warm_up_served(bench.engine(name))
     for drafter in bench.drafters:
         for name, prediction in (("unknown", ()), ("predicted", plain["plain"])):
-            bench.serve(bench.engine(drafter), [bench.request(f"{drafter} {name}", messages, 24, prediction)], 1)
+            bench.serve(bench.engine(drafter), [bench.request(f"{drafter} {name}", asked, 24, prediction)], 1)
     bench.forget()
 
 
@@ -442,7 +496,7 @@ def overall(cells):
     ratios = {}
     for cell in cells:
         for drafter, figures in cell["drafters"].items():
-            if cell["category"] not in (EDITS, PREDICTED):
+            if cell["category"] not in ALL_EDITS:
                 ratios.setdefault(f"{cell['streams']} streams, {drafter}", []).append(figures["ratio"])
     return {which: statistics.geometric_mean(known) for which, known in ratios.items()}
 
@@ -477,7 +531,7 @@ def tell(options, cells):
         plot(cells),
         folder=options.out,
         size=(13, 6),
-        facets=(2, 4),
+        facets=(2, 5),
     )
 
 

@@ -1,8 +1,5 @@
 """Drafts from known text: this sequence's own, earlier answers, predictions."""
 
-import inspect
-import random
-import textwrap
 from time import perf_counter
 from types import SimpleNamespace
 
@@ -11,7 +8,6 @@ import pytest
 
 from compat_tests.engine.toy import request
 from helix_gateway.engine.drafters.output_store import OutputStore, OutputStores
-from helix_gateway.engine.drafters.prediction import Prediction
 from helix_gateway.engine.drafters.suffix import SuffixDrafter
 
 
@@ -80,7 +76,7 @@ def test_who_reads_step_by_step_finds_what_one_finds_who_reads_all_at_once_whate
         assert step_by_step.token_ids.tolist() == at_once.token_ids.tolist()
         assert step_by_step.confidences.tolist() == at_once.confidences.tolist()
         sources.add(step_by_step.source)
-    assert sources == {"suffix", "store"}
+    assert sources == {"suffix", "copy", "store"}
 
 
 def test_a_store_that_fails_while_it_is_read_is_read_anew():
@@ -192,67 +188,24 @@ def scan_seconds(num_tokens):
     return perf_counter() - began
 
 
-# ---- predictions
-
-
-def follow_all(prediction_ids, output, depth):
-    """Draft tokens that were accepted while the output came, and steps."""
-    prediction, place, accepted, steps = Prediction(np.array(prediction_ids, np.int32)), 0, 0, 0
-    token_ids, confidences = np.empty(depth, np.int32), np.empty(depth, np.float32)
-    output = np.array(output, np.int32)
-    while place < len(output):
-        count, right = prediction.follow(token_ids, confidences), 0
-        while right < count and place + right < len(output) - 1 and token_ids[right] == output[place + right]:
-            right += 1
-        accepted, steps = accepted + right, steps + 1
-        prediction.read(output[max(0, place - 64) : place + right + 1], right + 1)
-        place += right + 1
-    return accepted, steps
-
-
-def test_a_right_prediction_is_accepted_from_the_first_token_on():
-    text = list(range(100, 400))
-    accepted, steps = follow_all(text, text, 15)
-    assert steps == 19
-    assert accepted == 300 - steps
-
-
-def test_a_prediction_of_4000_tokens_with_40_lines_changed_keeps_nine_in_ten_of_the_others():
-    dice = random.Random(3)
-    lines = [line for line in inspect.getsource(textwrap).splitlines() + inspect.getsource(random).splitlines() if line]
-    lines = lines[:270]
-    places = dice.sample(range(5, len(lines) - 5), 40)
-    removed, inserted = set(places[:20]), set(places[20:])
-    edited, kept = [], []
-    for number, line in enumerate(lines):
-        if number in inserted:
-            edited.append(dice.choice(["    # nothing of the kind", "    return answer, place", "    x = [1, 2, 3]"]))
-        if number not in removed:
-            edited.append(line)
-            kept.append(line)
-    numbers = {}
-
-    def tokens(some_lines):
-        pieces = "\n".join(some_lines).replace("\n", " \n ").split(" ")
-        return [numbers.setdefault(piece, len(numbers)) for piece in pieces]
-
-    before, after = tokens(lines), tokens(edited)
-    assert 3500 < len(before) < 4500
-    accepted, _ = follow_all(before, after, 32)
-    assert accepted > 0.9 * len(tokens(kept))  # though each window's bonus token is no draft
-
-
-def test_an_output_that_jumps_far_is_found_again():
-    text = list(range(100, 5000))
-    accepted, _ = follow_all(text, [*text[:50], *text[3000:3200]], 8)
-    assert accepted > 200
-
-
-def test_a_prediction_that_has_nothing_to_do_with_the_answer_proposes_no_more_after_its_start():
-    accepted, steps = follow_all(range(100, 200), range(1000, 1100), 8)
-    assert (accepted, steps) == (0, 100)
-
-
 def test_the_prediction_is_tried_before_anything_else_is_known():
     one = sequence("a", [1, 2, 3], prediction=[50, 51, 52])
     assert draft(SuffixDrafter(), one) == ("prediction", [50, 51, 52])
+
+
+def test_an_answer_that_goes_along_the_prompt_is_drafted_from_it_though_names_change():
+    prompt = [1, 2, 3, *range(10, 20), 7, *range(30, 40), 7, 50, 51, 52, 53]
+    one = sequence("a", prompt, [*range(10, 20), 8, 30, 31, 32])
+    assert draft(SuffixDrafter(), one, 10) == ("copy", [*range(33, 40), 8, 50, 51])
+
+
+def test_a_long_prompt_is_followed_from_where_the_answer_is_when_all_of_it_is_indexed():
+    drafter, one = SuffixDrafter(), sequence("a", range(3000), [2000, 2001, 2002, 9000, 2004])
+    followed = [draft(drafter, one, 2), draft(drafter, one, 2), draft(drafter, one, 2)]
+    assert [token_ids for _, token_ids in followed] == [[], [], [2005, 2006]]
+
+
+def test_the_prediction_goes_before_the_prompt_where_both_say_the_same():
+    text = list(range(10, 40))
+    one = sequence("a", [1, 2, *text, 3], text[:8], prediction=text)
+    assert draft(SuffixDrafter(), one) == ("prediction", text[8:12])

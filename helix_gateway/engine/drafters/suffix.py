@@ -1,20 +1,21 @@
 """Drafts from text that is known already: this sequence's own, the request's prediction, earlier answers.
 
-Prompt lookup is its simplest case.  Each source finds the longest end of the sequence that it has seen before and says
-how that went on, with a share for each token (`suffix_automaton.py`, `prediction.py`); for each sequence the source
-whose draft is expected to be accepted farthest is taken.  No model runs.  Catching up with tokens that came since is
-done when a draft is wanted, so a sequence that is never drafted for costs nothing.
+Prompt lookup is its simplest case.  A source finds the longest end of the sequence that it has seen before and says how
+that went on, with a share for each token (`suffix_automaton.py`), or goes along prompt or prediction as the answer does
+(`followed_text.py`); for each sequence the source whose draft is expected to be accepted farthest is taken.  No model
+runs.  Catching up with tokens that came since is done when a draft is wanted, so a sequence that is never drafted for
+costs nothing.
 """
 
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from helix_gateway.core.event import FinishReason
 from helix_gateway.engine.drafters.base import NOTHING, DraftTokens
+from helix_gateway.engine.drafters.followed_text import FollowedText
 from helix_gateway.engine.drafters.output_store import STORE_TOKENS, OutputStores
-from helix_gateway.engine.drafters.prediction import Prediction
 from helix_gateway.engine.drafters.suffix_automaton import Int32s, Match, SuffixAutomaton
 from helix_gateway.engine.sequence import PREDICTION, Sequence, SequenceKey
 
@@ -26,6 +27,8 @@ _INDEXED_AT_ONCE = 1024
 """Tokens that are added to sequences' own indexes at a step, all together: half a millisecond (docs/log.md)."""
 _INDEXED_ALWAYS = 32
 """The same for each of them, however many there are: who lacks no more than its newest tokens waits for nobody's prompt."""
+COPY = "copy"
+"""What drafts off the prompt are counted under where the answer goes along it."""
 _LEARNED_FROM: tuple[FinishReason, ...] = ("stop", "length")
 
 
@@ -55,7 +58,7 @@ class SuffixDrafter:
     def _reader(self, sequence: Sequence) -> "_Reader":
         reader = self._readers.get(sequence.key)
         if reader is None:
-            reader = self._readers[sequence.key] = _Reader(np.array(sequence.request.prediction_token_ids, np.int32))
+            reader = self._readers[sequence.key] = _Reader(sequence)
         return reader
 
     def retire(self, sequence: Sequence) -> None:
@@ -74,26 +77,29 @@ class _Place:
     match: Match
 
 
-@dataclass(slots=True)
 class _Reader:
     """One sequence beside all sources."""
 
-    prediction_token_ids: Int32s
-    own: SuffixAutomaton = field(default_factory=SuffixAutomaton)
-    prediction: Prediction | None = None
-    places: list[_Place] = field(default_factory=list)
-    num_read: int = 0
-    num_indexed: int = 0
-    """Tokens that ``own`` has taken, or will never take; fewer than were read while a long prompt is being indexed."""
-    _seen: Match = field(default_factory=Match)
-    """The longest end of the sequence that stands in it twice."""
+    def __init__(self, sequence: Sequence) -> None:
+        self.own = SuffixAutomaton()
+        self.followed: dict[str, FollowedText] = {}
+        """By source; its prompt once that is indexed."""
+        prediction = np.array(sequence.request.prediction_token_ids, np.int32)
+        if len(prediction):
+            self.followed[PREDICTION] = FollowedText(prediction, is_prediction=True)
+        self.places: list[_Place] = []
+        self.num_read = 0
+        self.num_indexed = 0
+        """Tokens that ``own`` has taken, or will never take; fewer than were read while a long prompt is being indexed."""
+        self._seen = Match()
+        """The longest end of the sequence that stands in it twice."""
 
     def catch_up(self, sequence: Sequence, store: Ordered[SuffixAutomaton], room: int) -> int:
         """Read the tokens that have come since the last time; how many were indexed, about ``room`` at most."""
         new = sequence.token_ids[self.num_read :]
-        self._read_prediction(sequence)
         new_ids = np.array(new[-_INDEXED:], np.int32)
         num_new = self._index(sequence.token_ids, new_ids, room)
+        self._follow_texts(sequence, new_ids)
         self.num_read += len(new)
         if store or self.places:
             self._read_store(sequence, store, new_ids)
@@ -121,16 +127,16 @@ class _Reader:
         self.num_indexed += len(piece)
         return len(piece)
 
-    def _read_prediction(self, sequence: Sequence) -> None:
-        if not len(self.prediction_token_ids):
-            return
-        if self.prediction is None:
-            self.prediction = Prediction(self.prediction_token_ids)
-        first_new = max(self.num_read, sequence.num_prompt_tokens)
-        num_new = len(sequence.token_ids) - first_new
-        if num_new > 0:
-            looked_at = sequence.token_ids[max(sequence.num_prompt_tokens, first_new - _LOOKED_BACK) :]
-            self.prediction.read(np.array(looked_at, np.int32), num_new)
+    def _follow_texts(self, sequence: Sequence, new_ids: Int32s) -> None:
+        num_prompt = sequence.num_prompt_tokens
+        if COPY not in self.followed and self.num_indexed >= num_prompt:
+            prompt = np.array(sequence.token_ids[max(0, num_prompt - _INDEXED) : num_prompt], np.int32)
+            text = self.followed[COPY] = FollowedText(prompt, is_prediction=False)
+            text.read(np.array(sequence.token_ids[num_prompt : self.num_read], np.int32))
+        num_new = min(len(sequence.token_ids) - num_prompt, len(new_ids))
+        if num_new:
+            for text in self.followed.values():
+                text.read(new_ids[len(new_ids) - num_new :])
 
     def best_draft(self, depth: int) -> DraftTokens:
         """Of all sources' drafts the one of which most tokens are expected to be accepted."""
@@ -138,10 +144,7 @@ class _Reader:
         indexed = self.num_indexed == self.num_read
         drafts = [_written("suffix", self.own, self._seen, depth) if indexed else NOTHING]
         drafts += [_written("store", place.automaton, place.match, depth) for place in self.places]
-        if self.prediction is not None:
-            token_ids, confidences = np.empty(depth, np.int32), np.empty(depth, np.float32)
-            count = self.prediction.follow(token_ids, confidences)
-            drafts.append(DraftTokens(PREDICTION, token_ids[:count], confidences[:count]))
+        drafts += [_read_off(source, text, depth) for source, text in self.followed.items() if text.is_followed]
         return drafts[0] if len(drafts) == 1 else max(drafts, key=_expected_tokens)
 
 
@@ -150,6 +153,12 @@ def _written(source: str, automaton: SuffixAutomaton, match: Match, depth: int) 
         return DraftTokens(source, NOTHING.token_ids, NOTHING.confidences)
     token_ids, confidences = np.empty(depth, np.int32), np.empty(depth, np.float32)
     count = automaton.follow(match, token_ids, confidences)
+    return DraftTokens(source, token_ids[:count], confidences[:count])
+
+
+def _read_off(source: str, text: FollowedText, depth: int) -> DraftTokens:
+    token_ids, confidences = np.empty(depth, np.int32), np.empty(depth, np.float32)
+    count = text.follow(token_ids, confidences)
     return DraftTokens(source, token_ids[:count], confidences[:count])
 
 

@@ -1,0 +1,248 @@
+"""A known text that an answer goes along, followed token by token and found again after every divergence.
+
+It is what a client said the answer will be, or a prompt that is being written again with changes.  While the output
+goes along it, the next tokens are simply read off.  Where it leaves it, one token of the text is believed to be replaced
+until the output says otherwise; or else the place to go on is the one whose last tokens agree with most of the output's,
+of equals the nearest to where it was left: so lines that were put in, left out or changed cost a few tokens each.  What
+was replaced by what is remembered, and expected wherever the same tokens come again, so that a name that is changed
+throughout costs its first occurrences only.  Knows nothing about sequences.
+"""
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from helix_gateway.core.inner_functions import INNER
+from helix_gateway.engine.drafters.suffix_automaton import Float32s, Int32s
+
+_LONGEST_AGREEMENT = 16
+"""More tokens that agree make no place more likely."""
+_SHORTEST_AGREEMENT = 3
+"""Tokens of the output that must be found in the text to go on there."""
+_MOST_PLACES = 64
+"""Places that are compared to either side of where the text was left, of those whose last two tokens agree."""
+_REMEMBERED = 8
+"""Replacements, the newest."""
+_LONGEST_REPLACEMENT = 4
+"""Tokens, of either side of one."""
+_AGREED_ENOUGH = 2
+"""Tokens after a replacement by which it is known to be one."""
+_TRUSTED = 4
+"""Tokens that the output went along a text before it is believed to be written again; divergences take most of them."""
+_KEPT_OF_TRUST = 4
+"""One in so many, at a divergence."""
+_RECENT = 32
+"""Tokens of the output that are looked back at."""
+
+# A reader's place in the text, in an array of int64: the token expected next and how many before it agreed in a row; how
+# much of a replacement has been read, and which; where the text was left (or nothing), and tokens of the output since;
+# where the next replacement is kept; and for how many tokens the output went along, of which divergences take away.
+_NEXT, _AGREED, _INSIDE, _REPLACEMENT, _LEFT_AT, _NUM_SINCE, _KEPT_AT, _TRUST = range(8)
+_FIELDS = 8
+# Columns of a replacement: how many tokens (0: there is none) are replaced by how many; which, and by which.
+_NUM_OLD, _NUM_NEW, _OLD = range(3)
+_NEW = _OLD + _LONGEST_REPLACEMENT
+_NOTHING = -1
+
+
+class FollowedText:
+    """One text beside one sequence's output.
+
+    Args:
+        token_ids: int32 [num_tokens].
+        is_prediction: whether somebody said that the output is this text: then it is believed from its first token on,
+            and wherever it is found again.  Otherwise only once the output went along it, and only where that says more
+            than what followed the same tokens before, which a `SuffixAutomaton` tells: in and behind what is replaced.
+    """
+
+    def __init__(self, token_ids: Int32s, *, is_prediction: bool) -> None:
+        self._token_ids = token_ids
+        self._pairs, self._places = _pairs_of(token_ids)
+        self._is_prediction = is_prediction
+        self._reader = np.zeros(_FIELDS, np.int64)
+        self._reader[[_REPLACEMENT, _LEFT_AT]] = _NOTHING
+        self._reader[_AGREED] = is_prediction  # one token is taken for granted
+        self._replacements = np.zeros((_REMEMBERED, _NEW + _LONGEST_REPLACEMENT), np.int32)
+        self._recent = np.full(_RECENT, _NOTHING, np.int32)
+        """The output's last tokens, the newest last."""
+        self.is_followed = is_prediction
+        """Whether the output goes along the text, so that `follow` may write anything."""
+
+    def read(self, token_ids: Int32s) -> None:
+        """Take the output's next tokens, int32."""
+        text = (self._token_ids, self._pairs, self._places)
+        told = (self._recent, token_ids, self._is_prediction)
+        self.is_followed = bool(_read(*text, self._replacements, self._reader, *told))
+
+    def follow(self, token_ids: Int32s, confidences: Float32s) -> int:
+        """Write what is expected next and how sure that is, as `SuffixAutomaton.follow` does."""
+        if not self.is_followed:
+            return 0
+        told = (token_ids, confidences, self._is_prediction)
+        return int(_follow(self._token_ids, self._replacements, self._reader, *told))
+
+
+def _pairs_of(token_ids: Int32s) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Each two tokens in a row as a number, sorted, and the places behind them, of equals the first first."""
+    pairs = (token_ids[:-1].astype(np.int64) << 32) | token_ids[1:]
+    order = np.argsort(pairs, kind="stable")
+    return pairs[order], order + 2
+
+
+@numba.njit(cache=True, **INNER)
+def _agreement(token_ids, place, recent):  # type: ignore[no-untyped-def]
+    """How many tokens before ``place`` are the output's last."""
+    count = 0
+    most = min(place, _LONGEST_AGREEMENT)
+    while count < most and token_ids[place - 1 - count] == recent[_RECENT - 1 - count]:
+        count += 1
+    return count
+
+
+@numba.njit(cache=True, **INNER)
+def _found(token_ids, pairs, places, recent, left_at):  # type: ignore[no-untyped-def]
+    """The place to go on at, and how many tokens before it agree; (left_at, 0) if there is none."""
+    best, best_agreement = left_at, 0
+    pair = (np.int64(recent[_RECENT - 2]) << 32) | recent[_RECENT - 1]
+    first, behind = np.searchsorted(pairs, pair), np.searchsorted(pairs, pair, side="right")
+    middle = first + np.searchsorted(places[first:behind], left_at)
+    for number in range(max(first, middle - _MOST_PLACES), min(behind, middle + _MOST_PLACES)):
+        place = places[number]
+        agreement = _agreement(token_ids, place, recent)
+        # What was left out is likelier than what comes again, so of two as near the one ahead.
+        if agreement > best_agreement or (agreement == best_agreement and abs(place - left_at) <= abs(best - left_at)):
+            best, best_agreement = place, agreement
+    if best_agreement < _SHORTEST_AGREEMENT:
+        return left_at, 0
+    return best, best_agreement
+
+
+@numba.njit(cache=True, **INNER)
+def _replacement_at(token_ids, replacements, place):  # type: ignore[no-untyped-def]
+    """Which replacement is of the tokens at ``place``, the one of most; or nothing."""
+    found, most = _NOTHING, 0
+    for number in range(_REMEMBERED):
+        count = replacements[number, _NUM_OLD]
+        if count > most and place + count <= len(token_ids):
+            same = 0
+            while same < count and token_ids[place + same] == replacements[number, _OLD + same]:
+                same += 1
+            if same == count:
+                found, most = number, count
+    return found
+
+
+@numba.njit(cache=True, **INNER)
+def _expected(token_ids, replacements, reader):  # type: ignore[no-untyped-def]
+    """The token that comes next if the output goes along the text; nothing where the text ends."""
+    if reader[_NEXT] >= len(token_ids):
+        reader[_REPLACEMENT] = _NOTHING
+        return _NOTHING
+    if not reader[_INSIDE]:
+        reader[_REPLACEMENT] = _replacement_at(token_ids, replacements, reader[_NEXT])
+    if reader[_REPLACEMENT] == _NOTHING:
+        return token_ids[reader[_NEXT]]
+    return replacements[reader[_REPLACEMENT], _NEW + reader[_INSIDE]]
+
+
+@numba.njit(cache=True, **INNER)
+def _go_on(replacements, reader):  # type: ignore[no-untyped-def]
+    """Pass the token that was expected."""
+    number = reader[_REPLACEMENT]
+    if number == _NOTHING:
+        reader[_NEXT] += 1
+        return
+    reader[_INSIDE] += 1
+    if reader[_INSIDE] == replacements[number, _NUM_NEW]:
+        reader[_NEXT] += replacements[number, _NUM_OLD]
+        reader[_INSIDE] = 0
+
+
+@numba.njit(cache=True, **INNER)
+def _is_expecting(reader):  # type: ignore[no-untyped-def]
+    """Whether the output goes along the text, or has left it just now."""
+    return reader[_AGREED] > 0 or (reader[_LEFT_AT] != _NOTHING and reader[_NUM_SINCE] <= _LONGEST_REPLACEMENT + 1)
+
+
+@numba.njit(cache=True, **INNER)
+def _is_unreplaced(token_ids, reader, token):  # type: ignore[no-untyped-def]
+    """Whether a token is what stands in the text where a replacement was expected to begin."""
+    if not reader[_AGREED] or reader[_REPLACEMENT] == _NOTHING or reader[_INSIDE]:
+        return False
+    return token_ids[reader[_NEXT]] == token
+
+
+@numba.njit(cache=True, **INNER)
+def _leave(replacements, reader):  # type: ignore[no-untyped-def]
+    """The output is not what was expected: what came replaces one token of the text, until more is known."""
+    if reader[_AGREED]:
+        reader[_TRUST] //= _KEPT_OF_TRUST
+        if reader[_REPLACEMENT] != _NOTHING:
+            replacements[reader[_REPLACEMENT], _NUM_OLD] = 0
+        reader[_LEFT_AT] = reader[_NEXT]
+        reader[_NUM_SINCE] = 1 + reader[_INSIDE]
+    if reader[_LEFT_AT] != _NOTHING:
+        reader[_NEXT] = reader[_LEFT_AT] + 1
+    reader[_AGREED] = reader[_INSIDE] = 0
+
+
+@numba.njit(cache=True, **INNER)
+def _remember(token_ids, replacements, reader, recent):  # type: ignore[no-untyped-def]
+    """Keep what was replaced by what between where the text was left and where it goes on."""
+    num_old = reader[_NEXT] - reader[_AGREED] - reader[_LEFT_AT]
+    num_new = reader[_NUM_SINCE] - reader[_AGREED]
+    first = _RECENT - reader[_NUM_SINCE]
+    if 0 < num_old <= _LONGEST_REPLACEMENT and 0 < num_new <= _LONGEST_REPLACEMENT and first >= 0:
+        row = replacements[reader[_KEPT_AT]]
+        row[_NUM_OLD], row[_NUM_NEW] = num_old, num_new
+        row[_OLD : _OLD + num_old] = token_ids[reader[_LEFT_AT] : reader[_LEFT_AT] + num_old]
+        row[_NEW : _NEW + num_new] = recent[first : first + num_new]
+        reader[_KEPT_AT] = (reader[_KEPT_AT] + 1) % _REMEMBERED
+    reader[_LEFT_AT] = _NOTHING
+
+
+@numba.njit(cache=True)
+def _read(token_ids, pairs, places, replacements, reader, recent, output, is_prediction):  # type: ignore[no-untyped-def]
+    """Take tokens of the output; whether it is believed to go along the text then."""
+    for token in output:
+        recent[:-1] = recent[1:]
+        recent[-1] = token
+        reader[_NUM_SINCE] += 1
+        if _is_expecting(reader) and _expected(token_ids, replacements, reader) == token:
+            _go_on(replacements, reader)
+            reader[_AGREED] += 1
+            reader[_TRUST] += 1
+        elif _is_unreplaced(token_ids, reader, token):
+            replacements[reader[_REPLACEMENT], _NUM_OLD] = 0
+            reader[_NEXT] += 1
+            reader[_AGREED] += 1
+            reader[_TRUST] += 1
+        else:
+            _leave(replacements, reader)
+            near = reader[_NEXT] if reader[_LEFT_AT] == _NOTHING else reader[_LEFT_AT]
+            place, agreed = _found(token_ids, pairs, places, recent, near)
+            if agreed:
+                reader[_NEXT], reader[_AGREED] = place, agreed
+                if is_prediction:
+                    reader[_TRUST] = max(reader[_TRUST], agreed)
+        if reader[_LEFT_AT] != _NOTHING and reader[_AGREED] >= _AGREED_ENOUGH:
+            _remember(token_ids, replacements, reader, recent)
+    return reader[_AGREED] > 0 and (is_prediction or reader[_TRUST] >= _TRUSTED)
+
+
+@numba.njit(cache=True)
+def _follow(token_ids, replacements, reader, expected, confidences, is_prediction):  # type: ignore[no-untyped-def]
+    says_more = is_prediction or reader[_AGREED] < _SHORTEST_AGREEMENT
+    trust = max(1, reader[_TRUST])
+    reader = reader.copy()
+    count = 0
+    while count < len(expected):
+        token = _expected(token_ids, replacements, reader)
+        if token == _NOTHING:
+            break
+        says_more |= reader[_REPLACEMENT] != _NOTHING
+        _go_on(replacements, reader)
+        expected[count] = token
+        confidences[count] = (trust + count) / (trust + count + 1)
+        count += 1
+    return count if says_more else 0
