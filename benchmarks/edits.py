@@ -18,7 +18,10 @@ SHORTEST, LONGEST = 400, 1500
 """Characters of a function."""
 ANSWER_TOKENS = 256
 """Most out of each request: what is to be written again has 100 to 400 tokens."""
-ASK = "Here is a Python file:\n\n```python\n{}\n```\n\nWrite the whole file again, with `self` renamed to `this`."
+ASK = "Here is a Python file:\n\n```python\n{}\n```\n\nWrite the whole file again, with `self` renamed to `{}`."
+LONGER_NAME = "this_one"
+"""Of more tokens than what it replaces."""
+FEWEST_CHANGES = 2
 
 
 def functions_of(module):
@@ -31,27 +34,43 @@ def functions_of(module):
 
 @dataclass(frozen=True)
 class Edit:
-    """One function to be written again with a change."""
+    """One function to be written again with a name changed."""
 
     source: str
+    new_name: str = "this"
 
     @property
     def messages(self):
         """The conversation that asks for it."""
-        return [{"role": "user", "content": ASK.format(self.source)}]
+        return [{"role": "user", "content": ASK.format(self.source, self.new_name)}]
 
     @property
-    def unchanged(self):
+    def file(self):
         """What a client can predict who knows the file."""
         return f"```python\n{self.source}\n```"
 
     @property
     def done(self):
         """The answer of a model that does what it is asked."""
-        return re.sub(r"\bself\b", "this", self.unchanged)
+        return "Here is the file with the name changed:\n\n" + re.sub(r"\bself\b", self.new_name, self.file)
+
+    @property
+    def num_changes(self):
+        """How often the name is in the function."""
+        return len(re.findall(r"\bself\b", self.source))
 
 
 def some_edits(count, dice, modules=MODULES):
-    """So many edits, none of them twice."""
+    """So many edits, none of them twice; some functions do not hold the name."""
+    return dice.sample([Edit(source) for source in _sources(modules)], count)
+
+
+def real_edits(count, dice, modules=MODULES):
+    """So many edits of functions that hold the name a few times, none of them twice, to a name of more tokens."""
+    edits = [Edit(source, LONGER_NAME) for source in _sources(modules)]
+    return dice.sample([edit for edit in edits if edit.num_changes >= FEWEST_CHANGES], count)
+
+
+def _sources(modules):
     functions = [source for module in modules for source in functions_of(module)]
-    return [Edit(source) for source in dice.sample([s for s in functions if SHORTEST < len(s) < LONGEST], count)]
+    return [source for source in functions if SHORTEST < len(source) < LONGEST]

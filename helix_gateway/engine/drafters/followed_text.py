@@ -1,12 +1,14 @@
 """A known text that an answer goes along, followed token by token and found again after every divergence.
 
 It is what a client said the answer will be, or a prompt that is being written again with changes.  While the output
-goes along it, the next tokens are simply read off.  Where it leaves it, one token of the text is believed to be replaced
-until the output says otherwise; or else the place to go on is the one whose last tokens agree with most of the output's,
-of equals the nearest to where it was left: so lines that were put in, left out or changed cost a few tokens each.  What
-was replaced by what is remembered, and expected wherever the same tokens come again, so that a name that is changed
-throughout costs its first occurrences only.  Knows nothing about sequences.
+goes along it, the next tokens are simply read off.  Where it leaves it, one token of the text is believed to be
+replaced, until the token behind it comes; unless some last tokens of the output are found in the text, which then goes
+on behind those, of equals the nearest to where it was left: so lines that were put in, left out or changed cost a few
+tokens each.  What was replaced by what is remembered, and expected wherever the same tokens come again, so a name that is
+changed throughout costs its first occurrences only (docs/decisions/0016).  Knows nothing about sequences.
 """
+
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -17,8 +19,6 @@ from helix_gateway.engine.drafters.suffix_automaton import Float32s, Int32s
 
 _LONGEST_AGREEMENT = 16
 """More tokens that agree make no place more likely."""
-_SHORTEST_AGREEMENT = 3
-"""Tokens of the output that must be found in the text to go on there."""
 _MOST_PLACES = 64
 """Places that are compared to either side of where the text was left, of those whose last two tokens agree."""
 _REMEMBERED = 8
@@ -27,22 +27,38 @@ _LONGEST_REPLACEMENT = 4
 """Tokens, of either side of one."""
 _AGREED_ENOUGH = 2
 """Tokens after a replacement by which it is known to be one."""
-_TRUSTED = 4
-"""Tokens that the output went along a text before it is believed to be written again; divergences take most of them."""
-_KEPT_OF_TRUST = 4
-"""One in so many, at a divergence."""
+_LESS_TRUST = 4
+"""What is left of the tokens that agreed is divided by this wherever the output leaves the text."""
 _RECENT = 32
 """Tokens of the output that are looked back at."""
 
-# A reader's place in the text, in an array of int64: the token expected next and how many before it agreed in a row; how
-# much of a replacement has been read, and which; where the text was left (or nothing), and tokens of the output since;
-# where the next replacement is kept; and for how many tokens the output went along, of which divergences take away.
-_NEXT, _AGREED, _INSIDE, _REPLACEMENT, _LEFT_AT, _NUM_SINCE, _KEPT_AT, _TRUST = range(8)
-_FIELDS = 8
+# A reader's place in the text, in an array of int64: the token expected next and how many of the output agreed in a row,
+# from which place on; how much of a replacement has been read, and which; where the text was left (or nothing), and
+# tokens of the output since; where the next replacement is kept; and for how many tokens the output went along, of
+# which divergences take away.
+_NEXT, _AGREED, _BEGAN_AT, _INSIDE, _REPLACEMENT, _LEFT_AT, _NUM_SINCE, _KEPT_AT, _TRUST = range(9)
+_FIELDS = 9
 # Columns of a replacement: how many tokens (0: there is none) are replaced by how many; which, and by which.
 _NUM_OLD, _NUM_NEW, _OLD = range(3)
 _NEW = _OLD + _LONGEST_REPLACEMENT
 _NOTHING = -1
+
+
+class Belief(NamedTuple):
+    """How much is believed of a text."""
+
+    is_said: bool
+    """Whether somebody said that the output is this text: then its first token is expected first, and it always counts.
+    Otherwise only where it says more than a `SuffixAutomaton` does, which tells what followed the same tokens before:
+    where a replacement lies ahead, and behind one until as many tokens agree as a place is found by."""
+    shortest_agreement: int
+    """Tokens of the output that must be found in the text to go on there; 2 or more."""
+    trusted: int
+    """Tokens that must have agreed, as far as divergences have left them, before anything is expected."""
+
+
+PREDICTION = Belief(is_said=True, shortest_agreement=2, trusted=0)
+PROMPT = Belief(is_said=False, shortest_agreement=3, trusted=4)
 
 
 class FollowedText:
@@ -50,36 +66,37 @@ class FollowedText:
 
     Args:
         token_ids: int32 [num_tokens].
-        is_prediction: whether somebody said that the output is this text: then it is believed from its first token on,
-            and wherever it is found again.  Otherwise only once the output went along it, and only where that says more
-            than what followed the same tokens before, which a `SuffixAutomaton` tells: in and behind what is replaced.
+        belief: what is known of it.
     """
 
-    def __init__(self, token_ids: Int32s, *, is_prediction: bool) -> None:
+    def __init__(self, token_ids: Int32s, belief: Belief) -> None:
         self._token_ids = token_ids
         self._pairs, self._places = _pairs_of(token_ids)
-        self._is_prediction = is_prediction
+        self._belief = belief
         self._reader = np.zeros(_FIELDS, np.int64)
         self._reader[[_REPLACEMENT, _LEFT_AT]] = _NOTHING
-        self._reader[_AGREED] = is_prediction  # one token is taken for granted
+        self._reader[_AGREED] = belief.is_said  # one token is taken for granted
         self._replacements = np.zeros((_REMEMBERED, _NEW + _LONGEST_REPLACEMENT), np.int32)
         self._recent = np.full(_RECENT, _NOTHING, np.int32)
         """The output's last tokens, the newest last."""
-        self.is_followed = is_prediction
-        """Whether the output goes along the text, so that `follow` may write anything."""
+        self.num_read = 0
+        """Tokens of the output, those that were passed over included; whoever reads it may count some as read."""
+        self.says_something = belief.is_said
+        """Whether `follow` may write anything."""
 
     def read(self, token_ids: Int32s) -> None:
         """Take the output's next tokens, int32."""
         text = (self._token_ids, self._pairs, self._places)
-        told = (self._recent, token_ids, self._is_prediction)
-        self.is_followed = bool(_read(*text, self._replacements, self._reader, *told))
+        output = (self._recent, token_ids)
+        self.says_something = bool(_read(*text, self._replacements, self._reader, *output, *self._belief))
+        self.num_read += len(token_ids)
 
     def follow(self, token_ids: Int32s, confidences: Float32s) -> int:
         """Write what is expected next and how sure that is, as `SuffixAutomaton.follow` does."""
-        if not self.is_followed:
+        if not self.says_something:
             return 0
-        told = (token_ids, confidences, self._is_prediction)
-        return int(_follow(self._token_ids, self._replacements, self._reader, *told))
+        expected = (token_ids, confidences)
+        return int(_follow(self._token_ids, self._replacements, self._reader, *expected, *self._belief[:2]))
 
 
 def _pairs_of(token_ids: Int32s) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -100,7 +117,7 @@ def _agreement(token_ids, place, recent):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, **INNER)
-def _found(token_ids, pairs, places, recent, left_at):  # type: ignore[no-untyped-def]
+def _found(token_ids, pairs, places, recent, left_at, shortest_agreement):  # type: ignore[no-untyped-def]
     """The place to go on at, and how many tokens before it agree; (left_at, 0) if there is none."""
     best, best_agreement = left_at, 0
     pair = (np.int64(recent[_RECENT - 2]) << 32) | recent[_RECENT - 1]
@@ -112,7 +129,7 @@ def _found(token_ids, pairs, places, recent, left_at):  # type: ignore[no-untype
         # What was left out is likelier than what comes again, so of two as near the one ahead.
         if agreement > best_agreement or (agreement == best_agreement and abs(place - left_at) <= abs(best - left_at)):
             best, best_agreement = place, agreement
-    if best_agreement < _SHORTEST_AGREEMENT:
+    if best_agreement < shortest_agreement:
         return left_at, 0
     return best, best_agreement
 
@@ -153,7 +170,7 @@ def _go_on(replacements, reader):  # type: ignore[no-untyped-def]
         reader[_NEXT] += 1
         return
     reader[_INSIDE] += 1
-    if reader[_INSIDE] == replacements[number, _NUM_NEW]:
+    if reader[_INSIDE] >= replacements[number, _NUM_NEW]:
         reader[_NEXT] += replacements[number, _NUM_OLD]
         reader[_INSIDE] = 0
 
@@ -176,7 +193,7 @@ def _is_unreplaced(token_ids, reader, token):  # type: ignore[no-untyped-def]
 def _leave(replacements, reader):  # type: ignore[no-untyped-def]
     """The output is not what was expected: what came replaces one token of the text, until more is known."""
     if reader[_AGREED]:
-        reader[_TRUST] //= _KEPT_OF_TRUST
+        reader[_TRUST] //= _LESS_TRUST
         if reader[_REPLACEMENT] != _NOTHING:
             replacements[reader[_REPLACEMENT], _NUM_OLD] = 0
         reader[_LEFT_AT] = reader[_NEXT]
@@ -187,52 +204,81 @@ def _leave(replacements, reader):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, **INNER)
+def _agree(reader, began_at, agreed):  # type: ignore[no-untyped-def]
+    """So many tokens more of the output agree with the text, which go on, or begin, at a place in it."""
+    if not reader[_AGREED]:
+        reader[_BEGAN_AT] = began_at
+    reader[_AGREED] += agreed
+
+
+@numba.njit(cache=True, **INNER)
+def _forget(replacements, old):  # type: ignore[no-untyped-def]
+    """Let go of what replaced these tokens before."""
+    for number in range(_REMEMBERED):
+        row = replacements[number]
+        if row[_NUM_OLD] == len(old) and (row[_OLD : _OLD + len(old)] == old).all():
+            row[_NUM_OLD] = 0
+
+
+@numba.njit(cache=True, **INNER)
 def _remember(token_ids, replacements, reader, recent):  # type: ignore[no-untyped-def]
-    """Keep what was replaced by what between where the text was left and where it goes on."""
-    num_old = reader[_NEXT] - reader[_AGREED] - reader[_LEFT_AT]
+    """Keep what was replaced by what between where the text was left and where it went on."""
+    old = token_ids[reader[_LEFT_AT] : reader[_BEGAN_AT]]
     num_new = reader[_NUM_SINCE] - reader[_AGREED]
     first = _RECENT - reader[_NUM_SINCE]
-    if 0 < num_old <= _LONGEST_REPLACEMENT and 0 < num_new <= _LONGEST_REPLACEMENT and first >= 0:
+    if 0 < len(old) <= _LONGEST_REPLACEMENT and 0 < num_new <= _LONGEST_REPLACEMENT and first >= 0:
+        _forget(replacements, old)
         row = replacements[reader[_KEPT_AT]]
-        row[_NUM_OLD], row[_NUM_NEW] = num_old, num_new
-        row[_OLD : _OLD + num_old] = token_ids[reader[_LEFT_AT] : reader[_LEFT_AT] + num_old]
+        row[_NUM_OLD], row[_NUM_NEW] = len(old), num_new
+        row[_OLD : _OLD + len(old)] = old
         row[_NEW : _NEW + num_new] = recent[first : first + num_new]
         reader[_KEPT_AT] = (reader[_KEPT_AT] + 1) % _REMEMBERED
     reader[_LEFT_AT] = _NOTHING
 
 
+@numba.njit(cache=True, **INNER)
+def _says_something(replacements, reader, is_said, shortest, trusted):  # type: ignore[no-untyped-def]
+    """Whether anything is to be expected of the text that nobody else knows."""
+    if not reader[_AGREED] or reader[_TRUST] < trusted:
+        return False
+    return is_said or reader[_AGREED] < shortest or replacements[:, _NUM_OLD].any()
+
+
 @numba.njit(cache=True)
-def _read(token_ids, pairs, places, replacements, reader, recent, output, is_prediction):  # type: ignore[no-untyped-def]
-    """Take tokens of the output; whether it is believed to go along the text then."""
+def _read(token_ids, pairs, places, replacements, reader, recent, output, is_said, shortest, trusted):  # type: ignore[no-untyped-def]
+    """Take tokens of the output; whether anything is to be expected then."""
     for token in output:
         recent[:-1] = recent[1:]
         recent[-1] = token
         reader[_NUM_SINCE] += 1
+        place = reader[_NEXT]
         if _is_expecting(reader) and _expected(token_ids, replacements, reader) == token:
             _go_on(replacements, reader)
-            reader[_AGREED] += 1
+            _agree(reader, place, 1)
             reader[_TRUST] += 1
         elif _is_unreplaced(token_ids, reader, token):
             replacements[reader[_REPLACEMENT], _NUM_OLD] = 0
             reader[_NEXT] += 1
-            reader[_AGREED] += 1
+            _agree(reader, place, 1)
             reader[_TRUST] += 1
         else:
             _leave(replacements, reader)
             near = reader[_NEXT] if reader[_LEFT_AT] == _NOTHING else reader[_LEFT_AT]
-            place, agreed = _found(token_ids, pairs, places, recent, near)
+            place, agreed = _found(token_ids, pairs, places, recent, near, shortest)
             if agreed:
-                reader[_NEXT], reader[_AGREED] = place, agreed
-                if is_prediction:
+                reader[_NEXT] = place
+                _agree(reader, place - agreed, agreed)
+                if is_said:
                     reader[_TRUST] = max(reader[_TRUST], agreed)
-        if reader[_LEFT_AT] != _NOTHING and reader[_AGREED] >= _AGREED_ENOUGH:
+        # Not within a replacement: the text stands still there, and its row is not to be written over.
+        if reader[_LEFT_AT] != _NOTHING and reader[_AGREED] >= _AGREED_ENOUGH and not reader[_INSIDE]:
             _remember(token_ids, replacements, reader, recent)
-    return reader[_AGREED] > 0 and (is_prediction or reader[_TRUST] >= _TRUSTED)
+    return _says_something(replacements, reader, is_said, shortest, trusted)
 
 
 @numba.njit(cache=True)
-def _follow(token_ids, replacements, reader, expected, confidences, is_prediction):  # type: ignore[no-untyped-def]
-    says_more = is_prediction or reader[_AGREED] < _SHORTEST_AGREEMENT
+def _follow(token_ids, replacements, reader, expected, confidences, is_said, shortest):  # type: ignore[no-untyped-def]
+    says_more = is_said or reader[_AGREED] < shortest
     trust = max(1, reader[_TRUST])
     reader = reader.copy()
     count = 0

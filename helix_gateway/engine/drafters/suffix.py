@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from helix_gateway.core.event import FinishReason
+from helix_gateway.engine.drafters import followed_text
 from helix_gateway.engine.drafters.base import NOTHING, DraftTokens
 from helix_gateway.engine.drafters.followed_text import FollowedText
 from helix_gateway.engine.drafters.output_store import STORE_TOKENS, OutputStores
@@ -29,6 +30,8 @@ _INDEXED_ALWAYS = 32
 """The same for each of them, however many there are: who lacks no more than its newest tokens waits for nobody's prompt."""
 COPY = "copy"
 """What drafts off the prompt are counted under where the answer goes along it."""
+_FOLLOWED = 4096
+"""Tokens of a prompt that answers are looked for in, its last: finding places in it takes 0.4 ms to prepare."""
 _LEARNED_FROM: tuple[FinishReason, ...] = ("stop", "length")
 
 
@@ -86,7 +89,7 @@ class _Reader:
         """By source; its prompt once that is indexed."""
         prediction = np.array(sequence.request.prediction_token_ids, np.int32)
         if len(prediction):
-            self.followed[PREDICTION] = FollowedText(prediction, is_prediction=True)
+            self.followed[PREDICTION] = FollowedText(prediction, followed_text.PREDICTION)
         self.places: list[_Place] = []
         self.num_read = 0
         self.num_indexed = 0
@@ -99,7 +102,7 @@ class _Reader:
         new = sequence.token_ids[self.num_read :]
         new_ids = np.array(new[-_INDEXED:], np.int32)
         num_new = self._index(sequence.token_ids, new_ids, room)
-        self._follow_texts(sequence, new_ids)
+        self._follow_texts(sequence)
         self.num_read += len(new)
         if store or self.places:
             self._read_store(sequence, store, new_ids)
@@ -127,16 +130,16 @@ class _Reader:
         self.num_indexed += len(piece)
         return len(piece)
 
-    def _follow_texts(self, sequence: Sequence, new_ids: Int32s) -> None:
+    def _follow_texts(self, sequence: Sequence) -> None:
         num_prompt = sequence.num_prompt_tokens
         if COPY not in self.followed and self.num_indexed >= num_prompt:
-            prompt = np.array(sequence.token_ids[max(0, num_prompt - _INDEXED) : num_prompt], np.int32)
-            text = self.followed[COPY] = FollowedText(prompt, is_prediction=False)
-            text.read(np.array(sequence.token_ids[num_prompt : self.num_read], np.int32))
-        num_new = min(len(sequence.token_ids) - num_prompt, len(new_ids))
-        if num_new:
-            for text in self.followed.values():
-                text.read(new_ids[len(new_ids) - num_new :])
+            prompt = np.array(sequence.token_ids[max(0, num_prompt - _FOLLOWED) : num_prompt], np.int32)
+            self.followed[COPY] = FollowedText(prompt, followed_text.PROMPT)
+        for text in self.followed.values():
+            text.num_read = max(text.num_read, len(sequence.token_ids) - num_prompt - _INDEXED_AT_ONCE)
+            unread = sequence.token_ids[num_prompt + text.num_read :]
+            if unread:
+                text.read(np.array(unread, np.int32))
 
     def best_draft(self, depth: int) -> DraftTokens:
         """Of all sources' drafts the one of which most tokens are expected to be accepted."""
@@ -144,7 +147,7 @@ class _Reader:
         indexed = self.num_indexed == self.num_read
         drafts = [_written("suffix", self.own, self._seen, depth) if indexed else NOTHING]
         drafts += [_written("store", place.automaton, place.match, depth) for place in self.places]
-        drafts += [_read_off(source, text, depth) for source, text in self.followed.items() if text.is_followed]
+        drafts += [_read_off(source, text, depth) for source, text in self.followed.items() if text.says_something]
         return drafts[0] if len(drafts) == 1 else max(drafts, key=_expected_tokens)
 
 
