@@ -95,8 +95,8 @@ class FollowedText:
         """Write what is expected next and how sure that is, as `SuffixAutomaton.follow` does."""
         if not self.says_something:
             return 0
-        expected = (token_ids, confidences)
-        return int(_follow(self._token_ids, self._replacements, self._reader, *expected, *self._belief[:2]))
+        ahead = (self._reader.copy(), token_ids, confidences)
+        return int(_follow(self._token_ids, self._replacements, *ahead, *self._belief[:2]))
 
 
 def _pairs_of(token_ids: Int32s) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -117,12 +117,25 @@ def _agreement(token_ids, place, recent):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, **INNER)
+def _first_from(values, value, first, behind):  # type: ignore[no-untyped-def]
+    """The first place from ``first`` on, of sorted values, whose value is not below; ``behind`` if there is none."""
+    while first < behind:
+        middle = (first + behind) // 2
+        if values[middle] < value:
+            first = middle + 1
+        else:
+            behind = middle
+    return first
+
+
+@numba.njit(cache=True, **INNER)
 def _found(token_ids, pairs, places, recent, left_at, shortest_agreement):  # type: ignore[no-untyped-def]
     """The place to go on at, and how many tokens before it agree; (left_at, 0) if there is none."""
     best, best_agreement = left_at, 0
     pair = (np.int64(recent[_RECENT - 2]) << 32) | recent[_RECENT - 1]
-    first, behind = np.searchsorted(pairs, pair), np.searchsorted(pairs, pair, side="right")
-    middle = first + np.searchsorted(places[first:behind], left_at)
+    first = _first_from(pairs, pair, 0, len(pairs))
+    behind = _first_from(pairs, pair + 1, first, len(pairs))
+    middle = _first_from(places, left_at, first, behind)
     for number in range(max(first, middle - _MOST_PLACES), min(behind, middle + _MOST_PLACES)):
         place = places[number]
         agreement = _agreement(token_ids, place, recent)
@@ -135,17 +148,22 @@ def _found(token_ids, pairs, places, recent, left_at, shortest_agreement):  # ty
 
 
 @numba.njit(cache=True, **INNER)
+def _is_of(token_ids, replacements, number, place):  # type: ignore[no-untyped-def]
+    """Whether a replacement is of the tokens at ``place``, all of which there are."""
+    for index in range(replacements[number, _NUM_OLD]):
+        if token_ids[place + index] != replacements[number, _OLD + index]:
+            return False
+    return True
+
+
+@numba.njit(cache=True, **INNER)
 def _replacement_at(token_ids, replacements, place):  # type: ignore[no-untyped-def]
     """Which replacement is of the tokens at ``place``, the one of most; or nothing."""
     found, most = _NOTHING, 0
     for number in range(_REMEMBERED):
         count = replacements[number, _NUM_OLD]
-        if count > most and place + count <= len(token_ids):
-            same = 0
-            while same < count and token_ids[place + same] == replacements[number, _OLD + same]:
-                same += 1
-            if same == count:
-                found, most = number, count
+        if count > most and place + count <= len(token_ids) and _is_of(token_ids, replacements, number, place):
+            found, most = number, count
     return found
 
 
@@ -212,28 +230,26 @@ def _agree(reader, began_at, agreed):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, **INNER)
-def _forget(replacements, old):  # type: ignore[no-untyped-def]
-    """Let go of what replaced these tokens before."""
-    for number in range(_REMEMBERED):
-        row = replacements[number]
-        if row[_NUM_OLD] == len(old) and (row[_OLD : _OLD + len(old)] == old).all():
-            row[_NUM_OLD] = 0
-
-
-@numba.njit(cache=True, **INNER)
 def _remember(token_ids, replacements, reader, recent):  # type: ignore[no-untyped-def]
     """Keep what was replaced by what between where the text was left and where it went on."""
-    old = token_ids[reader[_LEFT_AT] : reader[_BEGAN_AT]]
+    left_at = reader[_LEFT_AT]
+    reader[_LEFT_AT] = _NOTHING
+    num_old = reader[_BEGAN_AT] - left_at
     num_new = reader[_NUM_SINCE] - reader[_AGREED]
     first = _RECENT - reader[_NUM_SINCE]
-    if 0 < len(old) <= _LONGEST_REPLACEMENT and 0 < num_new <= _LONGEST_REPLACEMENT and first >= 0:
-        _forget(replacements, old)
-        row = replacements[reader[_KEPT_AT]]
-        row[_NUM_OLD], row[_NUM_NEW] = len(old), num_new
-        row[_OLD : _OLD + len(old)] = old
-        row[_NEW : _NEW + num_new] = recent[first : first + num_new]
-        reader[_KEPT_AT] = (reader[_KEPT_AT] + 1) % _REMEMBERED
-    reader[_LEFT_AT] = _NOTHING
+    if not (0 < num_old <= _LONGEST_REPLACEMENT and 0 < num_new <= _LONGEST_REPLACEMENT and first >= 0):
+        return
+    for number in range(_REMEMBERED):  # what replaced these tokens before does no more
+        if replacements[number, _NUM_OLD] == num_old and _is_of(token_ids, replacements, number, left_at):
+            replacements[number, _NUM_OLD] = 0
+    number = reader[_KEPT_AT]
+    reader[_KEPT_AT] = (number + 1) % _REMEMBERED
+    replacements[number, _NUM_OLD] = num_old
+    replacements[number, _NUM_NEW] = num_new
+    for index in range(num_old):
+        replacements[number, _OLD + index] = token_ids[left_at + index]
+    for index in range(num_new):
+        replacements[number, _NEW + index] = recent[first + index]
 
 
 @numba.njit(cache=True, **INNER)
@@ -241,15 +257,21 @@ def _says_something(replacements, reader, is_said, shortest, trusted):  # type: 
     """Whether anything is to be expected of the text that nobody else knows."""
     if not reader[_AGREED] or reader[_TRUST] < trusted:
         return False
-    return is_said or reader[_AGREED] < shortest or replacements[:, _NUM_OLD].any()
+    if is_said or reader[_AGREED] < shortest:
+        return True
+    num_known = 0
+    for number in range(_REMEMBERED):
+        num_known += replacements[number, _NUM_OLD] > 0
+    return num_known > 0
 
 
 @numba.njit(cache=True)
 def _read(token_ids, pairs, places, replacements, reader, recent, output, is_said, shortest, trusted):  # type: ignore[no-untyped-def]
     """Take tokens of the output; whether anything is to be expected then."""
     for token in output:
-        recent[:-1] = recent[1:]
-        recent[-1] = token
+        for place in range(_RECENT - 1):
+            recent[place] = recent[place + 1]
+        recent[_RECENT - 1] = token
         reader[_NUM_SINCE] += 1
         place = reader[_NEXT]
         if _is_expecting(reader) and _expected(token_ids, replacements, reader) == token:
@@ -278,9 +300,9 @@ def _read(token_ids, pairs, places, replacements, reader, recent, output, is_sai
 
 @numba.njit(cache=True)
 def _follow(token_ids, replacements, reader, expected, confidences, is_said, shortest):  # type: ignore[no-untyped-def]
+    """Write what comes next, moving ``reader`` on; how many tokens."""
     says_more = is_said or reader[_AGREED] < shortest
     trust = max(1, reader[_TRUST])
-    reader = reader.copy()
     count = 0
     while count < len(expected):
         token = _expected(token_ids, replacements, reader)
