@@ -18,28 +18,24 @@ from types import SimpleNamespace
 import numpy as np
 import report
 from edits import ANSWER_TOKENS, real_edits, some_edits
+from speculative_bench import DONE, DONE_FROM_FILE, spec_bench
 
 from helix_gateway import HelixEngine
 from helix_gateway.engine.depth import AdaptiveDepth
 from helix_gateway.engine.drafters.suffix import SuffixDrafter
 from helix_gateway.engine.step_costs import StepCosts
 
-DATA = Path(__file__).resolve().parent / "data" / "spec_bench_dev.jsonl"
 COSTS_MS = {1: 6.2, 2: 6.6, 4: 8.0, 8: 11.5, 16: 17.6, 32: 29.0, 64: 55.0}
 """By rows: the file's own blocks on two cores of a Cascade Lake Xeon in a quiet hour."""
 MAX_DEPTH = 32
 PROMPTS, EDITS, TOKENS = 16, 32, 128
-DONE, DONE_FROM_FILE = "edits done right", "edits done right, file as prediction"
 
 
 def recorded():
     """Prompts, answers and predictions in tokens, by category."""
     dice = random.Random(7)
     asked = {"edits": [edit.messages for edit in some_edits(EDITS, dice)]}
-    by_category = {}
-    for line in map(json.loads, DATA.read_text(encoding="utf-8").splitlines()):
-        by_category.setdefault(line["category"], []).append(line["messages"])
-    asked |= {name: dice.sample(known, PROMPTS) for name, known in by_category.items()}
+    asked |= {name: [each.messages for each in known] for name, known in spec_bench(PROMPTS, dice).items()}
     with HelixEngine(speculation="off") as engine:
 
         def encoded(text):

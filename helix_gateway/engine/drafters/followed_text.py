@@ -223,7 +223,7 @@ def _leave(replacements, reader):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, **INNER)
 def _agree(reader, began_at, agreed):  # type: ignore[no-untyped-def]
-    """So many tokens more of the output agree with the text, which go on, or begin, at a place in it."""
+    """So many tokens more of the output agree with the text; where none did before, they begin at ``began_at``."""
     if not reader[_AGREED]:
         reader[_BEGAN_AT] = began_at
     reader[_AGREED] += agreed

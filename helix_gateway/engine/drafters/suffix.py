@@ -7,8 +7,10 @@ runs.  Catching up with tokens that came since is done when a draft is wanted, s
 costs nothing.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -17,7 +19,7 @@ from helix_gateway.engine.drafters import followed_text
 from helix_gateway.engine.drafters.base import NOTHING, DraftTokens
 from helix_gateway.engine.drafters.followed_text import FollowedText
 from helix_gateway.engine.drafters.output_store import STORE_TOKENS, OutputStores
-from helix_gateway.engine.drafters.suffix_automaton import Int32s, Match, SuffixAutomaton
+from helix_gateway.engine.drafters.suffix_automaton import Float32s, Int32s, Match, SuffixAutomaton
 from helix_gateway.engine.sequence import PREDICTION, Sequence, SequenceKey
 
 _LOOKED_BACK = 64
@@ -147,21 +149,21 @@ class _Reader:
         indexed = self.num_indexed == self.num_read
         drafts = [_written("suffix", self.own, self._seen, depth) if indexed else NOTHING]
         drafts += [_written("store", place.automaton, place.match, depth) for place in self.places]
-        drafts += [_read_off(source, text, depth) for source, text in self.followed.items() if text.says_something]
+        drafts += [
+            _drafted(source, text.follow, depth) for source, text in self.followed.items() if text.says_something
+        ]
         return drafts[0] if len(drafts) == 1 else max(drafts, key=_expected_tokens)
 
 
 def _written(source: str, automaton: SuffixAutomaton, match: Match, depth: int) -> DraftTokens:
     if not match.length:  # nothing that was seen before, so nothing follows
         return DraftTokens(source, NOTHING.token_ids, NOTHING.confidences)
-    token_ids, confidences = np.empty(depth, np.int32), np.empty(depth, np.float32)
-    count = automaton.follow(match, token_ids, confidences)
-    return DraftTokens(source, token_ids[:count], confidences[:count])
+    return _drafted(source, partial(automaton.follow, match), depth)
 
 
-def _read_off(source: str, text: FollowedText, depth: int) -> DraftTokens:
+def _drafted(source: str, follow: Callable[[Int32s, Float32s], int], depth: int) -> DraftTokens:
     token_ids, confidences = np.empty(depth, np.int32), np.empty(depth, np.float32)
-    count = text.follow(token_ids, confidences)
+    count = follow(token_ids, confidences)
     return DraftTokens(source, token_ids[:count], confidences[:count])
 
 
