@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from helix_gateway.core.inner_functions import INNER
+from helix_gateway.core.sorted_search import first_from
 from helix_gateway.engine.drafters.suffix_automaton import Float32s, Int32s
 
 _LONGEST_AGREEMENT = 16
@@ -117,25 +118,13 @@ def _agreement(token_ids, place, recent):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, **INNER)
-def _first_from(values, value, first, behind):  # type: ignore[no-untyped-def]
-    """The first place from ``first`` on, of sorted values, whose value is not below; ``behind`` if there is none."""
-    while first < behind:
-        middle = (first + behind) // 2
-        if values[middle] < value:
-            first = middle + 1
-        else:
-            behind = middle
-    return first
-
-
-@numba.njit(cache=True, **INNER)
 def _found(token_ids, pairs, places, recent, left_at, shortest_agreement):  # type: ignore[no-untyped-def]
     """The place to go on at, and how many tokens before it agree; (left_at, 0) if there is none."""
     best, best_agreement = left_at, 0
     pair = (np.int64(recent[_RECENT - 2]) << 32) | recent[_RECENT - 1]
-    first = _first_from(pairs, pair, 0, len(pairs))
-    behind = _first_from(pairs, pair + 1, first, len(pairs))
-    middle = _first_from(places, left_at, first, behind)
+    first = first_from(pairs, pair, 0, len(pairs))
+    behind = first_from(pairs, pair + 1, first, len(pairs))
+    middle = first_from(places, left_at, first, behind)
     for number in range(max(first, middle - _MOST_PLACES), min(behind, middle + _MOST_PLACES)):
         place = places[number]
         agreement = _agreement(token_ids, place, recent)

@@ -23,6 +23,7 @@ import numpy as np
 from numba import njit, prange
 
 from helix_gateway.core.inner_functions import INNER
+from helix_gateway.core.sorted_search import first_from
 from helix_gateway.runtime.cpu.microkernels import bits_of
 from helix_gateway.runtime.sampling import noise, options
 from helix_gateway.runtime.sampling.cpu_ranking import (
@@ -232,19 +233,6 @@ def _sample_row(r, x, maxima, row_options, words):  # type: ignore[no-untyped-de
     return _choose(x, maxima, top, factor, keys[0, r], keys[1, r], rank, share, min_difference[r])
 
 
-@njit(**INNER)
-def _first_edit(rows, r):  # type: ignore[no-untyped-def]
-    """Where the edits of row ``r`` begin, or would; ``rows`` ascend."""
-    low, high = 0, rows.size
-    while low < high:
-        middle = (low + high) // 2
-        if rows[middle] < r:
-            low = middle + 1
-        else:
-            high = middle
-    return low
-
-
 @njit(nogil=True, cache=True, parallel=True)
 def sample_rows(logits, index, row_options, edits, allowed, out):  # type: ignore[no-untyped-def]
     """Choose one token a row, rows spread over the threads.
@@ -263,7 +251,7 @@ def sample_rows(logits, index, row_options, edits, allowed, out):  # type: ignor
     for place in prange(out.size):
         # In a thread's own code it has no sign, for which all that takes it would be compiled once more.
         r = np.int64(place)
-        some = slice(_first_edit(edited, r), _first_edit(edited, r + 1))
+        some = slice(first_from(edited, r, 0, edited.size), first_from(edited, r + 1, 0, edited.size))
         x = _edited(logits[index[r]], token_ids[some], scale[some], shift[some], allowed[r])
         out[r] = _sample_row(r, x, np.empty(blocks, np.float32), row_options, allowed[r])
 
